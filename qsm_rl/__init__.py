@@ -1,0 +1,31 @@
+"""qsm_rl: a modular TorchRL component kit for Q-score matching (Psenka et al. 2024, arXiv 2312.11752)."""
+
+from qsm_rl import functional
+from qsm_rl.action_box import ActionBox
+from qsm_rl.action_selection import GaussianExploration
+from qsm_rl.actor import DiffusionActor
+from qsm_rl.critics import QValueMLP
+from qsm_rl.networks import ScoreMLP
+from qsm_rl.noise_schedule import NoiseSchedule
+from qsm_rl.objectives import QScoreMatchingLoss
+from qsm_rl.samplers import DDIMSampler, DDPMSampler
+from qsm_rl.score_targets import BoltzmannQScore, NormalizedQScore, ScaledQScore, ScoreTarget
+
+__all__ = [
+    "ActionBox",
+    "BoltzmannQScore",
+    "DDIMSampler",
+    "DDPMSampler",
+    "DiffusionActor",
+    "GaussianExploration",
+    "NoiseSchedule",
+    "NormalizedQScore",
+    "QScoreMatchingLoss",
+    "QValueMLP",
+    "ScaledQScore",
+    "ScoreMLP",
+    "ScoreTarget",
+    "functional",
+]
+
+__version__ = "0.1.0"

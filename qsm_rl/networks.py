@@ -1,0 +1,207 @@
+"""Score networks: what predicts the noise in an action."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["FourierTimeEmbedding", "ScoreMLP", "SinusoidalTimeEmbedding", "XavierLinear", "mlp"]
+
+
+class XavierLinear(nn.Linear):
+    """A linear layer with Xavier-uniform weights and zero biases, the QSM authors' initialisation of every dense layer.
+
+    Also right for stacked weights ``(num_critics, out, in)``, whose fans are those of one critic.
+    """
+
+    def reset_parameters(self) -> None:
+        """Draws the weights from U(-b, b) with ``b = sqrt(6 / (in_features + out_features))`` and zeroes the biases."""
+        bound = math.sqrt(6 / (self.in_features + self.out_features))
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class LazyXavierLinear(nn.LazyLinear):
+    """A :class:`XavierLinear` whose input size is taken from the first batch."""
+
+    cls_to_become = XavierLinear
+
+    def reset_parameters(self) -> None:
+        """As :meth:`XavierLinear.reset_parameters`, once the input size is known."""
+        if not self.has_uninitialized_params() and self.in_features != 0:
+            XavierLinear.reset_parameters(self)  # type: ignore[arg-type]
+
+
+def mlp(
+    in_features: int | None,
+    hidden_dims: Sequence[int],
+    out_features: int,
+    activation: type[nn.Module],
+    *,
+    layer_norm: bool = False,
+) -> nn.Sequential:
+    """A multilayer perceptron of :class:`XavierLinear` layers with a linear output.
+
+    Args:
+        in_features: input size; None takes it from the first batch.
+        hidden_dims: widths of the hidden layers.
+        out_features: output size.
+        activation: class of the activation after each hidden layer.
+        layer_norm: whether to normalise before each activation.
+
+    Raises:
+        ValueError: if a size is below 1.
+
+    Example:
+        >>> mlp(3, (8, 8), 2, nn.ReLU)(torch.zeros(5, 3)).shape
+        torch.Size([5, 2])
+    """
+    for name, size in (
+        ("in_features", in_features),
+        ("out_features", out_features),
+        *(("hidden_dims", s) for s in hidden_dims),
+    ):
+        if size is not None and size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size!r}.")
+    layers: list[nn.Module] = []
+    for width in hidden_dims:
+        layers.append(LazyXavierLinear(width) if in_features is None else XavierLinear(in_features, width))
+        if layer_norm:
+            layers.append(nn.LayerNorm(width))
+        layers.append(activation())
+        in_features = width
+    layers.append(LazyXavierLinear(out_features) if in_features is None else XavierLinear(in_features, out_features))
+    return nn.Sequential(*layers)
+
+
+class FourierTimeEmbedding(nn.Module):
+    """Learnable Fourier features ``[cos(2 pi t w), sin(2 pi t w)]`` of the raw integer timestep, as the authors'.
+
+    Args:
+        num_features: size of the embedding, even.
+        std: standard deviation of the initial frequencies w ~ N(0, std^2). Larger tells neighbouring timesteps
+            further apart; usual range 0.2 (raw integers) to 16 (timesteps in [0, 1]).
+
+    Raises:
+        ValueError: if ``num_features`` is odd or below 2.
+
+    Example:
+        >>> FourierTimeEmbedding(64)(torch.zeros(5)).shape
+        torch.Size([5, 64])
+    """
+
+    def __init__(self, num_features: int = 64, std: float = 0.2) -> None:
+        super().__init__()
+        _even(num_features)
+        self.std = std
+        self.frequencies = nn.Parameter(torch.empty(num_features // 2, 1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the frequencies anew."""
+        nn.init.normal_(self.frequencies, std=self.std)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Embeds timesteps ``(*B,)`` as ``(*B, num_features)``."""
+        angles = 2 * math.pi * t.to(self.frequencies.dtype).unsqueeze(-1) @ self.frequencies.mT
+        return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+class SinusoidalTimeEmbedding(nn.Module):
+    """Fixed sinusoidal features of the timestep at geometric frequencies (Vaswani et al. 2017, section 3.5).
+
+    Args:
+        num_features: size of the embedding, even.
+        max_period: longest period; should exceed the number of timesteps.
+
+    Raises:
+        ValueError: if ``num_features`` is odd or below 2.
+
+    Example:
+        >>> SinusoidalTimeEmbedding(64)(torch.zeros(5)).shape
+        torch.Size([5, 64])
+    """
+
+    def __init__(self, num_features: int = 64, max_period: float = 10_000.0) -> None:
+        super().__init__()
+        _even(num_features)
+        exponents = torch.arange(num_features // 2) / (num_features // 2)
+        self.register_buffer("frequencies", torch.exp(-math.log(max_period) * exponents), persistent=False)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Embeds timesteps ``(*B,)`` as ``(*B, num_features)``."""
+        angles = t.to(self.frequencies.dtype).unsqueeze(-1) * self.frequencies
+        return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+class ScoreMLP(nn.Module):
+    """Noise prediction network: an MLP on ``[noisy action, observation, time embedding]``.
+
+    Defaults are the QSM authors' (372,006 parameters at observation 24, action 6): learnable Fourier features of the
+    raw timestep through a two-layer MLP, mish, a linear output without squashing, Xavier-uniform weights.
+
+    Args:
+        observation_dim: observation size; None takes it from the first batch.
+        action_dim: action size A.
+        hidden_dims: widths of the hidden layers. Wider fits sharper policies and costs time; usual range 256 to 1024.
+        time_embedding: ``"fourier"`` (learnable) or ``"sinusoidal"`` (fixed).
+        time_features: size of the features of t, even.
+        time_dim: size of the embedded time that the MLP sees.
+        layer_norm: whether to normalise before each activation; the authors do not.
+
+    Raises:
+        ValueError: if a size is below 1 or ``time_embedding`` is unknown.
+
+    Example:
+        >>> network = ScoreMLP(24, 6)
+        >>> sum(p.numel() for p in network.parameters())
+        372006
+        >>> network(torch.zeros(8, 6), torch.zeros(8, 24), torch.zeros(8)).shape
+        torch.Size([8, 6])
+    """
+
+    def __init__(
+        self,
+        observation_dim: int | None,
+        action_dim: int,
+        hidden_dims: Sequence[int] = (512, 512),
+        *,
+        time_embedding: Literal["fourier", "sinusoidal"] = "fourier",
+        time_features: int = 64,
+        time_dim: int = 128,
+        layer_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        embeddings = {"fourier": FourierTimeEmbedding, "sinusoidal": SinusoidalTimeEmbedding}
+        if time_embedding not in embeddings:
+            raise ValueError(f"time_embedding must be one of {sorted(embeddings)}, got {time_embedding!r}.")
+        if observation_dim is not None and observation_dim < 1:
+            raise ValueError(f"observation_dim must be at least 1 or None, got {observation_dim!r}.")
+        self.time_mlp = nn.Sequential(
+            embeddings[time_embedding](time_features), *mlp(time_features, (time_dim,), time_dim, nn.Mish)
+        )
+        in_features = None if observation_dim is None else action_dim + observation_dim + time_dim
+        self.mlp = mlp(in_features, hidden_dims, action_dim, nn.Mish, layer_norm=layer_norm)
+
+    def forward(self, noisy_action: Tensor, observation: Tensor, t: Tensor) -> Tensor:
+        """Predicts the noise in a noised action.
+
+        Args:
+            noisy_action: noised actions in box units, shape ``(*B, A)``.
+            observation: observations, shape ``(*B, O)``.
+            t: timesteps ``0 .. num_steps - 1``, any number type, shape ``(*B,)``.
+
+        Returns:
+            Predicted noise, shape ``(*B, A)``.
+        """
+        return self.mlp(torch.cat([noisy_action, observation, self.time_mlp(t)], -1))
+
+
+def _even(num_features: int) -> None:
+    if num_features < 2 or num_features % 2:
+        raise ValueError(f"num_features must be even and at least 2, got {num_features!r}.")

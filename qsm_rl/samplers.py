@@ -1,0 +1,196 @@
+"""Samplers: which timesteps the reverse chain visits, and its one reverse step.
+
+Every sampler here has the same step. With ``clean`` the clean action implied by the predicted noise,
+
+    next = clean_weight * clean + noisy_weight * noisy + noise_std * z,   z ~ N(0, I),
+
+and a sampler is the table of its three coefficients at each timestep it visits.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from qsm_rl.noise_schedule import NoiseSchedule
+
+__all__ = ["DDIMSampler", "DDPMSampler", "ReverseStep", "Sampler"]
+
+Clip = Literal["sample", "clean"] | None
+
+
+class ReverseStep(NamedTuple):
+    """Coefficients of one reverse step, in the order in which the chain uses them.
+
+    Attributes:
+        t: timestep whose noise is predicted and removed.
+        sqrt_alpha_cumprod: share of the clean action in the noised one at ``t``.
+        sigma: standard deviation of the noise at ``t``.
+        clean_weight: weight of the predicted clean action in the next sample.
+        noisy_weight: weight of the current sample in the next one.
+        noise_std: standard deviation of the fresh noise; 0 for a deterministic step.
+    """
+
+    t: int
+    sqrt_alpha_cumprod: float
+    sigma: float
+    clean_weight: float
+    noisy_weight: float
+    noise_std: float
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """What the samplers share: the clipping and the reverse step. Use :class:`DDPMSampler` or :class:`DDIMSampler`."""
+
+    clip: Clip = "sample"
+
+    def __post_init__(self) -> None:
+        choices = (*get_args(get_args(Clip)[0]), None)
+        if self.clip not in choices:
+            raise ValueError(f"clip must be one of {choices}, got {self.clip!r}.")
+
+    def steps(self, noise_schedule: NoiseSchedule) -> list[ReverseStep]:
+        """The reverse steps in order of use, from the most to the least noise."""
+        raise NotImplementedError
+
+    def step(self, noisy: Tensor, predicted_noise: Tensor, step: ReverseStep, noise: Tensor | None) -> Tensor:
+        """One reverse step.
+
+        Args:
+            noisy: current sample in box units, shape ``(*B, A)``.
+            predicted_noise: predicted noise at ``step.t``, shape ``(*B, A)``.
+            step: one entry of :meth:`steps`.
+            noise: standard normal noise, shape ``(*B, A)``; None takes the step's mean.
+
+        Returns:
+            The next sample, shape ``(*B, A)``.
+        """
+        if self.clip == "clean":
+            clean = ((noisy - step.sigma * predicted_noise) / step.sqrt_alpha_cumprod).clamp(-1, 1)
+            sample = step.clean_weight * clean + step.noisy_weight * noisy
+        else:
+            # The same mean with the prediction multiplied out: nothing is divided by a small number first.
+            ratio = step.clean_weight / step.sqrt_alpha_cumprod
+            sample = (step.noisy_weight + ratio) * noisy - (ratio * step.sigma) * predicted_noise
+        if noise is not None and step.noise_std > 0:
+            sample = sample + step.noise_std * noise
+        return sample.clamp(-1, 1) if self.clip == "sample" else sample
+
+
+@dataclass(frozen=True)
+class DDPMSampler(Sampler):
+    """Ancestral sampling over every timestep of the schedule (Ho et al. 2020, arXiv 2006.11239, algorithm 2).
+
+    Args:
+        clip: ``"sample"`` clips the sample to the box after each step, as the QSM authors do, with the variance
+            ``beta_t``. ``"clean"`` clips the predicted clean action instead and takes the variance of the posterior
+            ``q(a_{t-1} | a_t, a_0)``, ``beta_t (1 - alphas_cumprod_{t-1}) / (1 - alphas_cumprod_t)``: intermediate
+            samples may then leave the box, as the noised actions of training do. None clips nothing (variance
+            ``beta_t``).
+        temperature: factor on the fresh noise of each step, at least 0. Below 1 the policy is greedier, above 1 it
+            explores more; the initial noise is not scaled. 1 samples what was learned.
+
+    Raises:
+        ValueError: for an unknown ``clip`` or a negative ``temperature``.
+
+    Example:
+        >>> [step.t for step in DDPMSampler().steps(NoiseSchedule.vp(3))]
+        [2, 1, 0]
+    """
+
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature must be at least 0, got {self.temperature!r}.")
+
+    def steps(self, noise_schedule: NoiseSchedule) -> list[ReverseStep]:
+        """The T reverse steps from ``t = T - 1`` to ``t = 0``; the last one adds no noise."""
+        betas = noise_schedule.betas.double().tolist()
+        alphas_cumprod = (1 - noise_schedule.betas.double()).cumprod(0).tolist()
+        steps = []
+        for t in reversed(range(noise_schedule.num_steps)):
+            beta, cumprod, previous = betas[t], alphas_cumprod[t], alphas_cumprod[t - 1] if t > 0 else 1.0
+            posterior = (1 - previous) / (1 - cumprod)
+            variance = beta * posterior if self.clip == "clean" else beta
+            steps.append(
+                ReverseStep(
+                    t=t,
+                    sqrt_alpha_cumprod=math.sqrt(cumprod),
+                    sigma=math.sqrt(1 - cumprod),
+                    clean_weight=math.sqrt(previous) * beta / (1 - cumprod),
+                    noisy_weight=math.sqrt(1 - beta) * posterior,
+                    noise_std=self.temperature * math.sqrt(variance) if t > 0 else 0.0,
+                )
+            )
+        return steps
+
+
+@dataclass(frozen=True)
+class DDIMSampler(Sampler):
+    """Implicit sampling, deterministic given its start for ``eta = 0``.
+
+    Song et al. 2021 (arXiv 2010.02502), equation 12.
+
+    Args:
+        num_steps: how many of the schedule's timesteps to visit, evenly spaced with both ends; None visits all. Fewer
+            are faster and coarser.
+        eta: 0 adds no noise after the start, 1 as much as the ancestral sampler's posterior.
+        clip: ``"clean"`` clips the predicted clean action and recomputes the noise from it, ``"sample"`` clips the
+            sample after each step, None clips nothing.
+
+    Raises:
+        ValueError: for ``num_steps`` below 1 or above the schedule's, ``eta`` outside [0, 1], or an unknown ``clip``.
+
+    Example:
+        >>> [step.t for step in DDIMSampler(num_steps=3).steps(NoiseSchedule.cosine(9))]
+        [8, 4, 0]
+    """
+
+    clip: Clip = "clean"
+    num_steps: int | None = None
+    eta: float = 0.0
+
+    def __init__(self, num_steps: int | None = None, eta: float = 0.0, clip: Clip = "clean") -> None:
+        object.__setattr__(self, "num_steps", num_steps)
+        object.__setattr__(self, "eta", eta)
+        object.__setattr__(self, "clip", clip)
+        super().__post_init__()
+        if num_steps is not None and num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1 or None for all of the schedule's, got {num_steps!r}.")
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta must lie in [0, 1], got {eta!r}.")
+
+    def steps(self, noise_schedule: NoiseSchedule) -> list[ReverseStep]:
+        """The reverse steps over the visited timesteps; the last one lands on the clean action."""
+        total = noise_schedule.num_steps
+        count = total if self.num_steps is None else self.num_steps
+        if count > total:
+            raise ValueError(f"DDIMSampler(num_steps={count}) asks for more steps than the schedule has ({total}).")
+        timesteps = torch.linspace(total - 1, 0, count, dtype=torch.float64).round().long().tolist()
+        alphas_cumprod = (1 - noise_schedule.betas.double()).cumprod(0).tolist()
+        steps = []
+        for t, t_next in zip(timesteps, [*timesteps[1:], None], strict=True):
+            cumprod = alphas_cumprod[t]
+            previous = 1.0 if t_next is None else alphas_cumprod[t_next]
+            noise_std = self.eta * math.sqrt((1 - previous) / (1 - cumprod) * (1 - cumprod / previous))
+            direction = math.sqrt(max(1 - previous - noise_std**2, 0.0)) / math.sqrt(1 - cumprod)
+            steps.append(
+                ReverseStep(
+                    t=t,
+                    sqrt_alpha_cumprod=math.sqrt(cumprod),
+                    sigma=math.sqrt(1 - cumprod),
+                    # predicted noise = (noisy - sqrt_alpha_cumprod * clean) / sigma, taken from the clipped clean
+                    # action
+                    clean_weight=math.sqrt(previous) - direction * math.sqrt(cumprod),
+                    noisy_weight=direction,
+                    noise_std=noise_std,
+                )
+            )
+        return steps
