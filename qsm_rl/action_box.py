@@ -12,8 +12,7 @@ __all__ = ["ActionBox"]
 
 
 class ActionBox(Float32Buffers):
-    """Affine map between environment units ``[low, high]`` and box units ``[-1, 1]``, one interval for each action
-    dimension.
+    """Affine map between environment units ``[low, high]`` and box units ``[-1, 1]``, by dimension.
 
     Args:
         low: lower bounds in environment units, shape ``(A,)``.
@@ -77,7 +76,7 @@ class ActionBox(Float32Buffers):
         if not isinstance(action_spec, Bounded) or not action_spec.dtype.is_floating_point:
             raise ValueError(
                 f"a diffusion policy needs a bounded continuous action space, got {type(action_spec).__name__} "
-                f"of dtype {getattr(action_spec, 'dtype', None)}; use an environment whose action_spec is torchrl.data.Bounded."
+                f"of dtype {getattr(action_spec, 'dtype', None)}; its action_spec must be torchrl.data.Bounded."
             )
         if action_spec.ndim == 0:
             raise ValueError("the action spec must have at least one dimension, (A,), got shape ().")

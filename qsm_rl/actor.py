@@ -20,8 +20,7 @@ __all__ = ["DiffusionActor"]
 
 
 class ConcatenatedScoreNetwork(nn.Module):
-    """A score network that also takes its three inputs joined, ``cat[noisy action, observation, t]``, as TorchRL's
-    do."""
+    """A score network that also takes its three inputs joined, ``cat[noisy action, observation, t]``."""
 
     def __init__(self, network: nn.Module, action_dim: int) -> None:
         super().__init__()

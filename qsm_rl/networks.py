@@ -9,7 +9,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from qsm_rl import functional as F
+
 __all__ = ["FourierTimeEmbedding", "ScoreMLP", "SinusoidalTimeEmbedding", "XavierLinear", "mlp"]
+
+
+class Mish(nn.Module):
+    """The activation :func:`qsm_rl.functional.mish`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Applies mish elementwise."""
+        return F.mish(x)
 
 
 class XavierLinear(nn.Linear):
@@ -183,10 +193,10 @@ class ScoreMLP(nn.Module):
         if observation_dim is not None and observation_dim < 1:
             raise ValueError(f"observation_dim must be at least 1 or None, got {observation_dim!r}.")
         self.time_mlp = nn.Sequential(
-            embeddings[time_embedding](time_features), *mlp(time_features, (time_dim,), time_dim, nn.Mish)
+            embeddings[time_embedding](time_features), *mlp(time_features, (time_dim,), time_dim, Mish)
         )
         in_features = None if observation_dim is None else action_dim + observation_dim + time_dim
-        self.mlp = mlp(in_features, hidden_dims, action_dim, nn.Mish, layer_norm=layer_norm)
+        self.mlp = mlp(in_features, hidden_dims, action_dim, Mish, layer_norm=layer_norm)
 
     def forward(self, noisy_action: Tensor, observation: Tensor, t: Tensor) -> Tensor:
         """Predicts the noise in a noised action.
@@ -199,7 +209,12 @@ class ScoreMLP(nn.Module):
         Returns:
             Predicted noise, shape ``(*B, A)``.
         """
-        return self.mlp(torch.cat([noisy_action, observation, self.time_mlp(t)], -1))
+        if t.ndim > 0 and t.numel() > 0 and not any(t.stride()):
+            # One timestep expanded over the batch, as in the reverse chain: embed it once.
+            time = self.time_mlp(t[(0,) * t.ndim]).expand(*t.shape, -1)
+        else:
+            time = self.time_mlp(t)
+        return self.mlp(torch.cat([noisy_action, observation, time], -1))
 
 
 def _even(num_features: int) -> None:

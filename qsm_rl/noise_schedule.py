@@ -78,7 +78,7 @@ class NoiseSchedule(Float32Buffers):
         terminal_signal = alphas_cumprod[-1].sqrt().item()
         if terminal_signal > _TERMINAL_SIGNAL_LIMIT:
             warnings.warn(
-                f"sqrt(alphas_cumprod[-1]) is {terminal_signal:.3f}: the last step keeps that share of the clean action, "
+                f"sqrt(alphas_cumprod[-1]) is {terminal_signal:.3f}: the last step keeps that much of the action, "
                 "but sampling starts from pure noise N(0, I), which the network has then never seen. Use more steps, "
                 f"larger betas, or NoiseSchedule.cosine / .vp (at most {_TERMINAL_SIGNAL_LIMIT}).",
                 stacklevel=2,
@@ -184,8 +184,8 @@ class NoiseSchedule(Float32Buffers):
             loaded.shape != self.betas.shape or not torch.equal(loaded.to(self.betas), self.betas)
         ):
             error_msgs.append(
-                f"{prefix}betas: the state_dict was made with another noise schedule ({loaded.numel()} steps) than this "
-                f"one ({self.num_steps} steps); build the actor with the same NoiseSchedule first."
+                f"{prefix}betas: the state_dict was made with another noise schedule ({loaded.numel()} steps) than "
+                f"this one ({self.num_steps} steps); build the actor with the same NoiseSchedule first."
             )
             return
         super()._load_from_state_dict(state_dict, prefix, *args)

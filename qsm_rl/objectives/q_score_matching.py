@@ -472,8 +472,8 @@ class QScoreMatchingLoss(LossModule):
         expected = (self.num_qvalue_nets, *tensordict.batch_size, 1)
         if q_values.shape != expected:
             raise ValueError(
-                f"a critic returned shape {tuple(q_values.shape[1:])} for a batch of size {tuple(tensordict.batch_size)}"
-                f", expected {tuple(expected[1:])}: one Q-value for each sample, as QValueMLP returns."
+                f"a critic returned shape {tuple(q_values.shape[1:])} for batch size {tuple(tensordict.batch_size)}, "
+                f"expected {tuple(expected[1:])}: one Q-value for each sample, as QValueMLP returns."
             )
         return q_values.squeeze(-1)
 
