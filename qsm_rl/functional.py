@@ -228,8 +228,9 @@ class _Mish(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor) -> Tensor:
         # With q = sigmoid(-x), tanh(softplus(x)) = (1 - q^2) / (1 + q^2): one transcendental function instead of three.
-        q_squared = torch.sigmoid(-x).square_()
-        return torch.addcmul(x, x, q_squared, value=-1).div_(q_squared.add_(1))
+        q = torch.sigmoid(-x)
+        q_squared = q * q
+        return torch.addcmul(x, x, q_squared, value=-1) / (q_squared + 1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:

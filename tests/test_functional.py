@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from qsm_rl import functional as F
+
+
+def test_mish_equals_torch_in_value_and_gradient():
+    x = torch.cat([torch.linspace(-90, 90, 4001), torch.randn(4000), torch.tensor([0.0, -1e30, 1e30])])
+    ours, theirs = x.clone().requires_grad_(), x.double().requires_grad_()
+    value, expected = F.mish(ours), torch.nn.functional.mish(theirs)
+    torch.testing.assert_close(value.double(), expected, atol=2e-6, rtol=1e-6)
+    grad = torch.randn_like(x)
+    value.backward(grad)
+    expected.backward(grad.double())
+    torch.testing.assert_close(ours.grad.double()[:-2], theirs.grad[:-2], atol=5e-6, rtol=1e-5)
+
+
+def test_mish_backward_formula_is_the_derivative():
+    x = torch.randn(20, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(F._Mish.apply, (x,))
+
+
+def test_mish_works_under_vmap_and_func_grad():
+    x = torch.randn(4, 3)
+    expected = torch.func.vmap(torch.func.grad(lambda row: torch.nn.functional.mish(row).sum()))(x)
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(lambda row: F.mish(row).sum()))(x), expected)
+
+
+def test_action_gradient_is_per_sample_and_without_graph():
+    weights = torch.nn.Parameter(torch.tensor([2.0, -1.0]))
+    action = torch.tensor([[[0.5, 1.0], [0.0, -2.0]]], requires_grad=True)
+    gradient = F.action_gradient(lambda a: (weights.detach() * a**2).sum(-1), action)
+    torch.testing.assert_close(gradient, torch.tensor([[[2.0, -2.0], [0.0, 4.0]]]))
+    assert not gradient.requires_grad
+    assert action.grad is None
+    with torch.no_grad():
+        torch.testing.assert_close(F.action_gradient(lambda a: a.sum(-1), action), torch.ones(1, 2, 2))
+
+
+def test_normalized_target_ignores_the_scale_of_q():
+    q_score, sigma = torch.randn(64, 3), torch.rand(64)
+    expected = F.normalized_q_score(q_score, sigma, 0.1)
+    for scale in (1e-6, 1e6):
+        torch.testing.assert_close(F.normalized_q_score(scale * q_score, sigma, 0.1), expected, rtol=1e-5, atol=1e-6)
+    assert F.mean_absolute(expected / sigma.unsqueeze(-1)).item() == pytest.approx(10.0, rel=1e-5)
+
+
+def test_normalized_target_of_a_flat_critic_is_zero():
+    assert not F.normalized_q_score(torch.zeros(5, 2), torch.ones(5), 0.1).any()

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from qsm_rl import QValueMLP, ScoreMLP
+from qsm_rl.networks import FourierTimeEmbedding, LazyXavierLinear, SinusoidalTimeEmbedding, XavierLinear, mlp
+
+
+def test_sizes_are_the_authors():
+    assert sum(p.numel() for p in ScoreMLP(24, 6).parameters()) == 372_006
+    assert sum(p.numel() for p in QValueMLP(24, 6).parameters()) == 279_041
+
+
+def test_initialisation_is_the_authors():
+    torch.manual_seed(0)
+    network = ScoreMLP(24, 6)
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.Linear):
+            bound = math.sqrt(6 / (layer.in_features + layer.out_features))
+            assert layer.weight.abs().max().item() <= bound
+            assert layer.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
+            assert not layer.bias.any()
+    frequencies = FourierTimeEmbedding(20_000).frequencies
+    assert frequencies.mean().item() == pytest.approx(0, abs=0.01)
+    assert frequencies.std().item() == pytest.approx(0.2, rel=0.03)
+
+
+def test_fourier_features_by_hand():
+    embedding = FourierTimeEmbedding(4)
+    embedding.frequencies.data = torch.tensor([[0.25], [0.5]])
+    # Angles at t = 1: pi / 2 and pi.
+    torch.testing.assert_close(embedding(torch.tensor(1)), torch.tensor([0.0, -1.0, 1.0, 0.0]), atol=1e-6, rtol=0)
+
+
+def test_sinusoidal_features_by_hand():
+    embedding = SinusoidalTimeEmbedding(4, max_period=100.0)
+    expected = torch.tensor([2.0, 0.2])
+    torch.testing.assert_close(embedding(torch.tensor([2]))[0], torch.cat([expected.cos(), expected.sin()]))
+
+
+@pytest.mark.parametrize("time_embedding", ["fourier", "sinusoidal"])
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (2, 3)])
+def test_all_batch_shapes_give_the_rows_alone(time_embedding, shape):
+    torch.manual_seed(0)
+    network = ScoreMLP(4, 2, (16, 16), time_embedding=time_embedding, layer_norm=True)
+    critic = QValueMLP(4, 2, (16,), layer_norm=True)
+    action, observation, t = torch.randn(*shape, 2), torch.randn(*shape, 4), torch.randint(5, shape)
+    noise, value = network(action, observation, t), critic(observation, action)
+    assert noise.shape == (*shape, 2)
+    assert value.shape == (*shape, 1)
+    flat = zip(
+        action.view(-1, 2), observation.view(-1, 4), t.view(-1), noise.view(-1, 2), value.view(-1, 1), strict=True
+    )
+    for a, o, i, n, v in flat:
+        torch.testing.assert_close(network(a, o, i), n)
+        torch.testing.assert_close(critic(o, a), v)
+
+
+def test_one_expanded_timestep_equals_a_full_batch_of_it():
+    network = ScoreMLP(4, 2, (16, 16))
+    action, observation = torch.randn(3, 5, 2), torch.randn(3, 5, 4)
+    expanded = network(action, observation, torch.tensor(3).expand(3, 5))
+    torch.testing.assert_close(expanded, network(action, observation, torch.full((3, 5), 3)))
+
+
+def test_several_observations_are_joined_before_the_action():
+    critic = QValueMLP(5, 2, (8,))
+    first, second, action = torch.randn(3, 4), torch.randn(3, 1), torch.randn(3, 2)
+    torch.testing.assert_close(critic(first, second, action), critic(torch.cat([first, second], -1), action))
+
+
+def test_lazy_first_layers_take_their_size_from_the_first_batch():
+    torch.manual_seed(0)
+    network, critic = ScoreMLP(None, 2, (16,)), QValueMLP(None, 2, (16,))
+    network(torch.zeros(3, 2), torch.zeros(3, 7), torch.zeros(3))
+    critic(torch.zeros(3, 7), torch.zeros(3, 2))
+    for layer, in_features in ((network.mlp[0], 2 + 7 + 128), (critic.mlp[0], 7 + 2)):
+        assert type(layer) is XavierLinear
+        bound = math.sqrt(6 / (in_features + 16))
+        assert layer.weight.shape == (16, in_features)
+        assert 0.8 * bound < layer.weight.abs().max().item() <= bound
+        assert not layer.bias.any()
+    assert isinstance(mlp(None, (), 2, torch.nn.ReLU)[0], LazyXavierLinear)
+
+
+def test_layer_norm_bounds_the_features():
+    critic = QValueMLP(4, 2, (32, 32), layer_norm=True)
+    near, far = critic(torch.ones(1, 4), torch.ones(1, 2)), critic(1e6 * torch.ones(1, 4), 1e6 * torch.ones(1, 2))
+    assert (far - near).abs().item() < 0.01
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ScoreMLP(0, 2), "observation_dim"),
+        (lambda: ScoreMLP(4, -1), "out_features|in_features"),
+        (lambda: ScoreMLP(4, 2, (0,)), "hidden_dims"),
+        (lambda: ScoreMLP(4, 2, time_embedding="rff"), "time_embedding must be one of"),
+        (lambda: ScoreMLP(4, 2, time_features=7), "even"),
+        (lambda: QValueMLP(-3, 2), "observation_dim"),
+        (lambda: QValueMLP(3, 2, (-5,)), "hidden_dims"),
+    ],
+)
+def test_bad_sizes_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
