@@ -1,0 +1,1 @@
+"""The Lightning side: configuration, environments, updates, checkpoints."""

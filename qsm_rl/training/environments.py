@@ -1,0 +1,389 @@
+"""Environments of the recipes: Gymnasium and dm_control tasks as batched TorchRL environments.
+
+Both kinds take one route, ``gymnasium.Env`` -> ``SyncVectorEnv`` -> ``GymWrapper``, so they differ in nothing that a
+training loop can see. The environments live on the CPU, where MuJoCo computes; a collector moves the policy's inputs
+and outputs (``Collector(..., env_device="cpu", policy_device="cuda")``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import importlib.util
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import gymnasium
+import mujoco
+import numpy as np
+import torch
+from gymnasium.spaces import Box
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.wrappers import TransformAction, TransformObservation
+from tensordict import TensorDictBase
+from torchrl.envs import EnvBase, GymWrapper, RewardSum, StepCounter, Transform, TransformedEnv
+from torchrl.envs.transforms import Compose
+
+__all__ = ["RunningObservationNorm", "copy_observation_statistics", "make_environment", "sub_environment_seeds"]
+
+_DM_CONTROL_PREFIX = "dm_control/"
+
+
+def make_environment(
+    env: str,
+    *,
+    num_envs: int = 1,
+    seed: int | None = None,
+    action_repeat: int = 1,
+    normalize_observation: bool = False,
+) -> TransformedEnv:
+    """Builds the TorchRL environment of a Gymnasium or dm_control task.
+
+    The batch size is always ``(num_envs,)``. ``step`` reads ``action`` and writes, under ``next``:
+
+    - ``observation`` ``(num_envs, O)`` float32; of dm_control the task's entries, flattened and joined in its own order
+    - ``reward`` ``(num_envs, 1)`` float32, summed over the repeats of the action
+    - ``terminated`` ``(num_envs, 1)`` bool: the task ended by its own rule, no value lies beyond
+    - ``truncated`` ``(num_envs, 1)`` bool: the time limit cut the episode, its value goes on unless it also terminated
+    - ``done`` ``(num_envs, 1)`` bool: at least one of the two
+    - ``episode_reward`` ``(num_envs, 1)`` float32: sum of the rewards since the episode's start
+    - ``step_count`` ``(num_envs, 1)`` int64: frames since the episode's start
+
+    Where ``done``, ``("next", "observation")`` is the episode's true last observation, and only those environments
+    are reset. Actions are float32 in the environment's own bounds; ``environment.action_spec_unbatched`` is the spec of
+    one environment, shape ``(A,)``.
+
+    Re-seeding reproduces everything that follows: after ``environment.set_seed(s)`` and ``environment.reset()`` an
+    environment goes on bit for bit as a new one built with ``seed=s`` does after its ``reset()``.
+
+    Args:
+        env: A Gymnasium id with a continuous action space (``"HalfCheetah-v5"``, or ``"module:Name-v0"`` to import the
+            module that registers it first), or ``"dm_control/<domain>-<task>"`` (``"dm_control/walker-walk"``).
+        num_envs: Number of copies stepped one after the other in this process. More copies mean more frames for each
+            call of the policy and less overhead per frame, but older weights. Usually 1 to 16.
+        seed: Seed of the whole batch, see :func:`sub_environment_seeds`; ``None`` takes fresh entropy.
+        action_repeat: Number of simulator steps for which an action is held; it stops early at the episode's end.
+            One frame is one decision of the agent, so an episode of 1000 simulator steps is 500 frames long with 2.
+            Higher values make distant rewards nearer and control coarser. Usually 1 or 2, at most 8.
+        normalize_observation: Whether to shift and scale observations by their running mean and standard deviation,
+            see :class:`RunningObservationNorm`. Helps where features differ in size by orders of magnitude
+            (Humanoid-v5); the authors do without.
+
+    Returns:
+        The environment, with its seed set; call ``reset()`` on it first.
+
+    Raises:
+        ValueError: If the environment is unknown, its actions are not a bounded 1-D ``Box``, its observations are not
+            a 1-D ``Box``, or a number lies outside its range.
+        ImportError: If the environment needs a package that is not installed.
+
+    Example:
+        >>> environment = make_environment("InvertedPendulum-v5", num_envs=2, seed=0)
+        >>> rollout = environment.rollout(5, break_when_any_done=False)
+        >>> rollout["next", "observation"].shape
+        torch.Size([2, 5, 4])
+        >>> environment.action_spec_unbatched.space.high
+        tensor([3.])
+    """
+    for name, number in (("num_envs", num_envs), ("action_repeat", action_repeat)):
+        if not isinstance(number, int) or number < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {number}.")
+    make_one = functools.partial(_make_gymnasium_env, env, action_repeat)
+    # DISABLED leaves resets to TorchRL, which asks for them by mask. GymEnv's own vector environments corrupt the last
+    # observations; SerialEnv over single environments is right but takes 1.5 to 2.4 times as long.
+    vector_env = _SeededVectorEnv([make_one] * num_envs, autoreset_mode=AutoresetMode.DISABLED)
+    transforms = [RewardSum(), StepCounter()]
+    if normalize_observation:
+        transforms.append(RunningObservationNorm(vector_env.single_observation_space.shape[0]))
+    environment = TransformedEnv(GymWrapper(vector_env, device="cpu"), Compose(*transforms))
+    if seed is not None:
+        environment.set_seed(seed)
+    return environment
+
+
+def sub_environment_seeds(seed: int, num_envs: int) -> list[int]:
+    """Derives the seed of each environment in a batch.
+
+    The seeds of different batches have nothing in common, where ``seed + i`` would let environment 1 of a run with
+    seed 0 repeat environment 0 of a run with seed 1. A larger batch begins with the seeds of a smaller one.
+
+    Args:
+        seed: Seed of the batch, at least 0.
+        num_envs: Number of environments.
+
+    Returns:
+        ``num_envs`` seeds in 0..2^32-1.
+
+    Raises:
+        ValueError: If ``seed`` is negative.
+
+    Example:
+        >>> sub_environment_seeds(0, 3)[:2] == sub_environment_seeds(0, 2)
+        True
+    """
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}.")
+    return np.random.SeedSequence(int(seed)).generate_state(num_envs).tolist()
+
+
+class RunningObservationNorm(Transform):
+    """Shifts and scales observations by the running mean and standard deviation of all that were seen.
+
+    ``observation`` becomes ``clip((observation - mean) / sqrt(variance + 1e-8), -10, 10)``. Each new observation,
+    resets included, first enters the statistics (float64, one weight for all, Chan, Golub and LeVeque 1983). They are
+    buffers, so ``environment.state_dict()`` stores and ``environment.load_state_dict(...)`` restores them. What is in
+    the replay buffer was normalised with the statistics of its time; they settle within some thousand frames.
+
+    Args:
+        observation_dim: Number of features O of ``observation``, shape ``(*B, O)``.
+
+    Example:
+        >>> norm = RunningObservationNorm(1)
+        >>> norm.update(torch.tensor([[1.0], [3.0]]))
+        >>> norm.normalize(torch.tensor([4.0]))
+        tensor([2.])
+    """
+
+    # Why not TorchRL's VecNormV2 (0.14.1): with decay=1 it returns NaN where rounding makes its E[x^2] - E[x]^2
+    # negative (Hopper-v5 and Humanoid-v5 within 300 frames); with the default decay it corrects the variance's bias
+    # wrongly: for a feature of mean 1.25 and standard deviation 0.1 the scale is still 0.47 after 20,000 frames.
+    epsilon = 1e-8
+    clip = 10.0
+
+    def __init__(self, observation_dim: int) -> None:
+        super().__init__(in_keys=["observation"], out_keys=["observation"])
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(observation_dim, dtype=torch.float64))
+        self.register_buffer("variance", torch.ones(observation_dim, dtype=torch.float64))
+        # TorchRL keeps the transforms of an environment in eval mode, so `training` cannot tell whether to update; and
+        # it copies them where an environment is wrapped once more, with buffers shared, but not plain attributes.
+        self.register_buffer("frozen", torch.zeros((), dtype=torch.bool), persistent=False)
+
+    def freeze(self) -> RunningObservationNorm:
+        """Stops the updates of the statistics, for evaluation; returns itself."""
+        self.frozen.fill_(True)
+        return self
+
+    def update(self, observation: torch.Tensor) -> None:
+        """Adds observations ``(*B, O)`` to the statistics, unless they are frozen."""
+        if self.frozen or observation.numel() == 0:
+            return
+        batch = observation.detach().reshape(-1, observation.shape[-1]).double()
+        total = self.count + len(batch)
+        fraction = len(batch) / total
+        difference = batch.mean(0) - self.mean
+        between = fraction * (1 - fraction) * difference.square()
+        self.variance.mul_(1 - fraction).add_(fraction * batch.var(0, correction=0)).add_(between)
+        self.mean.add_(fraction * difference)
+        self.count.copy_(total)
+
+    def normalize(self, observation: torch.Tensor) -> torch.Tensor:
+        """Normalises observations ``(*B, O)`` with the statistics as they are."""
+        normalized = (observation - self.mean) / (self.variance + self.epsilon).sqrt()
+        return normalized.clamp(-self.clip, self.clip).to(observation.dtype)
+
+    def _apply_transform(self, observation: torch.Tensor) -> torch.Tensor:
+        return self.normalize(observation)
+
+    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
+        self.update(next_tensordict["observation"])
+        return self._call(next_tensordict)
+
+    def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
+        observation = tensordict_reset["observation"]
+        reset = tensordict.get("_reset", None)
+        # A partial reset also hands back the rows that go on, and these were counted when they were stepped.
+        self.update(observation if reset is None else observation[reset.reshape(observation.shape[:-1])])
+        return self._call(tensordict_reset)
+
+
+def copy_observation_statistics(source: EnvBase, target: EnvBase) -> None:
+    """Gives ``target`` a copy of the observation statistics of ``source``, frozen.
+
+    Called before each evaluation, it lets the evaluation environment normalise as the training environment does at
+    that moment without changing its statistics. Nothing happens where neither of the two normalises.
+
+    Args:
+        source: The training environment, from :func:`make_environment`.
+        target: The evaluation environment, from :func:`make_environment`.
+
+    Raises:
+        ValueError: If only one of them normalises its observations.
+
+    Example:
+        >>> training = make_environment("InvertedPendulum-v5", seed=0, normalize_observation=True)
+        >>> evaluation = make_environment("InvertedPendulum-v5", seed=1, normalize_observation=True)
+        >>> rollout = training.rollout(20)
+        >>> copy_observation_statistics(training, evaluation)
+    """
+    source_norm, target_norm = _find_observation_norm(source), _find_observation_norm(target)
+    if source_norm is None and target_norm is None:
+        return
+    if source_norm is None or target_norm is None:
+        names = ("the source", "the target") if target_norm is None else ("the target", "the source")
+        raise ValueError(
+            f"{names[0]} environment normalises its observations and {names[1]} does not: "
+            "build both with the same normalize_observation."
+        )
+    target_norm.load_state_dict(source_norm.state_dict())
+    target_norm.freeze()
+
+
+def _find_observation_norm(environment: EnvBase) -> RunningObservationNorm | None:
+    return next((module for module in environment.modules() if isinstance(module, RunningObservationNorm)), None)
+
+
+class _SeededVectorEnv(SyncVectorEnv):
+    """Gymnasium's vector environment with independent seeds for its environments."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        return super().reset(seed=None if seed is None else sub_environment_seeds(seed, self.num_envs), options=options)
+
+
+class _ActionRepeat(gymnasium.Wrapper):
+    """Holds each action for several steps, sums their rewards, and stops where the episode ends."""
+
+    def __init__(self, env: gymnasium.Env, repeat: int) -> None:
+        super().__init__(env)
+        self._repeat = repeat
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        total_reward = 0.0
+        for _ in range(self._repeat):
+            observation, reward, terminated, truncated, info = self.env.step(action)
+            total_reward += float(reward)
+            if terminated or truncated:
+                break
+        return observation, total_reward, terminated, truncated, info
+
+
+class _DmControlEnv(gymnasium.Env):
+    """A task of the dm_control suite; the last step of an episode is a termination only if its discount is 0."""
+
+    def __init__(self, name: str) -> None:
+        suite = _import_dm_control_suite(name)
+        domain, _, task = name.removeprefix(_DM_CONTROL_PREFIX).partition("-")
+        if (domain, task) not in suite.ALL_TASKS:
+            raise ValueError(_unknown_environment(name))
+        # flat_observation joins the entries in the order of the task's observation spec.
+        self._env = suite.load(domain, task, environment_kwargs={"flat_observation": True})
+        (spec,) = self._env.observation_spec().values()
+        self.observation_space = Box(-np.inf, np.inf, spec.shape, np.float32)
+        bounds = self._env.action_spec()
+        # dm_control writes MuJoCo's largest number where an actuator has no limit.
+        low = np.where(bounds.minimum <= -mujoco.mjMAXVAL, -np.inf, bounds.minimum).astype(np.float32)
+        high = np.where(bounds.maximum >= mujoco.mjMAXVAL, np.inf, bounds.maximum).astype(np.float32)
+        self.action_space = Box(low, high, bounds.shape, np.float32)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        if seed is not None:
+            self._env.task.random.seed(seed)
+        return self._flat(self._env.reset()), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        timestep = self._env.step(action)
+        terminated = timestep.last() and timestep.discount == 0.0
+        return self._flat(timestep), timestep.reward, terminated, timestep.last() and not terminated, {}
+
+    @staticmethod
+    def _flat(timestep: Any) -> np.ndarray:
+        (observation,) = timestep.observation.values()
+        return observation
+
+
+def _make_gymnasium_env(name: str, action_repeat: int) -> gymnasium.Env:
+    if name.startswith(_DM_CONTROL_PREFIX):
+        env: gymnasium.Env = _DmControlEnv(name)
+    else:
+        env = _make_registered(name)
+    actions, observations = env.action_space, env.observation_space
+    if not (isinstance(actions, Box) and len(actions.shape) == 1 and np.issubdtype(actions.dtype, np.floating)):
+        raise ValueError(f"{name} has the action space {actions}; a 1-D Box of real numbers is needed: choose another.")
+    if not (np.isfinite(actions.low).all() and np.isfinite(actions.high).all() and (actions.low < actions.high).all()):
+        raise ValueError(
+            f"{name} has the unbounded or empty action space {actions}; finite bounds low < high are needed: "
+            "choose another environment, or bound it with gymnasium.wrappers.RescaleAction before registering it."
+        )
+    if not (isinstance(observations, Box) and len(observations.shape) == 1):
+        raise ValueError(
+            f"{name} has the observation space {observations}; a 1-D Box is needed: "
+            "choose another environment, or apply gymnasium.wrappers.FlattenObservation before registering it."
+        )
+    if action_repeat > 1:
+        env = _ActionRepeat(env, action_repeat)
+    if actions.dtype != np.float32:
+        # Rounding to float32 can push an action past a float64 bound.
+        low, high = actions.low, actions.high
+        float_actions = Box(low.astype(np.float32), high.astype(np.float32), dtype=np.float32)
+        env = TransformAction(env, lambda action: np.clip(action.astype(low.dtype), low, high), float_actions)
+    float_observations = Box(-np.inf, np.inf, observations.shape, np.float32)
+    return TransformObservation(env, lambda observation: np.asarray(observation, np.float32), float_observations)
+
+
+def _make_registered(name: str) -> gymnasium.Env:
+    try:
+        with _no_model_deprecations():
+            return gymnasium.make(name)
+    except gymnasium.error.UnregisteredEnv:
+        raise ValueError(_unknown_environment(name)) from None
+    except gymnasium.error.DependencyNotInstalled as error:
+        raise ImportError(f"Environment {name!r} needs a package that is not installed: {error}") from error
+    except ImportError as error:  # such as Hopper-v3, which has left Gymnasium
+        raise ImportError(f"Environment {name!r} cannot be imported; {_did_you_mean(name)} {error}") from error
+    except gymnasium.error.Error as error:
+        raise ValueError(f"Environment {name!r} cannot be made: {error}") from error
+
+
+def _import_dm_control_suite(name: str) -> Any:
+    try:
+        with warnings.catch_warnings():
+            # Without a display dm_control tries its renderers and falls back; nothing is rendered here.
+            warnings.filterwarnings("ignore", message=".*DISPLAY environment variable is missing")
+            from dm_control import suite
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "dm_control":
+            raise
+        raise ImportError(f'{name} needs dm_control, which is not installed: pip install "qsm_rl[dmc]"') from None
+    return suite
+
+
+def _unknown_environment(name: str) -> str:
+    return f"Unknown environment {name!r}; {_did_you_mean(name)} Give a Gymnasium id or dm_control/<domain>-<task>."
+
+
+def _did_you_mean(name: str) -> str:
+    latest: dict[tuple[str | None, str], gymnasium.envs.registration.EnvSpec] = {}
+    for spec in sorted(gymnasium.registry.values(), key=lambda spec: spec.version or 0):
+        latest[spec.namespace, spec.name] = spec
+    known = [spec.id for spec in latest.values()]
+    if importlib.util.find_spec("dm_control"):
+        tasks = _import_dm_control_suite(name).ALL_TASKS
+        known += [f"{_DM_CONTROL_PREFIX}{domain}-{task}" for domain, task in tasks]
+    by_lower = {candidate.lower(): candidate for candidate in known}
+    matches = [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, n=3)]
+    return f"did you mean {' or '.join(matches)}?" if matches else "no known name is close."
+
+
+@contextlib.contextmanager
+def _no_model_deprecations() -> Iterator[None]:
+    """Drops MuJoCo's remarks on old attributes in Gymnasium's models, which no user of them can mend.
+
+    MuJoCo would print them for each environment and write MUJOCO_LOG.TXT into the working directory.
+    """
+
+    def forward(message: str) -> None:
+        if "deprecated" not in message:
+            logging.getLogger("mujoco").warning(message)
+
+    handler = mujoco.get_mju_user_warning()
+    mujoco.set_mju_user_warning(forward)
+    try:
+        yield
+    finally:
+        mujoco.set_mju_user_warning(handler)
