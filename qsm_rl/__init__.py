@@ -9,7 +9,7 @@ from qsm_rl.networks import ScoreMLP
 from qsm_rl.noise_schedule import NoiseSchedule
 from qsm_rl.objectives import QScoreMatchingLoss
 from qsm_rl.samplers import DDIMSampler, DDPMSampler
-from qsm_rl.score_targets import BoltzmannQScore, NormalizedQScore, ScaledQScore, ScoreTarget
+from qsm_rl.score_targets import BoltzmannQScore, NormalizedQScore, PosteriorQScore, ScaledQScore, ScoreTarget
 
 __all__ = [
     "ActionBox",
@@ -20,6 +20,7 @@ __all__ = [
     "GaussianExploration",
     "NoiseSchedule",
     "NormalizedQScore",
+    "PosteriorQScore",
     "QScoreMatchingLoss",
     "QValueMLP",
     "ScaledQScore",

@@ -23,8 +23,10 @@ __all__ = [
     "mean_absolute",
     "mish",
     "normalized_q_score",
+    "posterior_noise",
     "predict_clean",
     "scaled_q_score",
+    "truncated_normal",
     "vp_betas",
 ]
 
@@ -220,6 +222,66 @@ def normalized_q_score(q_score: Tensor, sigma_t: Tensor, temperature: Tensor | f
                 [ 7.5000]])
     """
     return boltzmann_q_score(q_score / mean_absolute(q_score), sigma_t, temperature)
+
+
+def truncated_normal(mean: Tensor, std: Tensor, uniform: Tensor) -> Tensor:
+    """Samples of N(mean, std^2) restricted to the box [-1, 1], by inversion of the distribution function.
+
+    Args:
+        mean: means, any distance outside the box, broadcastable with ``uniform``.
+        std: standard deviations > 0, broadcastable likewise.
+        uniform: draws of U(0, 1), shape ``(*S)``.
+
+    Returns:
+        Samples in [-1, 1], shape ``(*S)``, dtype of ``mean``.
+
+    Example:
+        >>> truncated_normal(torch.tensor(0.0), torch.tensor(100.0), torch.tensor([0.25, 0.5, 1.0])).round(decimals=3)
+        tensor([-0.5000,  0.0000,  1.0000])
+    """
+    # The left tail of the distribution function is accurate to 1e-300 in float64, the right one is not: a mean
+    # left of the box is mirrored, so that the box always lies in the left half.
+    side = torch.where(mean < 0, -1.0, 1.0).double()
+    center = side * mean.double()
+    std = std.double()
+    low, high = torch.special.ndtr((-1 - center) / std), torch.special.ndtr((1 - center) / std)
+    quantile = torch.special.ndtri(low + (high - low) * uniform.double())
+    # Beyond that the mass sits at the face of the box.
+    sample = torch.nan_to_num(center + std * quantile, nan=1.0, posinf=1.0, neginf=1.0).clamp(-1, 1)
+    return (side * sample).to(mean.dtype)
+
+
+def posterior_noise(
+    noisy: Tensor, alphas_cumprod_t: Tensor, particles: Tensor, log_weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``E[noise | noisy action]`` by self-normalised importance sampling.
+
+    With clean actions ``a_0`` of weight ``w``, ``E[noise | a_t] = (a_t - sqrt(alphas_cumprod_t) sum(w a_0) / sum(w)) /
+    sigma_t`` (Tweedie's formula, Robbins 1956; Efron 2011, equation 2.8).
+
+    Args:
+        noisy: noised actions ``a_t``, shape ``(*B, A)``.
+        alphas_cumprod_t: ``alphas_cumprod`` at each sample's timestep, shape ``(*B,)``.
+        particles: clean actions, shape ``(K, *B, A)``.
+        log_weights: logarithm of target over proposal density at the particles, up to a constant, shape ``(K, *B)``.
+
+    Returns:
+        The noise, shape ``(*B, A)``, and the effective sample size ``(sum w)^2 / sum w^2`` in [1, K], shape ``(*B,)``.
+
+    Example:
+        >>> noise, size = posterior_noise(
+        ...     torch.tensor([0.8]), torch.tensor(0.64), torch.tensor([[1.0], [0.5]]), torch.tensor([0.0, 0.0])
+        ... )
+        >>> noise.round(decimals=4), size
+        (tensor([0.3333]), tensor(2.))
+    """
+    assert particles.shape[1:] == noisy.shape, (particles.shape, noisy.shape)
+    assert particles.shape[:-1] == log_weights.shape, (particles.shape, log_weights.shape)
+    weights = torch.softmax(log_weights, 0)
+    clean = (weights.unsqueeze(-1) * particles).sum(0)
+    alphas_cumprod_t = alphas_cumprod_t.unsqueeze(-1)
+    noise = (noisy - alphas_cumprod_t.sqrt() * clean) / (1 - alphas_cumprod_t).sqrt()
+    return noise, 1 / weights.square().sum(0)
 
 
 class _Mish(torch.autograd.Function):
