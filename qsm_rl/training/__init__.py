@@ -1,1 +1,60 @@
-"""The Lightning side: configuration, environments, updates, checkpoints."""
+"""The Lightning training side, which all recipes share. Importing :mod:`qsm_rl` alone does not import it."""
+
+from qsm_rl.training.actor_files import load_actor, publish_actor
+from qsm_rl.training.callbacks import restore_checkpoint
+from qsm_rl.training.checkpoints import CheckpointFolder
+from qsm_rl.training.command_line import parse_configuration
+from qsm_rl.training.configuration import TrainingConfiguration, capped_warmup
+from qsm_rl.training.environments import copy_observation_statistics, make_environment
+from qsm_rl.training.errors import TrainingError, UserError, exit_on_error, user_errors
+from qsm_rl.training.evaluation import EvaluationResult, evaluate_policy
+from qsm_rl.training.frames import FramesDataset
+from qsm_rl.training.hardware import choose_device, limit_threads
+from qsm_rl.training.loggers import read_metrics
+from qsm_rl.training.module import OffPolicyModule
+from qsm_rl.training.plotting import plot_learning_curve
+from qsm_rl.training.qsm_configuration import PRESETS, QSMConfiguration, preset_values
+from qsm_rl.training.qsm_update import QSMUpdate
+from qsm_rl.training.random_state import derived_seed, seed_everything
+from qsm_rl.training.replay import ReplayArchive, TransitionWriter
+from qsm_rl.training.run_folder import RunFolder
+from qsm_rl.training.running import finish_run, make_callbacks, make_loggers, print_summary
+from qsm_rl.training.updates import Update
+
+__all__ = [
+    "PRESETS",
+    "CheckpointFolder",
+    "EvaluationResult",
+    "FramesDataset",
+    "OffPolicyModule",
+    "QSMConfiguration",
+    "QSMUpdate",
+    "ReplayArchive",
+    "RunFolder",
+    "TrainingConfiguration",
+    "TrainingError",
+    "TransitionWriter",
+    "Update",
+    "UserError",
+    "capped_warmup",
+    "choose_device",
+    "copy_observation_statistics",
+    "derived_seed",
+    "evaluate_policy",
+    "exit_on_error",
+    "finish_run",
+    "limit_threads",
+    "load_actor",
+    "make_callbacks",
+    "make_environment",
+    "make_loggers",
+    "parse_configuration",
+    "plot_learning_curve",
+    "preset_values",
+    "print_summary",
+    "publish_actor",
+    "read_metrics",
+    "restore_checkpoint",
+    "seed_everything",
+    "user_errors",
+]

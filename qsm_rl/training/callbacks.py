@@ -1,0 +1,272 @@
+"""What happens at periods of frames: evaluation, rows of the log, the learning curve, checkpoints, the stop."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+
+from qsm_rl.training.checkpoints import CheckpointFolder
+from qsm_rl.training.errors import TrainingError, UserError
+from qsm_rl.training.evaluation import EvaluationResult
+from qsm_rl.training.frames import FramesDataset, period_ended
+from qsm_rl.training.module import OffPolicyModule
+from qsm_rl.training.plotting import plot_learning_curve
+from qsm_rl.training.replay import ReplayArchive
+from qsm_rl.training.run_folder import RunFolder
+
+__all__ = ["CheckpointWriter", "Evaluation", "LearningCurve", "MetricRows", "StopSignals", "restore_checkpoint"]
+
+
+class PeriodicCallback(Callback):
+    """Base: :meth:`run` is called behind a training step in which a period of frames ended, and behind the last one.
+
+    Args:
+        frames: the data set, which knows where the run ends and where it is cut.
+        every: period in frames.
+    """
+
+    def __init__(self, frames: FramesDataset, every: int) -> None:
+        self.frames = frames
+        self.every = every
+
+    def due(self, before: int, after: int) -> bool:
+        """Whether to run after the step that took the frame count from ``before`` to ``after``."""
+        return period_ended(before, after, self.every) or after >= self.frames.total_frames
+
+    def run(self, trainer: Trainer, module: OffPolicyModule) -> None:
+        """What the callback does."""
+        raise NotImplementedError
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: OffPolicyModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Lightning's hook."""
+        if self.due(module.env_frames - batch.numel(), module.env_frames):
+            self.run(trainer, module)
+
+
+class StopRequested(Exception):
+    """Raised inside an evaluation when the process is asked to stop."""
+
+
+class StopSignals(Callback):
+    """Ends training behind the current step on Ctrl-C (SIGINT) or SIGTERM; a second Ctrl-C ends the process at once.
+
+    Attributes:
+        signal: the signal that came, or None.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._interruptible = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell expects of a process that a signal ended, 128 plus its number; 0 without one."""
+        return 0 if self.signal is None else 128 + self.signal
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """A block that a signal leaves at once, by :class:`StopRequested`."""
+        if self.signal is not None:
+            raise StopRequested
+        self._interruptible = True
+        try:
+            yield
+        finally:
+            self._interruptible = False
+
+    def on_train_start(self, trainer: Trainer, module: OffPolicyModule) -> None:
+        """Takes the signals over, from Lightning too."""
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            if self.signal is not None and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.signal = signal.Signals(number)
+            trainer.should_stop = True
+            if self._interruptible:
+                raise StopRequested
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, stop)
+
+    def on_train_end(self, trainer: Trainer, module: OffPolicyModule) -> None:
+        """Gives the signals back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def on_exception(self, trainer: Trainer, module: OffPolicyModule, exception: BaseException) -> None:
+        """Gives the signals back."""
+        self.on_train_end(trainer, module)
+
+
+class Evaluation(PeriodicCallback):
+    """Evaluates the policy and adds ``eval/...`` to the next row of the log.
+
+    Args:
+        frames: the data set.
+        every: frames between evaluations.
+        evaluate: runs one evaluation at a frame count.
+        stop: asks for evaluations to be left.
+
+    Attributes:
+        last: the last result.
+    """
+
+    def __init__(
+        self, frames: FramesDataset, every: int, evaluate: Callable[[int], EvaluationResult], stop: StopSignals
+    ) -> None:
+        super().__init__(frames, every)
+        self.evaluate = evaluate
+        self.stop = stop
+        self.last: EvaluationResult | None = None
+
+    def run(self, trainer: Trainer, module: OffPolicyModule) -> None:
+        """Evaluates, unless the process is to stop."""
+        begin = time.perf_counter()
+        try:
+            with self.stop.interruptible():
+                self.last = self.evaluate(module.env_frames)
+        except StopRequested:
+            return
+        module.window.add({**self.last.metrics(), "time/evaluation_seconds": time.perf_counter() - begin})
+
+
+class MetricRows(PeriodicCallback):
+    """Writes a row to every logger each period, at evaluations, and at cuts, where nothing may be left over.
+
+    Args:
+        frames: the data set.
+        every: frames between rows.
+        evaluate_every: frames between evaluations.
+    """
+
+    def __init__(self, frames: FramesDataset, every: int, evaluate_every: int) -> None:
+        super().__init__(frames, every)
+        self.evaluate_every = evaluate_every
+        self._begin = self._last_time = time.perf_counter()
+        self._last_frames = self._last_steps = 0
+
+    def on_train_start(self, trainer: Trainer, module: OffPolicyModule) -> None:
+        """Starts the clock."""
+        self._begin = self._last_time = time.perf_counter()
+        self._last_frames, self._last_steps = module.env_frames, module.grad_steps
+
+    def due(self, before: int, after: int) -> bool:
+        """See :class:`MetricRows`."""
+        return (
+            super().due(before, after)
+            or period_ended(before, after, self.evaluate_every)
+            or self.frames.is_cut(before, after)
+        )
+
+    def run(self, trainer: Trainer, module: OffPolicyModule) -> None:
+        """Writes the row."""
+        row = module.metrics()
+        now = time.perf_counter()
+        seconds = max(now - self._last_time, 1e-9)
+        row["time/frames_per_second"] = (module.env_frames - self._last_frames) / seconds
+        row["time/updates_per_second"] = (module.grad_steps - self._last_steps) / seconds
+        row["time/elapsed_seconds"] = now - self._begin
+        self._last_time, self._last_frames, self._last_steps = now, module.env_frames, module.grad_steps
+        for logger in trainer.loggers:
+            logger.log_metrics({name: row[name] for name in sorted(row)}, step=module.env_frames)
+
+
+class LearningCurve(PeriodicCallback):
+    """Draws learning_curve.png anew behind each evaluation.
+
+    Args:
+        frames: the data set.
+        every: frames between evaluations.
+        folder: the run's folder.
+        title: title of the picture.
+    """
+
+    def __init__(self, frames: FramesDataset, every: int, folder: RunFolder, title: str) -> None:
+        super().__init__(frames, every)
+        self.folder = folder
+        self.title = title
+
+    def run(self, trainer: Trainer, module: OffPolicyModule) -> None:
+        """Draws."""
+        plot_learning_curve(self.folder.metrics, self.folder.learning_curve, title=self.title)
+
+
+class CheckpointWriter(PeriodicCallback):
+    """Stores networks, optimisers, counters, observation statistics and replay buffer at every cut.
+
+    Put it behind the callbacks that write to the run's files: what they wrote is then older than the checkpoint.
+
+    Args:
+        frames: the data set, whose cuts are the period.
+        folder: the run's folder.
+        archive: the replay buffer's files.
+    """
+
+    def __init__(self, frames: FramesDataset, folder: RunFolder, archive: ReplayArchive) -> None:
+        super().__init__(frames, frames.checkpoint_every)
+        self.checkpoints = CheckpointFolder(folder.checkpoints)
+        self.archive = archive
+        self.last_frame: int | None = frames.first_frame or None
+        self._manifests: list[dict[str, Any]] = []
+
+    def run(self, trainer: Trainer, module: OffPolicyModule) -> None:
+        """Writes rows first, then the checkpoint that names them, then removes what no kept checkpoint needs.
+
+        Raises:
+            TrainingError: if the disk is full or not writable; the last good checkpoint is untouched.
+        """
+        try:
+            manifest = self.archive.save(module.writer.replay)
+            state = {
+                "training": module.checkpoint_state(),
+                "environment": dict(self.frames.collector.env.state_dict()),
+                "replay": manifest,
+            }
+            self.checkpoints.save(module.env_frames, state)
+        except OSError as error:
+            last = (
+                "there is none before it"
+                if self.last_frame is None
+                else f"the one at frame {self.last_frame:,} is intact"
+            )
+            raise TrainingError(
+                f"the checkpoint at frame {module.env_frames:,} could not be written to {self.checkpoints.path}: "
+                f"{error.strerror or error}; {last}. Make room, then continue with --resume {self.checkpoints.path.parent}."
+            ) from error
+        self.last_frame = module.env_frames
+        self._manifests = [*self._manifests[-1:], manifest]
+        if len(self._manifests) > 1:  # a resumed run does not know yet what the checkpoint before its first one needs
+            self.archive.prune(self._manifests)
+
+
+def restore_checkpoint(
+    state: dict[str, Any], module: OffPolicyModule, frames: FramesDataset, archive: ReplayArchive
+) -> None:
+    """Puts a run back to where a checkpoint was written.
+
+    Args:
+        state: what :meth:`CheckpointFolder.newest` returned.
+        module: the module of a run with the same settings.
+        frames: its data set, not iterated yet.
+        archive: the replay buffer's files.
+
+    Raises:
+        UserError: if the checkpoint does not fit the networks, or the replay files do not fit the checkpoint.
+    """
+    try:
+        module.restore_state(state["training"])
+        frames.collector.env.load_state_dict(state["environment"])
+    except (RuntimeError, KeyError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"the checkpoint at frame {state['frames']:,} does not fit this run: {reason[:300]}") from error
+    archive.restore(module.writer.replay, state["replay"])
+    frames.first_frame = state["frames"]

@@ -1,0 +1,142 @@
+"""From the command line, a YAML file and a preset to one checked configuration."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, asdict, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+from qsm_rl.training.configuration import TrainingConfiguration
+from qsm_rl.training.errors import UserError
+
+__all__ = ["CONFIGURATION_FILE", "parse_configuration", "saved_text"]
+
+CONFIGURATION_FILE = "config.yaml"
+NOT_SAVED = ("run_dir", "resume")  # where the run lies is no property of the run: config.yaml can start another one
+
+Configuration = TypeVar("Configuration", bound=TrainingConfiguration)
+
+
+def parse_configuration(
+    configuration_class: type[Configuration],
+    preset_values: Callable[[str, str], dict[str, Any]],
+    arguments: Sequence[str] | None = None,
+    *,
+    description: str | None = None,
+) -> Configuration:
+    """Reads the configuration: flags override ``--config FILE``, which overrides the preset.
+
+    With ``--resume RUN_DIR`` everything comes from that run's config.yaml, and only ``--total_frames`` may be given, not
+    smaller than before.
+
+    Args:
+        configuration_class: the dataclass whose fields are the flags.
+        preset_values: ``(preset, env)`` to the values that the preset fills in.
+        arguments: the command line; ``sys.argv[1:]`` when not given.
+        description: what ``--help`` says first.
+
+    Returns:
+        The checked configuration.
+
+    Raises:
+        UserError: for an unknown flag or YAML key, a value of the wrong type or range, or a run that cannot be resumed.
+    """
+    parser = _parser(configuration_class, description)
+    given = _parse(parser, list(sys.argv[1:] if arguments is None else arguments))
+    if given.get("resume") is not None:
+        return _resumed(parser, configuration_class, given)
+    preset = given.get("preset", _default(configuration_class, "preset"))
+    env = given.get("env", _default(configuration_class, "env"))
+    return configuration_class(**{**preset_values(preset, env), **given})
+
+
+def saved_text(configuration: TrainingConfiguration) -> str:
+    """The configuration as YAML, as it is kept in a run folder and read back by ``--config``."""
+    parser = _parser(type(configuration), None)
+    values = {name: value for name, value in asdict(configuration).items() if name not in NOT_SAVED}
+    return parser.dump(parser.parse_object(values, defaults=False), skip_none=False, skip_validation=True)
+
+
+def _parser(configuration_class: type[TrainingConfiguration], description: str | None) -> ArgumentParser:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, description=description)
+    parser.add_argument(
+        "--config", action="config", help="YAML file with any of the settings below; flags override it."
+    )
+    parser.add_class_arguments(configuration_class)
+    return parser
+
+
+def _parse(parser: ArgumentParser, arguments: list[str]) -> dict[str, Any]:
+    """What was given on the command line and in the YAML file, without defaults."""
+    try:
+        given = parser.parse_args(_config_first(arguments), defaults=False).as_dict()
+    except ArgumentError as error:
+        raise UserError(_readable(str(error), parser)) from error
+    given.pop("config", None)
+    return given
+
+
+def _config_first(arguments: list[str]) -> list[str]:
+    """Moves ``--config FILE`` to the front: later arguments win, and flags are to win wherever they stand."""
+    front, rest, position = [], [], 0
+    while position < len(arguments):
+        argument = arguments[position]
+        width = 2 if argument == "--config" else 1
+        (front if argument.startswith("--config=") or width == 2 else rest).extend(
+            arguments[position : position + width]
+        )
+        position += width
+    return front + rest
+
+
+def _readable(message: str, parser: ArgumentParser) -> str:
+    """The parser's message in the words of the command line, with the nearest flag for an unknown one."""
+    message = re.sub(r'Parser key "(\w+)":\s*', r"--\1: ", message)
+    message = re.sub(r"<class '(\w+)'>", r"\1", message)
+    message = re.sub(r"Expected an? (?:typing\.Literal\[(.*?)\]|(\S+))\. Got value", r"expected \1\2; got", message)
+    message = re.sub(r"\s*\n\s*", " ", message).strip()
+    unknown = re.search(r"unrecognized arguments: (--[\w-]+)|Option '(\w+)' is not accepted", message)
+    if unknown is not None:
+        name = (unknown.group(1) or unknown.group(2)).lstrip("-").replace("-", "_")
+        near = difflib.get_close_matches(name, [action.dest for action in parser._actions], n=1)
+        message += f"; did you mean --{near[0]}?" if near else "; --help lists them."
+    return message
+
+
+def _default(configuration_class: type, name: str) -> Any:
+    default = next(field.default for field in fields(configuration_class) if field.name == name)
+    assert default is not MISSING
+    return default
+
+
+def _resumed(parser: ArgumentParser, configuration_class: type[Configuration], given: dict[str, Any]) -> Configuration:
+    run_dir = Path(given.pop("resume"))
+    total_frames = given.pop("total_frames", None)
+    if given:
+        raise UserError(
+            f"--resume takes every setting from the run; remove {', '.join(f'--{name}' for name in given)} "
+            "(only --total_frames may be raised)."
+        )
+    path = run_dir / CONFIGURATION_FILE
+    if not path.is_file():
+        raise UserError(f"--resume {run_dir}: {path} does not exist; give the folder of a run.")
+    values = _parse(parser, ["--config", str(path)])
+    names = {field.name for field in fields(configuration_class)} - set(NOT_SAVED)
+    if missing := sorted(names - values.keys()):
+        raise UserError(
+            f"{path} lacks {', '.join(missing)}; it is from another version or recipe, and cannot be resumed."
+        )
+    if total_frames is not None:
+        if total_frames < values["total_frames"]:
+            raise UserError(
+                f"--total_frames may only be raised on resuming, got {total_frames} below {values['total_frames']}."
+            )
+        values["total_frames"] = total_frames
+    return configuration_class(**values, resume=run_dir)

@@ -1,0 +1,159 @@
+"""What every recipe of the kit can be told, as one dataclass: fields, defaults, help and checks."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from qsm_rl.training.errors import UserError
+
+__all__ = ["TrainingConfiguration", "capped_warmup"]
+
+
+@dataclass(kw_only=True)
+class TrainingConfiguration:
+    """Settings shared by all off-policy recipes. A frame is one decision of the agent: one transition in the replay buffer."""
+
+    env: str = "HalfCheetah-v5"
+    """Environment: a Gymnasium MuJoCo id such as Hopper-v5, or dm_control/DOMAIN-TASK such as dm_control/walker-walk (needs
+    the dmc extra)."""
+
+    total_frames: int = 1_000_000
+    """Frames to train for. Locomotion takes 30,000 to show progress and 1,000,000 to settle."""
+
+    seed: int = 0
+    """Seed of everything random. Report at least three seeds."""
+
+    device: str = "auto"
+    """Where the networks and the replay buffer live: auto (a GPU when there is one), cpu, cuda, cuda:1."""
+
+    preset: str = "default"
+    """Named set of values for everything not given otherwise: default (what works best) or paper (the authors' settings)."""
+
+    run_dir: Path | None = None
+    """Folder of the run; null makes runs/RECIPE/ENV/TIME-sSEED. A folder that holds anything is refused."""
+
+    resume: Path | None = None
+    """Folder of a run to continue with all its settings; only --total_frames may be given beside it."""
+
+    eval_every: int = 10_000
+    """Frames between evaluations. More often gives a finer curve and costs time; training itself is the same."""
+
+    eval_episodes: int = 10
+    """Episodes of one evaluation. More make the mean less noisy (5 to 20 are usual) and cost time."""
+
+    checkpoint_every: int = 5_000
+    """Frames between checkpoints, from which --resume continues to the bit. All environments are reset there, in every run:
+    keep it well above num_envs times the length of an episode. At most this many frames are lost by a crash."""
+
+    log_every: int = 1_000
+    """Frames between rows of metrics.csv and TensorBoard; a row is the average since the last one."""
+
+    action_repeat: int = 1
+    """Simulator steps for each action, their rewards summed. More shortens the horizon; 1 is the paper's, 2 is usual for
+    dm_control."""
+
+    normalize_observation: bool = False
+    """Whether observations are shifted and scaled by their running mean and spread. Helps where their sizes differ by orders
+    of magnitude; unneeded for most MuJoCo tasks."""
+
+    num_envs: int = 1
+    """Environments stepped together. More give more varied data and faster collection, with fewer policies tried in all."""
+
+    frames_per_batch: int = 1
+    """Frames collected between two rounds of updates, a multiple of num_envs. More is faster and acts with older weights; 1
+    is the paper's with one environment."""
+
+    warmup_frames: int = 10_000
+    """Frames of uniformly random actions before the first update, capped at a fifth of total_frames. More fills the replay
+    buffer with wider data and starts learning later; usual range 1,000 to 25,000."""
+
+    updates_per_frame: float = 1.0
+    """Updates for each frame after the warm-up. More learns from fewer frames, costs time, and can overfit the critics;
+    usual range 0.25 to 2."""
+
+    replay_size: int = 1_000_000
+    """Transitions kept; the oldest are overwritten. Smaller forgets sooner; usual range 100,000 to 1,000,000."""
+
+    batch_size: int = 256
+    """Transitions of one update. Larger is steadier and slower; usual range 128 to 1,024."""
+
+    actor_learning_rate: float = 3e-4
+    """Adam's step size for the actor. Higher learns faster and is less stable; usual range 1e-4 to 1e-3."""
+
+    critic_learning_rate: float = 3e-4
+    """Adam's step size for the critics. Higher learns faster and is less stable; usual range 1e-4 to 1e-3."""
+
+    actor_hidden_dims: tuple[int, ...] = (256, 256)
+    """Widths of the actor's hidden layers. Wider fits more and is slower; usual 256 to 512."""
+
+    critic_hidden_dims: tuple[int, ...] = (256, 256)
+    """Widths of the critics' hidden layers. Wider fits more and is slower; usual 256 to 1,024."""
+
+    gamma: float = 0.99
+    """Discount per frame. Higher looks further ahead with more variance; usual range 0.95 to 0.995."""
+
+    tau: float = 0.005
+    """Share of the critics that the target critics take over at each update. Higher follows faster and is less stable; usual
+    range 0.001 to 0.02."""
+
+    n_step: int = 1
+    """Rewards summed before the bootstrap. More carries rewards back faster and leans on old actions; usual range 1 to 5."""
+
+    gradient_clipping: float | None = None
+    """Largest norm of a gradient, for actor and critics each; null clips nothing. Lower is steadier and slower; usual range
+    0.5 to 10."""
+
+    def __post_init__(self) -> None:
+        """Checks every field.
+
+        Raises:
+            UserError: naming the field, its value and what was expected.
+        """
+        for name in (
+            "total_frames eval_every eval_episodes checkpoint_every log_every action_repeat num_envs frames_per_batch "
+            "replay_size batch_size n_step"
+        ).split():
+            self._check(name, getattr(self, name) >= 1, "at least 1")
+        self._check("seed", 0 <= self.seed < 2**32, "from 0 to 4294967295")
+        self._check("warmup_frames", self.warmup_frames >= 0, "0 or more")
+        for name in ("updates_per_frame", "actor_learning_rate", "critic_learning_rate"):
+            self._check(name, 0 < getattr(self, name) < math.inf, "a number above 0")
+        for name in ("actor_hidden_dims", "critic_hidden_dims"):
+            widths = tuple(getattr(self, name))
+            setattr(self, name, widths)
+            self._check(name, bool(widths) and all(width >= 1 for width in widths), "one or more widths of at least 1")
+        self._check("gamma", 0 <= self.gamma <= 1, "from 0 to 1")
+        self._check("tau", 0 < self.tau <= 1, "above 0 and at most 1")
+        self._check(
+            "gradient_clipping", self.gradient_clipping is None or self.gradient_clipping > 0, "null or above 0"
+        )
+        self._check(
+            "frames_per_batch", self.frames_per_batch % self.num_envs == 0, f"a multiple of num_envs={self.num_envs}"
+        )
+        self._check(
+            "device", re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device) is not None, "auto, cpu, cuda or cuda:N"
+        )
+
+    def _check(self, name: str, valid: bool, expected: str) -> None:
+        if not valid:
+            raise UserError(f"--{name} must be {expected}, got {getattr(self, name)!r}.")
+
+
+def capped_warmup(warmup_frames: int, total_frames: int) -> int:
+    """The warm-up of a run: at most a fifth of its frames, so that a short run learns something too.
+
+    Args:
+        warmup_frames: frames of random actions asked for.
+        total_frames: frames of the whole run.
+
+    Returns:
+        The smaller of ``warmup_frames`` and a fifth of ``total_frames``.
+
+    Example:
+        >>> capped_warmup(10_000, 1_000_000), capped_warmup(10_000, 2_000)
+        (10000, 400)
+    """
+    return min(warmup_frames, total_frames // 5)

@@ -1,0 +1,64 @@
+"""Errors that people can mend: reported in a line or two, without a traceback."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import NoReturn, ParamSpec
+
+__all__ = ["TrainingError", "UserError", "exit_on_error", "user_errors"]
+
+P = ParamSpec("P")
+
+
+class UserError(Exception):
+    """Something the user gave does not fit. The message names the value, what was expected, and the fix."""
+
+
+class TrainingError(Exception):
+    """Training cannot go on. The message names the cause and the frame; the last checkpoint is intact."""
+
+
+@contextmanager
+def user_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Turns the given kinds of exception, raised in the block, into a :class:`UserError` with the same message.
+
+    Put it around calls whose arguments come straight from the user, and around nothing else: a bug must keep its traceback.
+
+    Args:
+        *kinds: exception classes that the called code raises for bad input.
+
+    Raises:
+        UserError: in place of an exception of the given kinds.
+    """
+    try:
+        yield
+    except kinds as error:
+        raise UserError(str(error)) from error
+
+
+def exit_on_error(main: Callable[P, int]) -> Callable[P, NoReturn]:
+    """Makes a recipe's ``main`` a command, which exits with the code that ``main`` returns.
+
+    A :class:`UserError` is printed on stderr without a traceback, and the code is 2; so is a :class:`TrainingError`, with
+    code 1. Ctrl-C before training has begun gives 130.
+
+    Args:
+        main: the recipe's entry point.
+    """
+
+    @wraps(main)
+    def command(*args: P.args, **kwargs: P.kwargs) -> NoReturn:
+        try:
+            code = main(*args, **kwargs)
+        except (UserError, TrainingError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = 2 if isinstance(error, UserError) else 1
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            code = 130
+        sys.exit(code)
+
+    return command

@@ -1,0 +1,100 @@
+"""One update of Q-score matching, in the authors' order."""
+
+from __future__ import annotations
+
+from tensordict import TensorDictBase
+from torch import Tensor
+from torch.optim import Adam
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchrl.objectives import SoftUpdate
+
+from qsm_rl.actor import DiffusionActor
+from qsm_rl.objectives import QScoreMatchingLoss
+from qsm_rl.training.updates import Update, cosine_decay, gradient_step
+
+__all__ = ["QSMUpdate"]
+
+
+class QSMUpdate(Update):
+    """Critics first, then their targets, then the actor with the critics just updated.
+
+    ``qvalue_loss``, critic step, Polyak step of the target critics, ``actor_loss``, actor step.
+
+    Args:
+        loss: the loss, with its value estimator made and on its device.
+        actor_learning_rate: Adam's step size for the actor.
+        critic_learning_rate: Adam's step size for the critics.
+        tau: share of the critics that the target critics take over.
+        actor_learning_rate_decay: updates over which the actor's rate falls to zero along a cosine; None keeps it.
+        gradient_clipping: largest gradient norm, for actor and critics each; None clips nothing.
+        actor_ema: decay of the moving average of the actor; None keeps none.
+
+    Attributes:
+        ema: the averaged actor; None without ``actor_ema``.
+    """
+
+    loss: QScoreMatchingLoss
+
+    def __init__(
+        self,
+        loss: QScoreMatchingLoss,
+        *,
+        actor_learning_rate: float,
+        critic_learning_rate: float,
+        tau: float,
+        actor_learning_rate_decay: int | None = None,
+        gradient_clipping: float | None = None,
+        actor_ema: float | None = None,
+    ) -> None:
+        actor_parameters = list(loss.actor_network_params.parameters())
+        critic_parameters = list(loss.qvalue_network_params.parameters())
+        optimizers = {
+            "actor": Adam(actor_parameters, lr=actor_learning_rate, fused=True),
+            "critic": Adam(critic_parameters, lr=critic_learning_rate, fused=True),
+        }
+        super().__init__(loss, optimizers)
+        self.actor_parameters = actor_parameters
+        self.critic_parameters = critic_parameters
+        self.actor_learning_rate = actor_learning_rate
+        self.actor_learning_rate_decay = actor_learning_rate_decay
+        self.gradient_clipping = gradient_clipping
+        self.target_updater = SoftUpdate(loss, tau=tau)
+        # A view on the loss's parameters; in a tuple, so that they are not registered a second time.
+        self._actor = (loss.get_stateful_net("actor_network"),)
+        self.ema: AveragedModel | None = None
+        if actor_ema is not None:
+            self.ema = AveragedModel(self._actor[0], multi_avg_fn=get_ema_multi_avg_fn(actor_ema))
+        self._infos: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
+
+    @property
+    def policy(self) -> DiffusionActor:
+        """What is evaluated and published: the averaged actor if there is one, else the actor itself."""
+        return self._actor[0] if self.ema is None else self.ema.module
+
+    def forward(self, batch: TensorDictBase) -> dict[str, Tensor]:
+        """See :meth:`Update.forward`; returns ``qvalue`` (mean over critics) and ``actor``."""
+        loss_qvalue, qvalue_info = self.loss.qvalue_loss(batch)
+        self._step("critic", "loss_qvalue", loss_qvalue, self.critic_parameters)
+        self.target_updater.step()
+
+        loss_actor, actor_info = self.loss.actor_loss(batch)
+        rate = self.actor_learning_rate * cosine_decay(self.num_updates, self.actor_learning_rate_decay)
+        self.optimizers["actor"].param_groups[0]["lr"] = rate
+        self._step("actor", "loss_actor", loss_actor, self.actor_parameters)
+        if self.ema is not None:
+            self.ema.update_parameters(self._actor[0])
+
+        self.num_updates += 1
+        self._infos = qvalue_info, actor_info
+        return {"qvalue": loss_qvalue.detach() / self.loss.num_qvalue_nets, "actor": loss_actor.detach()}
+
+    def diagnostics(self) -> dict[str, Tensor]:
+        """Sizes of Q, dQ/da, the score target and the predicted noise, and the share of saturated actions."""
+        if self._infos is None:
+            return {}
+        qvalue_info, actor_info = self._infos
+        saturated = (qvalue_info["next_action"].abs() > 0.999).float().mean()
+        return {**self.loss.diagnostics(qvalue_info, actor_info), "action_saturation": saturated}
+
+    def _step(self, optimizer: str, name: str, loss: Tensor, parameters: list[Tensor]) -> None:
+        gradient_step(name, loss, self.optimizers[optimizer], parameters, self.gradient_clipping)

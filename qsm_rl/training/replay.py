@@ -1,0 +1,188 @@
+"""From collected batches to the replay buffer, and the replay buffer to and from the disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tensordict import TensorDict, TensorDictBase
+from torchrl.data import ReplayBuffer
+from torchrl.envs.transforms import MultiStepTransform
+
+from qsm_rl.training.atomic_files import write_atomically
+from qsm_rl.training.errors import UserError
+
+__all__ = ["ReplayArchive", "TransitionWriter"]
+
+ENTRIES = ("observation", "action", *(("next", key) for key in ("observation", "reward", "done", "terminated")))
+
+
+class TransitionWriter:
+    """Turns collected batches into the transitions of a replay buffer, joining ``n_step`` of them where asked.
+
+    With ``n_step > 1`` a transition leads from its observation to the one ``n_step`` frames later, or to the end of the
+    episode; its reward is the discounted sum on the way and ``steps_to_next_obs`` its length, which TorchRL's value
+    estimators use for the discount. Where every trajectory of a batch ends with it, nothing is held back.
+
+    Args:
+        replay: replay buffer of single transitions.
+        n_step: frames joined, at least 1.
+        gamma: discount per frame.
+    """
+
+    def __init__(self, replay: ReplayBuffer, *, n_step: int = 1, gamma: float = 0.99) -> None:
+        self.replay = replay
+        self.n_step = n_step
+        self.gamma = gamma
+        self._multi_step = self._new_multi_step()
+
+    def write(self, batch: TensorDictBase) -> None:
+        """Adds a batch ``(num_envs, T)`` in the order of time.
+
+        Args:
+            batch: what the collector returned; its last step may be marked as truncated.
+        """
+        transitions = batch.select(*ENTRIES)
+        if self._multi_step is None:
+            self.replay.extend(transitions.reshape(-1))
+            return
+        self._extend(self._multi_step.inv(transitions))
+        if bool(transitions["next", "done"][..., -1, :].all()):
+            # Every trajectory is over, so the held frames are complete: any rows that follow push them out unchanged.
+            following = transitions[..., -1:].expand(*transitions.shape[:-1], self.n_step).clone()
+            self._extend(self._multi_step.inv(following))
+            self._multi_step = self._new_multi_step()
+
+    def _extend(self, transitions: TensorDictBase | None) -> None:
+        if transitions is not None and transitions.numel() > 0:
+            self.replay.extend(transitions.select(*ENTRIES, "steps_to_next_obs").reshape(-1))
+
+    def _new_multi_step(self) -> MultiStepTransform | None:
+        # Without done_keys=[] the transition would keep the first frame's `terminated` and bootstrap beyond the end.
+        return MultiStepTransform(self.n_step, self.gamma, done_keys=[]) if self.n_step > 1 else None
+
+
+class Segment(NamedTuple):
+    """A file of consecutive rows: rows ``first`` to ``last - 1``, counted since the run began."""
+
+    first: int
+    last: int
+    size: int
+
+    @property
+    def name(self) -> str:
+        return f"rows-{self.first:012d}-{self.last:012d}.safetensors"
+
+
+class ReplayArchive:
+    """A replay buffer on the disk, as files that are written once: each holds the rows added since the one before it.
+
+    Saving costs what the new rows cost, however large the buffer is. Restoring reads only the files that a manifest
+    names, checks them against it, and never unpickles; rows and write position are then as they were.
+
+    Args:
+        folder: where the files lie.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._segments: list[Segment] = []
+
+    def save(self, replay: ReplayBuffer) -> dict[str, Any]:
+        """Writes the rows that are not on the disk yet.
+
+        Args:
+            replay: a buffer of flat transitions with a tensor storage and a round-robin writer.
+
+        Returns:
+            The manifest, plain numbers and strings: capacity, rows written since the run began, entries with dtype and
+            shape, and the segments that hold the buffer.
+
+        Raises:
+            OSError: if the disk is full or not writable; earlier segments are untouched.
+        """
+        capacity, written = replay.storage.max_size, replay.write_count
+        saved = self._segments[-1].last if self._segments else 0
+        first = max(saved, written - capacity)
+        if first < written:
+            rows = replay.storage.get(torch.arange(first, written) % capacity)
+            tensors = {key: value.cpu().contiguous() for key, value in rows.flatten_keys(".").items() if key != "index"}
+            self.folder.mkdir(parents=True, exist_ok=True)
+            segment = Segment(first, written, 0)
+            path = self.folder / segment.name
+            write_atomically(path, lambda temporary: save_file(tensors, temporary))
+            self._segments.append(segment._replace(size=path.stat().st_size))
+        self._segments = [segment for segment in self._segments if segment.last > written - capacity]
+        entries = {}
+        if written:
+            row = replay.storage.get(torch.zeros(1, dtype=torch.long))[0].flatten_keys(".")
+            entries = {key: [str(value.dtype), list(value.shape)] for key, value in row.items() if key != "index"}
+        return {
+            "capacity": capacity,
+            "written": written,
+            "entries": entries,
+            "segments": [tuple(segment) for segment in self._segments],
+        }
+
+    def restore(self, replay: ReplayBuffer, manifest: dict[str, Any]) -> None:
+        """Fills an empty replay buffer as the manifest says.
+
+        Args:
+            replay: an empty buffer of the saved one's capacity.
+            manifest: what :meth:`save` returned.
+
+        Raises:
+            UserError: if a file is missing, changed or malformed, or the manifest does not fit the buffer.
+        """
+        capacity, written = manifest["capacity"], manifest["written"]
+        if capacity != replay.storage.max_size:
+            raise UserError(f"the saved replay buffer holds {capacity} rows, this one {replay.storage.max_size}.")
+        segments = [Segment(*map(int, segment)) for segment in manifest["segments"]]
+        start = max(0, written - capacity)
+        expected = segments[0].first if segments else written
+        if expected > start or any(segment.first >= segment.last for segment in segments):
+            raise UserError(
+                f"the replay segments in {self.folder} begin at row {expected}, expected {start} or before."
+            )
+        replay.writer.load_state_dict({"_cursor": start % capacity, "_write_count": start})
+        for segment in segments:
+            if segment.first != expected:
+                raise UserError(f"the replay segments in {self.folder} lack rows {expected} to {segment.first}.")
+            rows = self._read(segment, manifest["entries"])
+            replay.extend(rows[max(0, start - segment.first) :])
+            expected = segment.last
+        if expected != written:
+            raise UserError(f"the replay segments in {self.folder} end at row {expected}, expected {written}.")
+        self._segments = segments
+
+    def prune(self, manifests: list[dict[str, Any]]) -> None:
+        """Removes segments that none of the given manifests names."""
+        kept = {Segment(*segment).name for manifest in manifests for segment in manifest["segments"]}
+        for path in self.folder.glob("rows-*.safetensors"):
+            if path.name not in kept:
+                path.unlink(missing_ok=True)
+
+    def _read(self, segment: Segment, entries: dict[str, Any]) -> TensorDict:
+        path = self.folder / segment.name
+        if not path.is_file() or path.is_symlink():
+            raise UserError(
+                f"{path} is missing, and with it rows {segment.first} to {segment.last} of the replay buffer."
+            )
+        if path.stat().st_size != segment.size:
+            raise UserError(
+                f"{path} has {path.stat().st_size} bytes, expected {segment.size}; it was cut short or changed."
+            )
+        try:
+            tensors = load_file(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from error
+        count = segment.last - segment.first
+        found = {key: [str(value.dtype), list(value.shape)] for key, value in tensors.items()}
+        wanted = {key: [dtype, [count, *shape]] for key, (dtype, shape) in entries.items()}
+        if found != wanted:
+            key = min(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
+            raise UserError(f"{path} holds {key} as {found.get(key)}, expected {wanted.get(key)}.")
+        return TensorDict(tensors, [count]).unflatten_keys(".")

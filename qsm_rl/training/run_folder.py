@@ -1,0 +1,88 @@
+"""The folder of a run: what lies where, made once and never written over by another run."""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from qsm_rl.training.command_line import CONFIGURATION_FILE, saved_text
+from qsm_rl.training.configuration import TrainingConfiguration
+from qsm_rl.training.errors import UserError
+
+__all__ = ["RunFolder"]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths inside the folder of a run.
+
+    Attributes:
+        path: the folder.
+        recipe: name of the recipe.
+        resumed: whether the run in it is being continued.
+    """
+
+    path: Path
+    recipe: str
+    resumed: bool = False
+
+    @classmethod
+    def open(cls, configuration: TrainingConfiguration, recipe: str) -> RunFolder:
+        """The folder of a new run, made with its config.yaml, or the one that ``configuration.resume`` names.
+
+        Args:
+            configuration: ``run_dir`` names the folder; ``runs/RECIPE/ENV/TIME-sSEED`` when not given.
+            recipe: name of the recipe.
+
+        Raises:
+            UserError: if the folder holds anything, cannot be made, or is in use by another process.
+        """
+        if configuration.resume is not None:
+            return cls(Path(configuration.resume), recipe, resumed=True)._locked()
+        default = Path("runs") / recipe / configuration.env / f"{time.strftime('%Y%m%d-%H%M%S')}-s{configuration.seed}"
+        path = default if configuration.run_dir is None else Path(configuration.run_dir)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if (path / CONFIGURATION_FILE).exists():
+                raise UserError(
+                    f"{path} already holds a run; choose another --run_dir, or continue it with --resume {path}."
+                )
+            if any(path.iterdir()):
+                raise UserError(f"{path} is not empty; choose a new folder as --run_dir.")
+            with (path / CONFIGURATION_FILE).open("x", encoding="utf-8") as file:
+                file.write(saved_text(configuration))
+        except OSError as error:
+            raise UserError(f"--run_dir {path} cannot be made: {error.strerror}; choose another folder.") from error
+        return cls(path, recipe)._locked()
+
+    @property
+    def metrics(self) -> Path:
+        """metrics.csv, one row for every ``log_every`` frames and every evaluation."""
+        return self.path / "metrics.csv"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def actor(self) -> Path:
+        """Folder of the published actor, model.safetensors and config.json."""
+        return self.path / "actor"
+
+    @property
+    def learning_curve(self) -> Path:
+        """Picture of the returns over frames."""
+        return self.path / "learning_curve.png"
+
+    def _locked(self) -> RunFolder:
+        # The lock belongs to the open file, so it ends with the process however that ends.
+        file = (self.path / CONFIGURATION_FILE).open(encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{self.path} is in use by another process; stop that run first.") from error
+        object.__setattr__(self, "_lock", file)
+        return self

@@ -1,0 +1,143 @@
+"""What every recipe does around its algorithm: say what will run, log it, watch over it, and say how it went."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+
+from qsm_rl.training.callbacks import CheckpointWriter, Evaluation, LearningCurve, MetricRows, StopSignals
+from qsm_rl.training.configuration import TrainingConfiguration, capped_warmup
+from qsm_rl.training.evaluation import EvaluationResult
+from qsm_rl.training.frames import FramesDataset
+from qsm_rl.training.loggers import MetricsTable
+from qsm_rl.training.module import OffPolicyModule
+from qsm_rl.training.progress import Progress
+from qsm_rl.training.replay import ReplayArchive
+from qsm_rl.training.run_folder import RunFolder
+
+__all__ = ["finish_run", "make_callbacks", "make_loggers", "print_summary"]
+
+CallbackType = TypeVar("CallbackType", bound=Callback)
+
+
+def print_summary(
+    config: TrainingConfiguration, folder: RunFolder, *, observation_dim: int, action_dim: int, device: torch.device
+) -> None:
+    """Says what is about to run, and quiets the libraries' remarks that nobody can act on.
+
+    Args:
+        config: the run's settings.
+        folder: its folder.
+        observation_dim: size of an observation.
+        action_dim: size of an action.
+        device: device of the networks.
+    """
+    logging.getLogger("torchrl").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*init_random_frames.*is not exactly a multiple")
+    threads = torch.get_num_threads()
+    warmup = capped_warmup(config.warmup_frames, config.total_frames)
+    print(
+        f"{config.env}: observation {observation_dim}, action {action_dim}; preset {config.preset}, seed {config.seed}"
+    )
+    print(f"device: {device}, {threads} thread{'s' if threads > 1 else ''}")
+    print(f"run folder: {folder.path}")
+    capped = f", a fifth of total_frames instead of {config.warmup_frames:,}" if warmup < config.warmup_frames else ""
+    print(f"frames: {config.total_frames:,}; warm-up: {warmup:,} frames of random actions{capped}")
+    steps = config.checkpoint_every // config.num_envs
+    if config.num_envs > 1:
+        print(
+            f"episodes are cut at every checkpoint, {steps:,} frames in each environment; raise --checkpoint_every if that is short"
+        )
+    if folder.resumed:
+        print("resumed from the last checkpoint", flush=True)
+    else:
+        print("stop with Ctrl-C at any time; the run can be resumed", flush=True)
+
+
+def make_loggers(folder: RunFolder, *, first_frame: int = 0) -> list[Logger]:
+    """metrics.csv and TensorBoard events in a run's folder.
+
+    Args:
+        folder: the run's folder.
+        first_frame: where the run continues; later rows of an earlier process are dropped.
+    """
+    tensorboard = TensorBoardLogger(folder.path, name="tensorboard", version="", purge_step=first_frame + 1)
+    return [MetricsTable(folder.metrics, last_frame=first_frame), tensorboard]
+
+
+def make_callbacks(
+    config: TrainingConfiguration,
+    folder: RunFolder,
+    frames: FramesDataset,
+    archive: ReplayArchive,
+    evaluate: Callable[[int], EvaluationResult],
+) -> list[Callback]:
+    """What happens at periods of frames, in this order: evaluation, row of the log, learning curve, checkpoint, progress.
+
+    Args:
+        config: the run's settings.
+        folder: its folder.
+        frames: its data set.
+        archive: its replay buffer's files.
+        evaluate: runs one evaluation at a frame count.
+    """
+    stop = StopSignals()
+    evaluation = Evaluation(frames, config.eval_every, evaluate, stop)
+    title = f"{folder.recipe} on {config.env}, preset {config.preset}, seed {config.seed}"
+    return [
+        evaluation,
+        MetricRows(frames, config.log_every, config.eval_every),
+        LearningCurve(frames, config.eval_every, folder, title),
+        CheckpointWriter(frames, folder, archive),
+        Progress(frames, evaluation),
+        stop,
+    ]
+
+
+def finish_run(trainer: Trainer, module: OffPolicyModule, frames: FramesDataset, folder: RunFolder) -> int:
+    """Closes the environments and says how the run went and how to go on.
+
+    Args:
+        trainer: the trainer, behind ``fit``.
+        module: the trained module.
+        frames: the data set.
+        folder: the run's folder, the actor in it published.
+
+    Returns:
+        The exit code: 0, or 128 plus the signal that ended the run.
+    """
+    frames.close()
+    for logger in trainer.loggers:
+        logger.finalize("success")
+    stop, evaluation = _callback(trainer, StopSignals), _callback(trainer, Evaluation)
+    last_checkpoint = _callback(trainer, CheckpointWriter).last_frame
+    script = f"python recipes/{folder.recipe}.py"
+    if stop.signal is not None:
+        print(f"stopped by {stop.signal.name} at frame {module.env_frames:,}; actor: {folder.actor}")
+        if last_checkpoint is None:
+            print("no checkpoint had been written yet, so this run cannot be resumed")
+        else:
+            print(f"go on from the checkpoint at frame {last_checkpoint:,}: {script} --resume {folder.path}")
+        return stop.exit_code
+    if evaluation.last is not None:
+        metrics = evaluation.last.metrics()
+        print(
+            f"evaluation at frame {module.env_frames:,}: return {metrics['eval/return_mean']:.1f} "
+            f"± {metrics['eval/return_std']:.1f} over {len(evaluation.last.returns)} episodes"
+        )
+    print(f"learning curve: {folder.learning_curve}")
+    print(f"actor: {folder.actor}")
+    print(f"go on for longer: {script} --resume {folder.path} --total_frames {2 * module.env_frames}", flush=True)
+    return 0
+
+
+def _callback(trainer: Trainer, kind: type[CallbackType]) -> CallbackType:
+    return next(callback for callback in trainer.callbacks if isinstance(callback, kind))

@@ -1,0 +1,118 @@
+"""What a training step asks of an algorithm: one update on a batch. Each algorithm's update stands in a file of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchrl.objectives import LossModule
+
+from qsm_rl.training.errors import TrainingError
+
+__all__ = ["NonFiniteLossError", "Update", "cosine_decay", "gradient_step"]
+
+
+class NonFiniteLossError(TrainingError):
+    """A loss is NaN or infinite. Raised before the weights are touched."""
+
+
+class Update(nn.Module):
+    """One update of an algorithm on a replay batch: every loss, every optimiser step, every target network.
+
+    A subclass overrides :meth:`forward` and :attr:`policy`. The training module calls it, logs what it returns, and stores its state.
+
+    Args:
+        loss: the loss module; holds networks and target networks.
+        optimizers: the optimisers by name.
+    """
+
+    def __init__(self, loss: LossModule, optimizers: dict[str, Optimizer]) -> None:
+        super().__init__()
+        self.loss = loss
+        self.optimizers = optimizers
+        self.num_updates = 0
+
+    @property
+    def policy(self) -> TensorDictModuleBase:
+        """What is evaluated and published."""
+        raise NotImplementedError
+
+    def forward(self, batch: TensorDictBase) -> dict[str, Tensor]:
+        """Updates once.
+
+        Args:
+            batch: a batch from the replay buffer, batch size ``(B,)``.
+
+        Returns:
+            Detached scalar losses by name; the log averages them.
+
+        Raises:
+            NonFiniteLossError: naming the loss that is not finite.
+        """
+        raise NotImplementedError
+
+    def diagnostics(self) -> dict[str, Tensor]:
+        """Detached scalars of the last update for the log, computed only when a row is written."""
+        return {}
+
+    def checkpoint_state(self) -> dict[str, Any]:
+        """All that the next update depends on, as plain data."""
+        return {
+            "num_updates": self.num_updates,
+            "modules": self.state_dict(),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+        }
+
+    def restore_state(self, state: dict[str, Any]) -> None:
+        """Takes over what :meth:`checkpoint_state` returned."""
+        self.num_updates = state["num_updates"]
+        self.load_state_dict(state["modules"])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+
+
+def gradient_step(
+    name: str, loss: Tensor, optimizer: Optimizer, parameters: Iterable[Tensor], gradient_clipping: float | None = None
+) -> None:
+    """Backward and one optimiser step.
+
+    Args:
+        name: name of the loss, for the error.
+        loss: scalar loss.
+        optimizer: its optimiser.
+        parameters: what the optimiser trains, for the clipping.
+        gradient_clipping: largest norm of the gradient over all parameters; None clips nothing.
+
+    Raises:
+        NonFiniteLossError: if the loss is NaN or infinite; no gradient has been computed then.
+    """
+    if not torch.isfinite(loss):
+        raise NonFiniteLossError(f"{name} is {loss.item()}")
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    if gradient_clipping is not None:
+        nn.utils.clip_grad_norm_(parameters, gradient_clipping)
+    optimizer.step()
+
+
+def cosine_decay(step: int, decay_steps: int | None) -> float:
+    """Factor on a learning rate that falls from 1 to 0 along half a cosine, ``0.5 (1 + cos(pi step / decay_steps))``.
+
+    Args:
+        step: steps done so far.
+        decay_steps: steps until the rate is zero; None keeps it.
+
+    Returns:
+        The factor; 0 beyond ``decay_steps``.
+
+    Example:
+        >>> [round(cosine_decay(step, 100), 3) for step in (0, 50, 100, 150)], cosine_decay(7, None)
+        ([1.0, 0.5, 0.0, 0.0], 1.0)
+    """
+    return 1.0 if decay_steps is None else 0.5 * (1 + math.cos(math.pi * min(step, decay_steps) / decay_steps))

@@ -1,0 +1,167 @@
+"""Trains a diffusion policy by Q-score matching on a MuJoCo task: `python recipes/mujoco_qsm.py --help` lists the settings.
+
+Read it from top to bottom: settings, environment, policy, critics, loss, data, training.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+
+from lightning.pytorch import Trainer
+from tensordict.nn import TensorDictModule, TensorDictSequential
+from torchrl.collectors import Collector
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+
+from qsm_rl import (
+    BoltzmannQScore,
+    DDIMSampler,
+    DDPMSampler,
+    DiffusionActor,
+    GaussianExploration,
+    NoiseSchedule,
+    NormalizedQScore,
+    QScoreMatchingLoss,
+    QValueMLP,
+    ScaledQScore,
+    ScoreMLP,
+)
+from qsm_rl import training as rl
+
+
+@rl.exit_on_error
+def main(arguments: list[str] | None = None) -> int:
+    config = rl.parse_configuration(rl.QSMConfiguration, rl.preset_values, arguments, description=__doc__)
+    device = rl.choose_device(config.device)
+    rl.limit_threads(device)
+    rl.seed_everything(config.seed)
+    warmup_frames = rl.capped_warmup(config.warmup_frames, config.total_frames)
+
+    # Environments: one batch to train in, one to evaluate in with an environment for each episode.
+    make_environment = partial(
+        rl.make_environment,
+        config.env,
+        action_repeat=config.action_repeat,
+        normalize_observation=config.normalize_observation,
+    )
+    with rl.user_errors(ValueError, ImportError):
+        environment = make_environment(num_envs=config.num_envs, seed=config.seed)
+    action_spec = environment.action_spec_unbatched
+    observation_dim, action_dim = environment.observation_spec["observation"].shape[-1], action_spec.shape[-1]
+
+    folder = rl.RunFolder.open(config, recipe="mujoco_qsm")
+    rl.print_summary(config, folder, observation_dim=observation_dim, action_dim=action_dim, device=device)
+
+    # Policy: a network that predicts the noise in an action, a noise schedule, and a sampler that walks it back.
+    clip = None if config.clip == "none" else config.clip
+    actor = DiffusionActor(
+        ScoreMLP(observation_dim, action_dim, config.actor_hidden_dims),
+        action_spec=action_spec,
+        noise_schedule=getattr(NoiseSchedule, config.schedule)(config.num_steps),
+        sampler=DDPMSampler(clip=clip) if config.sampler == "ddpm" else DDIMSampler(clip=clip),
+    ).to(device)
+    exploration = GaussianExploration(action_spec, std=config.exploration_noise_std).to(device)
+
+    # Critics, and the target that their action gradient makes for the policy.
+    critics = [
+        TensorDictModule(
+            QValueMLP(observation_dim, action_dim, config.critic_hidden_dims, layer_norm=config.critic_layer_norm),
+            in_keys=["observation", "action"],
+            out_keys=["state_action_value"],
+        )
+        for _ in range(2)
+    ]
+    score_target = {
+        "scaled": lambda: ScaledQScore(config.score_scale),
+        "boltzmann": lambda: BoltzmannQScore(config.score_temperature),
+        "normalized": lambda: NormalizedQScore(config.score_temperature),
+    }[config.score_target]()
+
+    # Loss and update.
+    loss = QScoreMatchingLoss(
+        actor,
+        critics,
+        score_target=score_target,
+        score_critics=config.score_critics,
+        score_aggregation=config.score_aggregation,
+        target_action_noise_std=config.target_action_noise_std,
+    ).to(device)
+    loss.make_value_estimator(gamma=config.gamma)
+    update = rl.QSMUpdate(
+        loss,
+        actor_learning_rate=config.actor_learning_rate,
+        critic_learning_rate=config.critic_learning_rate,
+        tau=config.tau,
+        actor_learning_rate_decay=config.actor_learning_rate_decay,
+        gradient_clipping=config.gradient_clipping,
+        actor_ema=config.actor_ema,
+    )
+
+    # Data: frames from the collector, transitions in the replay buffer.
+    storage = LazyTensorStorage(config.replay_size, device=device)
+    replay = TensorDictReplayBuffer(storage=storage, batch_size=config.batch_size)
+    archive = rl.ReplayArchive(folder.checkpoints / "replay")
+    checkpoint = rl.CheckpointFolder(folder.checkpoints).newest() if folder.resumed else None
+    first_frame = checkpoint["frames"] if checkpoint else 0
+    collector = Collector(
+        environment,
+        TensorDictSequential(actor, exploration),
+        frames_per_batch=config.frames_per_batch,
+        init_random_frames=max(0, warmup_frames - first_frame),
+        env_device="cpu",
+        policy_device=device,
+        storing_device="cpu",
+        track_traj_ids=False,
+        auto_register_policy_transforms=False,
+    )
+    frames = rl.FramesDataset(
+        collector,
+        seed=config.seed,
+        total_frames=config.total_frames,
+        checkpoint_every=config.checkpoint_every,
+        first_frame=first_frame,
+    )
+
+    # Training: one step for each batch of frames.
+    module = rl.OffPolicyModule(
+        update,
+        rl.TransitionWriter(replay, n_step=config.n_step, gamma=config.gamma),
+        env=config.env,
+        warmup_frames=warmup_frames,
+        updates_per_frame=config.updates_per_frame,
+    )
+    if checkpoint:
+        rl.restore_checkpoint(checkpoint, module, frames, archive)
+
+    evaluation_environment = make_environment(num_envs=config.eval_episodes, seed=config.seed)
+
+    def evaluate(frame: int) -> rl.EvaluationResult:
+        rl.copy_observation_statistics(collector.env, evaluation_environment)
+        seed = rl.derived_seed(config.seed, "evaluation", frame)
+        return rl.evaluate_policy(evaluation_environment, update.policy, seed=seed, device=device)
+
+    trainer = Trainer(
+        accelerator=device.type,
+        devices=[device.index or 0] if device.type == "cuda" else 1,
+        max_epochs=1,
+        logger=rl.make_loggers(folder, first_frame=first_frame),
+        callbacks=rl.make_callbacks(config, folder, frames, archive, evaluate),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=config.log_every,
+    )
+    trainer.fit(module, frames)
+
+    rl.publish_actor(
+        folder.actor,
+        update.policy,
+        hidden_dims=config.actor_hidden_dims,
+        env=config.env,
+        action_repeat=config.action_repeat,
+    )
+    return rl.finish_run(trainer, module, frames, folder)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
