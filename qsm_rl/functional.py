@@ -20,6 +20,7 @@ __all__ = [
     "boltzmann_q_score",
     "cosine_betas",
     "linear_betas",
+    "log_mixture_weight",
     "mean_absolute",
     "mish",
     "normalized_q_score",
@@ -249,6 +250,38 @@ def truncated_normal(mean: Tensor, std: Tensor, uniform: Tensor) -> Tensor:
     # Beyond that the mass sits at the face of the box.
     sample = torch.nan_to_num(center + std * quantile, nan=1.0, posinf=1.0, neginf=1.0).clamp(-1, 1)
     return (side * sample).to(mean.dtype)
+
+
+def log_mixture_weight(particles: Tensor, mean: Tensor, std: Tensor, uniform_fraction: float) -> Tensor:
+    """Logarithm of ``N(mean, std^2)`` over the density of a proposal that mixes it with the uniform law, on the box.
+
+    A share ``uniform_fraction`` of the particles is uniform in the box, the others are :func:`truncated_normal`. Each
+    is weighted by the whole mixture's density (the balance heuristic, Veach and Guibas 1995), so weights stay bounded
+    wherever either part has mass.
+
+    Args:
+        particles: points in the box, shape ``(K, *B, A)``.
+        mean: means of the Gaussian, shape ``(*B, A)``.
+        std: its standard deviations, broadcastable with ``mean``.
+        uniform_fraction: share of uniform particles, in [0, 1].
+
+    Returns:
+        Log-weights up to a constant for each sample, shape ``(K, *B)``.
+
+    Example:
+        >>> log_mixture_weight(torch.tensor([[0.0], [1.0]]), torch.zeros(1), torch.ones(1), 1.0).diff()
+        tensor([-0.5000])
+    """
+    action_dim = particles.shape[-1]
+    z = (particles - mean) / std
+    log_normal = -(0.5 * z.square() + std.log() + 0.5 * math.log(2 * math.pi)).expand_as(particles).sum(-1)
+    # Mirrored as in truncated_normal, so that the mass of a far box does not cancel.
+    center, std = -mean.double().abs(), std.double()
+    mass = torch.special.ndtr((1 + center) / std) - torch.special.ndtr((center - 1) / std)
+    log_mass = mass.clamp_min(torch.finfo(torch.float64).tiny).log().expand_as(mean).sum(-1).to(particles.dtype)
+    log_uniform = math.log(uniform_fraction) if uniform_fraction > 0 else -math.inf
+    log_gaussian = math.log1p(-uniform_fraction) if uniform_fraction < 1 else -math.inf
+    return -torch.logaddexp(log_uniform - action_dim * math.log(2) - log_normal, log_gaussian - log_mass)
 
 
 def posterior_noise(

@@ -170,10 +170,11 @@ class PosteriorQScore(ScoreTarget):
     r"""The exact target of the policy ``pi(a) ~ exp(Q(a) / temperature)`` on the box, at every noise level.
 
     ``eps* = (a_t - sqrt(alphas_cumprod_t) E[a_0 | a_t]) / sigma_t``, where ``a_0`` lies in the box with weight
-    ``exp(Q(a_0) / temperature) N(a_t; sqrt(alphas_cumprod_t) a_0, sigma_t^2 I)``. Particles are drawn from that Gaussian
-    restricted to the box, which spreads over the whole box at high noise and shrinks to the neighbourhood of ``a_t`` at
-    low noise, and weighted by ``exp(Q / temperature)``. Only values of Q are used: the gradient form of the same
-    expectation drops the faces of the box, where ``exp(Q / temperature)`` does not vanish.
+    ``exp(Q(a_0) / temperature) N(a_t; sqrt(alphas_cumprod_t) a_0, sigma_t^2 I)``. Particles are drawn from that
+    Gaussian restricted to the box, which spreads over the whole box at high noise and shrinks to the neighbourhood of
+    ``a_t`` at low noise, and in part uniformly, which finds a mode that the Gaussian misses. Only values of Q are used:
+    the gradient form of the same expectation drops the faces of the box, where ``exp(Q / temperature)`` does not
+    vanish.
 
     ``num_particles`` evaluations of the critics for each sample, no gradient. The reference when a policy has to have
     the right weights on several modes; needs few action dimensions, since the share of particles that hit a mode falls
@@ -183,12 +184,15 @@ class PosteriorQScore(ScoreTarget):
         temperature: lambda > 0, in units of Q, or of Q's spread with ``normalize``. Lower is greedier and needs more
             particles.
         num_particles: K, at least 2; the error falls as one over its root. Usual range 32 to 512.
+        uniform_fraction: share of the particles drawn uniformly in the box, in [0, 1]. More finds modes far from the
+            noised action; less aims better when there are many action dimensions or little noise.
         normalize: whether the temperature is in units of the spread of Q: the standard deviation over the particles of
             a sample, averaged over the batch. One temperature then serves every scale of rewards.
         chunk_size: particles for which the critics are evaluated at once; None for all. Bounds the memory.
 
     Raises:
-        ValueError: if ``temperature`` is not positive, ``num_particles`` is below 2, or ``chunk_size`` below 1.
+        ValueError: if ``temperature`` is not positive, ``num_particles`` is below 2, ``uniform_fraction`` outside [0,
+            1], or ``chunk_size`` below 1.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -203,15 +207,24 @@ class PosteriorQScore(ScoreTarget):
     temperature: Tensor
 
     def __init__(
-        self, temperature: float, num_particles: int = 64, *, normalize: bool = False, chunk_size: int | None = None
+        self,
+        temperature: float,
+        num_particles: int = 64,
+        *,
+        uniform_fraction: float = 0.5,
+        normalize: bool = False,
+        chunk_size: int | None = None,
     ) -> None:
         super().__init__()
         self.register_buffer("temperature", _positive("temperature", temperature))
         if num_particles < 2:
             raise ValueError(f"num_particles must be at least 2, got {num_particles!r}.")
+        if not 0 <= uniform_fraction <= 1:
+            raise ValueError(f"uniform_fraction must lie in [0, 1], got {uniform_fraction!r}.")
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1 or None, got {chunk_size!r}.")
         self.num_particles = num_particles
+        self.uniform_fraction = uniform_fraction
         self.normalize = normalize
         self.chunk_size = chunk_size
 
@@ -221,16 +234,18 @@ class PosteriorQScore(ScoreTarget):
         """See :meth:`ScoreTarget.forward`; reports ``effective_sample_size``, shape ``(*B,)``."""
         cumprod = noise_schedule.alphas_cumprod[t]
         scale = cumprod.sqrt().unsqueeze(-1)
-        uniform = torch.rand((self.num_particles, *noisy_action.shape), device=noisy_action.device)
-        sigma = noise_schedule.sigmas[t].unsqueeze(-1)
-        particles = F.truncated_normal(noisy_action / scale, sigma / scale, uniform)
+        mean, std = noisy_action / scale, noise_schedule.sigmas[t].unsqueeze(-1) / scale
+        particles = torch.rand((self.num_particles, *noisy_action.shape), device=noisy_action.device)
+        split = round(self.uniform_fraction * self.num_particles)
+        particles = torch.cat([2 * particles[:split] - 1, F.truncated_normal(mean, std, particles[split:])])
         with torch.no_grad():
             chunks = particles.split(self.chunk_size or self.num_particles)
             q_values = torch.cat([q_value(chunk) for chunk in chunks])
         temperature = self.temperature
         if self.normalize:
             temperature = temperature * F.mean_absolute(q_values.std(0))
-        target, size = F.posterior_noise(noisy_action, cumprod, particles, q_values / temperature)
+        log_weights = q_values / temperature + F.log_mixture_weight(particles, mean, std, split / self.num_particles)
+        target, size = F.posterior_noise(noisy_action, cumprod, particles, log_weights)
         return target, {"effective_sample_size": size}
 
 

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qsm_rl import BoltzmannQScore, NoiseSchedule, NormalizedQScore, ScaledQScore
+from qsm_rl import BoltzmannQScore, NoiseSchedule, NormalizedQScore, PosteriorQScore, ScaledQScore
+from qsm_rl import functional as F
 
 SCHEDULE = NoiseSchedule([0.36, 0.99])  # sigmas 0.6 and sqrt(0.9936)
 NOISY = torch.tensor([[0.5, -1.0], [2.0, 0.0]])
@@ -48,3 +49,113 @@ def test_scale_and_temperature_are_buffers_that_can_be_scheduled():
 def test_bad_scales_are_refused(make):
     with pytest.raises(ValueError, match="must be positive"):
         make()
+
+
+ONE_DIMENSION = {
+    "quadratic": lambda a: -2 * (a - 0.3) ** 2,
+    "linear": lambda a: 4 * a,
+    "bimodal": lambda a: torch.log(torch.exp(-((a - 0.6) ** 2) / 0.02) + 0.5 * torch.exp(-((a + 0.5) ** 2) / 0.02)),
+}
+
+
+def exact_target(q, noisy, cumprod):
+    """The posterior's target for one action dimension by quadrature over the box."""
+    clean = torch.linspace(-1, 1, 200_001, dtype=torch.float64)
+    log_weight = q(clean) - (noisy - cumprod**0.5 * clean) ** 2 / (2 * (1 - cumprod))
+    weight = torch.softmax(log_weight, 0)
+    weight[0] /= 2
+    weight[-1] /= 2
+    return (noisy - cumprod**0.5 * (weight * clean).sum() / weight.sum()) / (1 - cumprod) ** 0.5
+
+
+@pytest.mark.parametrize("uniform_fraction", [0.5, 0.0, 1.0])
+@pytest.mark.parametrize("name", ONE_DIMENSION)
+def test_posterior_target_converges_to_quadrature(name, uniform_fraction):
+    """Within 5e-3 at 10^6 particles, and the error falls as one over the root of their number."""
+    torch.manual_seed(0)
+    q, schedule = ONE_DIMENSION[name], NoiseSchedule.cosine(5)
+    noisy, t = torch.tensor([-1.5, 0.1, 0.7]).repeat(3), torch.tensor([0, 2, 4]).repeat_interleave(3)
+    exact = torch.stack(
+        [exact_target(q, a, c) for a, c in zip(noisy.double(), schedule.alphas_cumprod[t].double(), strict=True)]
+    )
+
+    def error(num_particles, repeats):
+        target = PosteriorQScore(1.0, num_particles, uniform_fraction=uniform_fraction)
+        values = torch.stack(
+            [
+                target(lambda a: q(a.squeeze(-1)), noisy.unsqueeze(-1), t, schedule)[0].squeeze(-1)
+                for _ in range(repeats)
+            ]
+        )
+        return values.double() - exact
+
+    if uniform_fraction == 0.5:
+        assert error(1_000_000, 1).abs().max().item() < 5e-3
+    few, many = error(100, 200).square().mean().sqrt(), error(10_000, 20).square().mean().sqrt()
+    assert few / many == pytest.approx(10, rel=0.35)
+
+
+def test_gradient_form_of_the_posterior_is_wrong_at_the_faces_of_the_box():
+    """Why only values of Q are used: for Q = 4 a the gradient form says -4, -12, -50 at a_t = 0."""
+    for cumprod, gradient_form, expected in ((0.5, -4.0, -0.72), (0.1, -12.0, -0.25), (0.0064, -49.8, -0.06)):
+        assert -((1 - cumprod) ** 0.5) * 4 / cumprod**0.5 == pytest.approx(gradient_form, rel=0.01)
+        truth = exact_target(ONE_DIMENSION["linear"], torch.tensor(0.0, dtype=torch.float64), cumprod).item()
+        assert truth == pytest.approx(expected, abs=0.01)
+
+
+def test_posterior_target_in_chunks_is_the_same_and_bounds_the_memory():
+    noisy, t, schedule = torch.randn(8, 2), torch.randint(5, (8,)), NoiseSchedule.vp(5)
+    sizes = []
+
+    def q(a):
+        sizes.append(a.shape[0])
+        return -(a**2).sum(-1)
+
+    torch.manual_seed(0)
+    whole, _ = PosteriorQScore(1.0, 100)(q, noisy, t, schedule)
+    torch.manual_seed(0)
+    chunked, info = PosteriorQScore(1.0, 100, chunk_size=30)(q, noisy, t, schedule)
+    assert torch.equal(whole, chunked)
+    assert sizes == [100, 30, 30, 30, 10]
+    assert ((info["effective_sample_size"] >= 1) & (info["effective_sample_size"] <= 100.001)).all()
+
+
+def test_effective_sample_size_is_full_for_a_flat_critic_and_collapses_with_dimensions():
+    torch.manual_seed(0)
+    schedule, target = NoiseSchedule.cosine(5), PosteriorQScore(1.0, 256, uniform_fraction=0.0)
+    sizes = []
+    for dim in (1, 4, 16):
+        noisy, t = torch.randn(64, dim), torch.full((64,), 4)
+        flat = target(lambda a: torch.zeros(a.shape[:-1]), noisy, t, schedule)[1]["effective_sample_size"]
+        torch.testing.assert_close(flat, torch.full((64,), 256.0))
+        sizes.append(target(lambda a: -(a**2).sum(-1) / 0.02, noisy, t, schedule)[1]["effective_sample_size"].mean())
+    assert sizes[0] > 25 > 5 > sizes[2]
+
+
+def test_normalized_posterior_ignores_the_scale_of_q():
+    noisy, t, schedule = torch.randn(8, 2), torch.randint(5, (8,)), NoiseSchedule.vp(5)
+    values = []
+    for q in (lambda a: a.sum(-1), lambda a: 1e4 * a.sum(-1)):
+        torch.manual_seed(0)
+        values.append(PosteriorQScore(0.5, 64, normalize=True)(q, noisy, t, schedule)[0])
+    torch.testing.assert_close(values[0], values[1], rtol=1e-4, atol=1e-4)
+
+
+def test_truncated_normal_matches_its_moments_and_reaches_far_tails():
+    torch.manual_seed(0)
+    uniform = torch.rand(200_000)
+    for mean, std in ((0.0, 0.5), (0.9, 0.3), (-2.0, 0.7), (1.5, 5.0)):
+        density = torch.distributions.Normal(mean, std)
+        grid = torch.linspace(-1, 1, 20_001)
+        weight = density.log_prob(grid).exp()
+        expected_mean = (weight * grid).sum() / weight.sum()
+        expected_std = ((weight * (grid - expected_mean) ** 2).sum() / weight.sum()).sqrt()
+        sample = F.truncated_normal(torch.tensor(mean), torch.tensor(std), uniform)
+        assert sample.mean().item() == pytest.approx(expected_mean.item(), abs=0.005)
+        assert sample.std().item() == pytest.approx(expected_std.item(), rel=0.01)
+        assert sample.abs().max() <= 1
+    for side in (-1.0, 1.0):
+        for distance in (3.0, 50.0):
+            sample = F.truncated_normal(torch.tensor(side * distance), torch.tensor(0.1), uniform)
+            assert torch.isfinite(sample).all()
+            assert (side * sample).min() > 0.9
