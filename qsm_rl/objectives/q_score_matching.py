@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
@@ -16,6 +16,7 @@ from torchrl.objectives import LossModule, ValueEstimators, distance_loss
 from torchrl.objectives.utils import dispatch_value_estimator
 
 from qsm_rl.actor import DiffusionActor
+from qsm_rl.noise_schedule import Float32Buffers
 from qsm_rl.score_targets import ScaledQScore, ScoreTarget
 
 __all__ = ["QScoreMatchingLoss"]
@@ -64,7 +65,7 @@ class QScoreMatchingLoss(LossModule):
     Raises:
         TypeError: if the actor is not a :class:`~qsm_rl.DiffusionActor`, naming what it lacks.
         ValueError: for an unknown option, a negative noise, a list of critics that does not fit ``num_qvalue_nets``,
-            lazy critics that were not run once, or batches whose shapes do not fit the networks.
+            lazy networks that were not run once, or batches whose shapes do not fit the networks.
 
     Example:
         >>> import torch
@@ -167,6 +168,7 @@ class QScoreMatchingLoss(LossModule):
         critics = _critic_list(qvalue_network, num_qvalue_nets)
 
         self.convert_to_functional(actor_network, "actor_network", create_target_params=delay_actor)
+        self._share_with_actor()
         self.convert_to_functional(
             critics, "qvalue_network", expand_dim=len(critics), create_target_params=delay_qvalue
         )
@@ -182,6 +184,8 @@ class QScoreMatchingLoss(LossModule):
         self.deactivate_vmap = deactivate_vmap
         self.use_prioritized_weights = use_prioritized_weights
         self.set_keys(action=actor_network.out_keys[0])
+        # Now, so that the loss's state_dict has the same entries before and after the first forward.
+        self.make_value_estimator()
 
     # --- keys and value estimator, as every TorchRL loss has them ---
 
@@ -343,7 +347,7 @@ class QScoreMatchingLoss(LossModule):
             "target_value": target_value,
             "q_value": q_value.detach(),
             "td_error": td_error,
-            "critic_losses": losses.detach().flatten(1).mean(1),
+            "critic_losses": losses.detach().reshape(self.num_qvalue_nets, -1).mean(1),
             "next_action": next_action,
         }
         return self._reduce_loss(losses.sum(0), batch, weights=weights), info
@@ -380,7 +384,7 @@ class QScoreMatchingLoss(LossModule):
 
             def q_value(box_action: Tensor) -> Tensor:
                 particles = batch.unsqueeze(0).expand(box_action.shape[0], *batch.batch_size)
-                q_values = self._q_values(particles, box.from_box(box_action), critic_params)
+                q_values = self._q_values(particles, box.from_box(box_action).to(action.dtype), critic_params)
                 return q_values.mean(0) if self.score_aggregation == "mean" else q_values.amin(0)
 
             target, info = self.score_target(q_value, noisy_action, t, schedule)
@@ -423,6 +427,39 @@ class QScoreMatchingLoss(LossModule):
             if target is not None:
                 target.data.update_(self._modules[f"{name}_params"].data)
 
+    # --- one actor, inside and outside the loss ---
+
+    def _share_with_actor(self) -> None:
+        """Makes the actor's parameters and buffers those of ``actor_network_params``, so that they move together."""
+        self.actor_network_params.to_module(self.actor_network, preserve_module_state=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QScoreMatchingLoss:
+        copy = self.__new__(type(self))
+        memo[id(self)] = copy
+        copy.__dict__.update(deepcopy(self.__dict__, memo))
+        copy._share_with_actor()  # a TensorDictParams copies itself without regard to the memo
+        return copy
+
+    def _apply(self, fn: Callable[[Tensor], Tensor]) -> QScoreMatchingLoss:
+        constants = [
+            (buffer, buffer.data)
+            for module in self.actor_network.modules()
+            if isinstance(module, Float32Buffers)
+            for buffer in module.buffers(recurse=False)
+        ]
+        super()._apply(fn)
+        for buffer, data in constants:
+            buffer.data = data.to(buffer.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        schedule_prefix = f"{prefix}actor_network_params.module.noise_schedule."
+        errors: list[str] = []
+        self.actor_network.noise_schedule._load_from_state_dict(state_dict, schedule_prefix, {}, False, [], [], errors)
+        if errors:
+            raise RuntimeError(errors[0])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     # --- parts ---
 
     def _target_value(
@@ -441,7 +478,8 @@ class QScoreMatchingLoss(LossModule):
                 sample = actor.sample(actor.observation(following), initial_noise, step_noise)
                 if target_action_noise is None:
                     target_action_noise = self.target_action_noise_std * torch.randn_like(sample)
-                next_action = actor.box.from_box((sample + target_action_noise).clamp(-1, 1))
+            next_action = actor.box.from_box((sample + target_action_noise).clamp(-1, 1))
+            next_action = next_action.to(batch.get(keys.action).dtype)  # the chain runs in float32 or more
             next_value = self._q_values(following, next_action, self.target_qvalue_network_params).amin(0).unsqueeze(-1)
             reward = following.get(keys.reward)
             if reward.shape != next_value.shape:
@@ -540,6 +578,7 @@ def _check_actor(actor_network: object) -> None:
             f"actor_network is a {type(actor_network).__module__}.{type(actor_network).__name__} "
             f"without {', '.join(missing)}; pass a qsm_rl.DiffusionActor (its score_network may be your own module)."
         )
+    _check_initialized("the actor", actor_network)
 
 
 def _critic_list(
@@ -560,8 +599,11 @@ def _critic_list(
             critic.reset_parameters_recursive()
     if not critics:
         raise ValueError("qvalue_network is an empty list; give at least one critic.")
-    if any(nn.parameter.is_lazy(parameter) for critic in critics for parameter in critic.parameters()):
-        raise ValueError(
-            "a critic has uninitialised lazy parameters; call it once on a batch before building the loss."
-        )
+    for critic in critics:
+        _check_initialized("a critic", critic)
     return critics
+
+
+def _check_initialized(name: str, network: nn.Module) -> None:
+    if any(nn.parameter.is_lazy(parameter) for parameter in network.parameters()):
+        raise ValueError(f"{name} has uninitialised lazy parameters; call it once on a batch before building the loss.")
