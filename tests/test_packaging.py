@@ -80,6 +80,7 @@ def test_one_version_of_ruff_and_of_the_package_everywhere():
     ruff = {need for hook in hooks for need in hook["additional_dependencies"] if need.startswith("ruff")}
     assert ruff == {f"ruff=={pins()['ruff']}"}
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == PROJECT["version"]
+    assert f'__version__ = "{PROJECT["version"]}"' in (ROOT / "qsm_rl/__init__.py").read_text()
 
 
 # --- structure --------------------------------------------------------------------------------------------------------
