@@ -60,6 +60,11 @@ class DiffusionPolicy(nn.Module):
     def predict_noise(self, noisy_action: Tensor, observation: Tensor, t: Tensor) -> Tensor:
         # The chain runs in float32 or more; a half-precision network gets half-precision inputs.
         predicted = self.score_network.network(noisy_action.to(observation.dtype), observation, t)
+        if predicted.shape != noisy_action.shape:
+            raise ValueError(
+                f"the score network returned shape {tuple(predicted.shape)} for noised actions of shape "
+                f"{tuple(noisy_action.shape)}; its output size must be the action's."
+            )
         return predicted.to(noisy_action.dtype)
 
     def sample(

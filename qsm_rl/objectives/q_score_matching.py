@@ -332,9 +332,10 @@ class QScoreMatchingLoss(LossModule):
         Returns:
             The loss, and detached ``target_value`` ``(*B,)``, ``q_value`` ``(num_critics, *B)``, ``td_error`` ``(*B,)``
             (the largest over critics), ``critic_losses`` ``(num_critics,)``, ``next_action`` (the chain's sample before
-            the noise, box units, ``(*B, A)``).
+            the noise, box units, ``(*B, A)``); of a batch with a mask only the ``L`` live samples, ``(L,)``.
         """
-        batch = self._live_entries(tensordict)
+        mask = self._mask(tensordict)
+        batch = self._live_entries(tensordict, mask)
         weights = self._weights(batch)
         action = self._action(batch)
         target_value, next_action = self._target_value(batch, initial_noise, step_noise, target_action_noise)
@@ -343,12 +344,13 @@ class QScoreMatchingLoss(LossModule):
         losses = distance_loss(q_value, target, self.loss_function)
         td_error = (q_value - target).detach().abs().amax(0)
         tensordict.set(self.tensor_keys.priority, td_error)
+        live = ... if mask is None else mask
         info = {
-            "target_value": target_value,
-            "q_value": q_value.detach(),
-            "td_error": td_error,
-            "critic_losses": losses.detach().reshape(self.num_qvalue_nets, -1).mean(1),
-            "next_action": next_action,
+            "target_value": target_value[live],
+            "q_value": q_value.detach()[:, live],
+            "td_error": td_error[live],
+            "critic_losses": losses.detach()[:, live].reshape(self.num_qvalue_nets, -1).mean(1),
+            "next_action": next_action[live],
         }
         return self._reduce_loss(losses.sum(0), batch, weights=weights), info
 
@@ -364,9 +366,11 @@ class QScoreMatchingLoss(LossModule):
 
         Returns:
             The loss, and detached ``noisy_action``, ``score_target``, ``predicted_noise``, each ``(*B, A)`` in box
-            units, and the score target's own diagnostics (``q_score``, dQ/da in box units, for gradient targets).
+            units, and the score target's own diagnostics (``q_score``, dQ/da in box units, for gradient targets); of a
+            batch with a mask only the ``L`` live samples, ``(L, A)``.
         """
-        batch = self._live_entries(tensordict)
+        mask = self._mask(tensordict)
+        batch = self._live_entries(tensordict, mask)
         weights = self._weights(batch)
         action = self._action(batch)
         critic_params = (
@@ -381,6 +385,8 @@ class QScoreMatchingLoss(LossModule):
             if t is None:
                 t = torch.randint(schedule.num_steps, clean.shape[:-1], device=clean.device)
             noisy_action, _ = schedule.add_noise(clean, t, noise)
+            if mask is not None:  # a score target may depend on the whole batch: it sees the live samples only
+                batch, noisy_action, t = batch[mask], noisy_action[mask], t[mask]
 
             def q_value(box_action: Tensor) -> Tensor:
                 particles = batch.unsqueeze(0).expand(box_action.shape[0], *batch.batch_size)
@@ -390,19 +396,16 @@ class QScoreMatchingLoss(LossModule):
             target, info = self.score_target(q_value, noisy_action, t, schedule)
             target = target.detach()
             predicted_noise = actor.predict_noise(noisy_action, actor.observation(batch), t)
-        if predicted_noise.shape != noisy_action.shape:
-            raise ValueError(
-                f"the score network returned shape {tuple(predicted_noise.shape)} for noised actions of shape "
-                f"{tuple(noisy_action.shape)}; its output size must be the action's."
-            )
         losses = distance_loss(predicted_noise, target.to(predicted_noise.dtype), self.loss_function).mean(-1)
+        if mask is not None:
+            losses = torch.zeros_like(mask, dtype=losses.dtype).masked_scatter(mask, losses)
         info = {
             **info,
             "noisy_action": noisy_action,
             "score_target": target,
             "predicted_noise": predicted_noise.detach(),
         }
-        return self._reduce_loss(losses, batch, weights=weights), info
+        return self._reduce_loss(losses, tensordict, weights=weights), info
 
     def trained_critics(self) -> list[TensorDictModule]:
         """The critics with their trained weights, as independent copies.
@@ -481,14 +484,14 @@ class QScoreMatchingLoss(LossModule):
             next_action = actor.box.from_box((sample + target_action_noise).clamp(-1, 1))
             next_action = next_action.to(batch.get(keys.action).dtype)  # the chain runs in float32 or more
             next_value = self._q_values(following, next_action, self.target_qvalue_network_params).amin(0).unsqueeze(-1)
-            reward = following.get(keys.reward)
+            reward = _entry(batch, ("next", keys.reward))
             if reward.shape != next_value.shape:
                 raise ValueError(
                     f"the batch's ('next', {keys.reward!r}) has shape {tuple(reward.shape)}, expected "
                     f"{tuple(next_value.shape)}: the batch size and a last dimension of 1, as the critics return."
                 )
             # A terminated step has no future: whatever its next observation holds, NaN included, counts for nothing.
-            terminated = following.get(keys.terminated)
+            terminated = _entry(batch, ("next", keys.terminated))
             next_value = torch.where(terminated, torch.zeros_like(next_value), next_value)
             target_value = self.value_estimator.value_estimate(batch.copy(), next_value=next_value)
         return target_value.squeeze(-1), sample
@@ -517,7 +520,7 @@ class QScoreMatchingLoss(LossModule):
 
     def _action(self, batch: TensorDictBase) -> Tensor:
         """The replayed action, shape checked."""
-        action = batch.get(self.tensor_keys.action)
+        action = _entry(batch, self.tensor_keys.action)
         expected = (*batch.batch_size, self.actor_network.box.action_dim)
         if action.shape != expected:
             raise ValueError(
@@ -530,14 +533,18 @@ class QScoreMatchingLoss(LossModule):
         weights = self._maybe_get_priority_weight(batch)
         return None if weights is None else weights.reshape(batch.batch_size)
 
-    def _live_entries(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """The batch with masked positions zeroed: what stands there, NaN included, reaches no loss and no gradient."""
+    def _mask(self, tensordict: TensorDictBase) -> Tensor | None:
+        """Which samples are live, ``(*B,)``; None if the batch has no mask."""
         mask = None
         for key in self._loss_mask_keys():
             found = tensordict.get(key, None)
             if found is not None:
                 found = found.reshape(tensordict.batch_size)
                 mask = found if mask is None else mask & found
+        return mask
+
+    def _live_entries(self, tensordict: TensorDictBase, mask: Tensor | None) -> TensorDictBase:
+        """The batch with masked positions zeroed: what stands there, NaN included, reaches no loss and no gradient."""
         if mask is None:
             return tensordict
         batch = tensordict.apply(
@@ -555,6 +562,21 @@ class QScoreMatchingLoss(LossModule):
             end = end | torch.cat([end[..., 1:], torch.zeros_like(end[..., :1])], -1)
         batch.set(done_key, done | end.unsqueeze(-1))
         return batch
+
+
+def _entry(batch: TensorDictBase, key: NestedKey) -> Tensor:
+    value = batch.get(key, None)
+    if value is None:
+        raise KeyError(
+            f"the batch lacks {_dotted(key)}; it has {', '.join(sorted(map(_dotted, batch.keys(True, True))))}. "
+            "Tell the loss your names by set_keys."
+        )
+    return value
+
+
+def _dotted(key: NestedKey) -> str:
+    key = unravel_key(key)
+    return key if isinstance(key, str) else ".".join(key)
 
 
 def _mean_norm(values: Tensor) -> Tensor:
