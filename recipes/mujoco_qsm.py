@@ -1,12 +1,15 @@
-"""Trains a diffusion policy by Q-score matching on a MuJoCo task: `python recipes/mujoco_qsm.py --help` lists the settings.
+"""Trains a diffusion policy by Q-score matching on a MuJoCo task, HalfCheetah-v5 if none is given.
 
-Read it from top to bottom: settings, environment, policy, critics, loss, data, training.
+python recipes/mujoco_qsm.py --env Hopper-v5 --total_frames 200000 --seed 1
 """
 
 from __future__ import annotations
 
 import sys
 from functools import partial
+
+if __name__ == "__main__":
+    print("loading PyTorch, TorchRL and Lightning, some seconds", file=sys.stderr, flush=True)
 
 from lightning.pytorch import Trainer
 from tensordict.nn import TensorDictModule, TensorDictSequential
@@ -21,6 +24,7 @@ from qsm_rl import (
     GaussianExploration,
     NoiseSchedule,
     NormalizedQScore,
+    PosteriorQScore,
     QScoreMatchingLoss,
     QValueMLP,
     ScaledQScore,
@@ -50,7 +54,10 @@ def main(arguments: list[str] | None = None) -> int:
     observation_dim, action_dim = environment.observation_spec["observation"].shape[-1], action_spec.shape[-1]
 
     folder = rl.RunFolder.open(config, recipe="mujoco_qsm")
-    rl.print_summary(config, folder, observation_dim=observation_dim, action_dim=action_dim, device=device)
+    checkpoint = rl.CheckpointFolder(folder.checkpoints).newest() if folder.resumed else None
+    first_frame = checkpoint["frames"] if checkpoint else 0
+    sizes = {"observation_dim": observation_dim, "action_dim": action_dim}
+    rl.print_summary(config, folder, **sizes, device=device, first_frame=first_frame)
 
     # Policy: a network that predicts the noise in an action, a noise schedule, and a sampler that walks it back.
     clip = None if config.clip == "none" else config.clip
@@ -75,6 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
         "scaled": lambda: ScaledQScore(config.score_scale),
         "boltzmann": lambda: BoltzmannQScore(config.score_temperature),
         "normalized": lambda: NormalizedQScore(config.score_temperature),
+        "posterior": lambda: PosteriorQScore(config.score_temperature, config.score_particles, normalize=True),
     }[config.score_target]()
 
     # Loss and update.
@@ -101,8 +109,6 @@ def main(arguments: list[str] | None = None) -> int:
     storage = LazyTensorStorage(config.replay_size, device=device)
     replay = TensorDictReplayBuffer(storage=storage, batch_size=config.batch_size)
     archive = rl.ReplayArchive(folder.checkpoints / "replay")
-    checkpoint = rl.CheckpointFolder(folder.checkpoints).newest() if folder.resumed else None
-    first_frame = checkpoint["frames"] if checkpoint else 0
     collector = Collector(
         environment,
         TensorDictSequential(actor, exploration),
@@ -157,6 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
         folder.actor,
         update.policy,
         hidden_dims=config.actor_hidden_dims,
+        environment=environment,
         env=config.env,
         action_repeat=config.action_repeat,
     )

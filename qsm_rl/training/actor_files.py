@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torchrl.data import Bounded
+from torchrl.envs import TransformedEnv
 
 from qsm_rl.actor import DiffusionActor
 from qsm_rl.networks import ScoreMLP
@@ -33,9 +34,9 @@ def publish_actor(
     actor: DiffusionActor,
     *,
     hidden_dims: Sequence[int],
+    environment: TransformedEnv,
     env: str,
     action_repeat: int = 1,
-    observation_norm: RunningObservationNorm | None = None,
 ) -> None:
     """Writes model.safetensors and config.json.
 
@@ -43,13 +44,14 @@ def publish_actor(
         folder: made when missing; files of an earlier call are replaced.
         actor: an actor with a :class:`~qsm_rl.ScoreMLP` of default settings but for its sizes.
         hidden_dims: widths of its hidden layers.
-        env: environment it was trained on, and with which ``action_repeat``.
+        environment: what it was trained in; the statistics of its observations, if it normalises them, are kept.
+        env: name of that environment.
         action_repeat: simulator steps for each action.
-        observation_norm: what normalises its observations, if anything does.
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in actor.state_dict().items()}
-    if observation_norm is not None:
-        tensors.update({NORM + name: value.contiguous() for name, value in observation_norm.state_dict().items()})
+    norms = [module for module in environment.transform.modules() if isinstance(module, RunningObservationNorm)]
+    for norm in norms:
+        tensors.update({NORM + name: value.contiguous() for name, value in norm.state_dict().items()})
     action_dim = actor.box.action_dim
     first = actor.score_network.mlp[0].in_features
     config = {
@@ -60,7 +62,7 @@ def publish_actor(
         "action_dim": action_dim,
         "hidden_dims": list(hidden_dims),
         "sampler": {"name": type(actor.sampler).__name__, **asdict(actor.sampler)},
-        "normalize_observation": observation_norm is not None,
+        "normalize_observation": bool(norms),
     }
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "model.safetensors", lambda temporary: save_file(tensors, temporary))

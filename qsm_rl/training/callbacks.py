@@ -233,14 +233,15 @@ class CheckpointWriter(PeriodicCallback):
             }
             self.checkpoints.save(module.env_frames, state)
         except OSError as error:
-            last = (
-                "there is none before it"
-                if self.last_frame is None
-                else f"the one at frame {self.last_frame:,} is intact"
-            )
+            folder, last = self.checkpoints.path, self.last_frame
             raise TrainingError(
-                f"the checkpoint at frame {module.env_frames:,} could not be written to {self.checkpoints.path}: "
-                f"{error.strerror or error}; {last}. Make room, then continue with --resume {self.checkpoints.path.parent}."
+                f"the checkpoint at frame {module.env_frames:,} could not be written to {folder}: "
+                f"{error.strerror or error}; make room.\n"
+                + (
+                    "There is none before it."
+                    if last is None
+                    else f"Then --resume {folder.parent} continues at {last:,}."
+                )
             ) from error
         self.last_frame = module.env_frames
         self._manifests = [*self._manifests[-1:], manifest]

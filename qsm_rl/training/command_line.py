@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -32,8 +33,8 @@ def parse_configuration(
 ) -> Configuration:
     """Reads the configuration: flags override ``--config FILE``, which overrides the preset.
 
-    With ``--resume RUN_DIR`` everything comes from that run's config.yaml, and only ``--total_frames`` may be given, not
-    smaller than before.
+    With ``--resume RUN_DIR`` everything comes from that run's config.yaml, and only ``--total_frames`` may be given,
+    not smaller than before.
 
     Args:
         configuration_class: the dataclass whose fields are the flags.
@@ -58,9 +59,8 @@ def parse_configuration(
 
 def saved_text(configuration: TrainingConfiguration) -> str:
     """The configuration as YAML, as it is kept in a run folder and read back by ``--config``."""
-    parser = _parser(type(configuration), None)
-    values = {name: value for name, value in asdict(configuration).items() if name not in NOT_SAVED}
-    return parser.dump(parser.parse_object(values, defaults=False), skip_none=False, skip_validation=True)
+    lines = [f"{name}: {json.dumps(value)}\n" for name, value in asdict(configuration).items() if name not in NOT_SAVED]
+    return "".join(lines)
 
 
 def _parser(configuration_class: type[TrainingConfiguration], description: str | None) -> ArgumentParser:
@@ -100,7 +100,8 @@ def _readable(message: str, parser: ArgumentParser) -> str:
     """The parser's message in the words of the command line, with the nearest flag for an unknown one."""
     message = re.sub(r'Parser key "(\w+)":\s*', r"--\1: ", message)
     message = re.sub(r"<class '(\w+)'>", r"\1", message)
-    message = re.sub(r"Expected an? (?:typing\.Literal\[(.*?)\]|(\S+))\. Got value", r"expected \1\2; got", message)
+    message = re.sub(r"Expected an? typing\.Literal\[(.*?)\]\. Got value:", r"expected one of \1, got", message)
+    message = re.sub(r"Expected an? (.*?)\. Got value:", r"expected \1, got", message)
     message = re.sub(r"\s*\n\s*", " ", message).strip()
     unknown = re.search(r"unrecognized arguments: (--[\w-]+)|Option '(\w+)' is not accepted", message)
     if unknown is not None:

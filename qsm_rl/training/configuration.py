@@ -11,14 +11,19 @@ from qsm_rl.training.errors import UserError
 
 __all__ = ["TrainingConfiguration", "capped_warmup"]
 
+COUNTS = (
+    *("total_frames", "eval_every", "eval_episodes", "checkpoint_every", "log_every"),
+    *("action_repeat", "num_envs", "frames_per_batch", "replay_size", "batch_size", "n_step"),
+)
+
 
 @dataclass(kw_only=True)
 class TrainingConfiguration:
-    """Settings shared by all off-policy recipes. A frame is one decision of the agent: one transition in the replay buffer."""
+    """Settings shared by all off-policy recipes. A frame is one decision of the agent, one transition."""
 
     env: str = "HalfCheetah-v5"
-    """Environment: a Gymnasium MuJoCo id such as Hopper-v5, or dm_control/DOMAIN-TASK such as dm_control/walker-walk (needs
-    the dmc extra)."""
+    """Environment: a Gymnasium MuJoCo id such as Hopper-v5, or dm_control/DOMAIN-TASK such as dm_control/walker-walk
+    (needs the dmc extra)."""
 
     total_frames: int = 1_000_000
     """Frames to train for. Locomotion takes 30,000 to show progress and 1,000,000 to settle."""
@@ -30,7 +35,8 @@ class TrainingConfiguration:
     """Where the networks and the replay buffer live: auto (a GPU when there is one), cpu, cuda, cuda:1."""
 
     preset: str = "default"
-    """Named set of values for everything not given otherwise: default (what works best) or paper (the authors' settings)."""
+    """Named set of values for everything not given otherwise: default (what works best) or paper (the authors'
+    settings)."""
 
     run_dir: Path | None = None
     """Folder of the run; null makes runs/RECIPE/ENV/TIME-sSEED. A folder that holds anything is refused."""
@@ -45,30 +51,32 @@ class TrainingConfiguration:
     """Episodes of one evaluation. More make the mean less noisy (5 to 20 are usual) and cost time."""
 
     checkpoint_every: int = 5_000
-    """Frames between checkpoints, from which --resume continues to the bit. All environments are reset there, in every run:
-    keep it well above num_envs times the length of an episode. At most this many frames are lost by a crash."""
+    """Frames between checkpoints, from which --resume continues to the bit. All environments are reset there, in
+    every run: keep it well above num_envs times the length of an episode. At most this many frames are lost by a
+    crash."""
 
     log_every: int = 1_000
     """Frames between rows of metrics.csv and TensorBoard; a row is the average since the last one."""
 
     action_repeat: int = 1
-    """Simulator steps for each action, their rewards summed. More shortens the horizon; 1 is the paper's, 2 is usual for
-    dm_control."""
+    """Simulator steps for each action, their rewards summed. More shortens the horizon; 1 is the paper's, 2 is usual
+    for dm_control."""
 
     normalize_observation: bool = False
-    """Whether observations are shifted and scaled by their running mean and spread. Helps where their sizes differ by orders
-    of magnitude; unneeded for most MuJoCo tasks."""
+    """Whether observations are shifted and scaled by their running mean and spread. Helps where their sizes differ by
+    orders of magnitude; unneeded for most MuJoCo tasks."""
 
     num_envs: int = 1
-    """Environments stepped together. More give more varied data and faster collection, with fewer policies tried in all."""
+    """Environments stepped together. More give more varied data and faster collection, with fewer policies tried in
+    all."""
 
     frames_per_batch: int = 1
-    """Frames collected between two rounds of updates, a multiple of num_envs. More is faster and acts with older weights; 1
-    is the paper's with one environment."""
+    """Frames collected between two rounds of updates, a multiple of num_envs. More is faster and acts with older
+    weights; 1 is the paper's with one environment."""
 
     warmup_frames: int = 10_000
-    """Frames of uniformly random actions before the first update, capped at a fifth of total_frames. More fills the replay
-    buffer with wider data and starts learning later; usual range 1,000 to 25,000."""
+    """Frames of uniformly random actions before the first update, capped at a fifth of total_frames. More fills the
+    replay buffer with wider data and starts learning later; usual range 1,000 to 25,000."""
 
     updates_per_frame: float = 1.0
     """Updates for each frame after the warm-up. More learns from fewer frames, costs time, and can overfit the critics;
@@ -96,15 +104,16 @@ class TrainingConfiguration:
     """Discount per frame. Higher looks further ahead with more variance; usual range 0.95 to 0.995."""
 
     tau: float = 0.005
-    """Share of the critics that the target critics take over at each update. Higher follows faster and is less stable; usual
-    range 0.001 to 0.02."""
+    """Share of the critics that the target critics take over at each update. Higher follows faster and is less
+    stable; usual range 0.001 to 0.02."""
 
     n_step: int = 1
-    """Rewards summed before the bootstrap. More carries rewards back faster and leans on old actions; usual range 1 to 5."""
+    """Rewards summed before the bootstrap. More carries rewards back faster and leans on old actions; usual range 1
+    to 5."""
 
     gradient_clipping: float | None = None
-    """Largest norm of a gradient, for actor and critics each; null clips nothing. Lower is steadier and slower; usual range
-    0.5 to 10."""
+    """Largest norm of a gradient, for actor and critics each; null clips nothing. Lower is steadier and slower; usual
+    range 0.5 to 10."""
 
     def __post_init__(self) -> None:
         """Checks every field.
@@ -112,10 +121,7 @@ class TrainingConfiguration:
         Raises:
             UserError: naming the field, its value and what was expected.
         """
-        for name in (
-            "total_frames eval_every eval_episodes checkpoint_every log_every action_repeat num_envs frames_per_batch "
-            "replay_size batch_size n_step"
-        ).split():
+        for name in COUNTS:
             self._check(name, getattr(self, name) >= 1, "at least 1")
         self._check("seed", 0 <= self.seed < 2**32, "from 0 to 4294967295")
         self._check("warmup_frames", self.warmup_frames >= 0, "0 or more")

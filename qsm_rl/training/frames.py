@@ -28,9 +28,9 @@ class FramesDataset(IterableDataset[TensorDictBase]):
 
     Every ``checkpoint_every`` frames, and where the run ends, the trajectories are cut: the last frame of the batch is
     marked as truncated, and before the next one all random generators and environments are seeded with a seed that
-    depends on the run's seed and the frame count only, and the environments are reset. What follows a cut is therefore a
-    function of the networks, the replay buffer and the frame count, so a run resumed there goes on to the bit as the
-    uninterrupted one does, whose simulators need not be stored.
+    depends on the run's seed and the frame count only, and the environments are reset. What follows a cut is
+    therefore a function of the networks, the replay buffer and the frame count, so a run resumed there goes on to the
+    bit as the uninterrupted one does, whose simulators need not be stored.
 
     Batches have the collector's shape ``(num_envs, T)``; ``("next", "episode_end")`` says where episodes really ended.
 
@@ -52,7 +52,7 @@ class FramesDataset(IterableDataset[TensorDictBase]):
         self.first_frame = first_frame
 
     def __len__(self) -> int:
-        """Number of batches. With a length Lightning fetches none ahead, so every frame is collected by the newest actor."""
+        """Number of batches; knowing it, Lightning fetches none ahead, and each is collected by the newest actor."""
         return max(0, -(-(self.total_frames - self.first_frame) // self.collector.requested_frames_per_batch))
 
     def __iter__(self) -> Iterator[TensorDictBase]:

@@ -20,8 +20,8 @@ STEP = "frames"
 class MetricsTable(Logger):
     """A Lightning logger that keeps one CSV table, a row for each frame count, in a file of the caller's choice.
 
-    Rows are appended as they come. A new metric adds a column, and the file is written anew. Lightning's CSVLogger numbers
-    its folders and deletes what an earlier process has logged, so it cannot go on with a run.
+    Rows are appended as they come. A new metric adds a column, and the file is written anew. Lightning's CSVLogger
+    numbers its folders and deletes what an earlier process has logged, so it cannot go on with a run.
 
     Args:
         path: the CSV file.

@@ -87,8 +87,8 @@ class OffPolicyModule(LightningModule):
                 losses = self.update(replay.sample())
             except NonFiniteLossError as error:
                 raise NonFiniteLossError(
-                    f"{error} at frame {self.env_frames:,} (update {self.grad_steps:,}); lower the learning rates, or set "
-                    "--gradient_clipping 1."
+                    f"{error} at frame {self.env_frames:,}, update {self.grad_steps:,}; "
+                    "lower the learning rates, or set --gradient_clipping 1."
                 ) from error
             self.window.add({f"loss/{name}": value for name, value in losses.items()})
             self.grad_steps += 1
@@ -101,7 +101,7 @@ class OffPolicyModule(LightningModule):
         return math.floor((self.env_frames - self.warmup_frames + 1) * self.updates_per_frame)
 
     def metrics(self) -> dict[str, float]:
-        """The row of the log since the last call: averages of losses and episodes, and the last update's diagnostics."""
+        """A row of the log: averages of losses and episodes since the last one, diagnostics of the last update."""
         row = self.window.pop()
         if self.grad_steps > 0:
             row.update({f"train/{name}": float(value) for name, value in self.update.diagnostics().items()})

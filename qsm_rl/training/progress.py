@@ -36,7 +36,7 @@ class Progress(Callback):
         self._bar: tqdm | None = None
         self._training_return: float | None = None
         self._next = self._begin = 0.0
-        self._begin_steps = 0
+        self._begin_steps = self._shown = 0
 
     def on_train_start(self, trainer: Trainer, module: OffPolicyModule) -> None:
         """Opens the bar."""
@@ -66,11 +66,13 @@ class Progress(Callback):
 
     def on_train_end(self, trainer: Trainer, module: OffPolicyModule) -> None:
         """Shows the end and closes the bar."""
-        self._show(module, time.perf_counter())
+        if module.env_frames > self._shown:
+            self._show(module, time.perf_counter())
         if self._bar is not None:
             self._bar.close()
 
     def _show(self, module: OffPolicyModule, now: float) -> None:
+        self._shown = module.env_frames
         seconds = max(now - self._begin, 1e-9)
         updates = (module.grad_steps - self._begin_steps) / seconds
         returns = f"train {_number(self._training_return)}, eval {_number(self._evaluation_return())}"

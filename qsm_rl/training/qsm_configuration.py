@@ -15,11 +15,12 @@ class QSMConfiguration(TrainingConfiguration):
     """Settings of Q-score matching."""
 
     preset: Literal["default", "paper"] = "default"
-    """Named set of values for everything not given otherwise: default (what works best) or paper (the authors' settings)."""
+    """Named set of values for everything not given otherwise: default (what works best) or paper (the authors'
+    settings)."""
 
     num_steps: int = 10
-    """Denoising steps T of the policy. More makes finer policies and costs time in acting and in TD targets; usual range 5
-    to 20."""
+    """Denoising steps T of the policy. More makes finer policies and costs time in acting and in TD targets; usual
+    range 5 to 20."""
 
     schedule: Literal["vp", "cosine", "linear"] = "cosine"
     """How noise grows over the steps. linear is made for hundreds of steps."""
@@ -28,19 +29,24 @@ class QSMConfiguration(TrainingConfiguration):
     """Reverse process: ddpm adds fresh noise at each step, ddim only at the start."""
 
     clip: Literal["sample", "clean", "none"] = "clean"
-    """What the sampler clips to the action bounds at each step: the sample (the authors), the predicted clean action, or
-    nothing."""
+    """What the sampler clips to the action bounds at each step: the sample (the authors), the predicted clean action,
+    or nothing."""
 
-    score_target: Literal["scaled", "boltzmann", "normalized"] = "normalized"
+    score_target: Literal["scaled", "boltzmann", "normalized", "posterior"] = "normalized"
     """How the critics become the denoiser's target: scaled is the authors' -M_q dQ/da; boltzmann is -sigma_t dQ/da /
-    temperature; normalized is boltzmann with dQ/da divided by its mean size, one temperature for all reward scales."""
+    temperature; normalized is boltzmann with dQ/da divided by its mean size, one temperature for all reward scales;
+    posterior is exact, from values of Q alone, for few action dimensions."""
 
     score_scale: float = 50.0
     """M_q of the scaled target. Larger is greedier and has to fit the size of the rewards; 50 is the authors', 120 on
     dm_control's quadruped-walk and humanoid-walk."""
 
     score_temperature: float = 0.1
-    """Temperature of the boltzmann and normalized targets. Lower is greedier; usual range 0.03 to 0.3 for normalized."""
+    """Temperature of the other targets, in units of Q for boltzmann, of the spread of Q for posterior, without a unit
+    for normalized. Lower is greedier; usual range 0.03 to 0.3 for normalized."""
+
+    score_particles: int = 64
+    """Actions at which the posterior target takes Q. More make it exact and cost time; usual range 32 to 512."""
 
     score_critics: Literal["online", "target"] = "target"
     """Critics that dQ/da is taken from. target is smoother and lags behind."""
@@ -60,11 +66,12 @@ class QSMConfiguration(TrainingConfiguration):
     smooths Q over actions; usual range 0 to 0.2."""
 
     actor_learning_rate_decay: int | None = None
-    """Updates over which the actor's learning rate falls to zero along a cosine; null keeps it. 2,000,000 is the authors'."""
+    """Updates over which the actor's learning rate falls to zero along a cosine; null keeps it. 2,000,000 is the
+    authors'."""
 
     actor_ema: float | None = None
-    """Decay of an exponential moving average of the actor, used for evaluation and published; null uses the actor itself.
-    Higher is smoother and lags more; usual range 0.99 to 0.9999."""
+    """Decay of an exponential moving average of the actor, used for evaluation and published; null uses the actor
+    itself. Higher is smoother and lags more; usual range 0.99 to 0.9999."""
 
     def __post_init__(self) -> None:
         """Checks every field.
@@ -75,6 +82,7 @@ class QSMConfiguration(TrainingConfiguration):
         super().__post_init__()
         self._check("preset", self.preset in PRESETS, f"one of {', '.join(PRESETS)}")
         self._check("num_steps", self.num_steps >= 1, "at least 1")
+        self._check("score_particles", self.score_particles >= 2, "at least 2")
         for name in ("score_scale", "score_temperature"):
             self._check(name, getattr(self, name) > 0, "above 0")
         for name in ("exploration_noise_std", "target_action_noise_std"):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 from qsm_rl.training.command_line import CONFIGURATION_FILE, saved_text
 from qsm_rl.training.configuration import TrainingConfiguration
@@ -27,6 +28,7 @@ class RunFolder:
     path: Path
     recipe: str
     resumed: bool = False
+    _lock: TextIO = field(init=False, repr=False, compare=False)
 
     @classmethod
     def open(cls, configuration: TrainingConfiguration, recipe: str) -> RunFolder:
@@ -76,6 +78,10 @@ class RunFolder:
     def learning_curve(self) -> Path:
         """Picture of the returns over frames."""
         return self.path / "learning_curve.png"
+
+    def close(self) -> None:
+        """Lets other processes continue the run."""
+        self._lock.close()
 
     def _locked(self) -> RunFolder:
         # The lock belongs to the open file, so it ends with the process however that ends.

@@ -27,7 +27,13 @@ CallbackType = TypeVar("CallbackType", bound=Callback)
 
 
 def print_summary(
-    config: TrainingConfiguration, folder: RunFolder, *, observation_dim: int, action_dim: int, device: torch.device
+    config: TrainingConfiguration,
+    folder: RunFolder,
+    *,
+    observation_dim: int,
+    action_dim: int,
+    device: torch.device,
+    first_frame: int = 0,
 ) -> None:
     """Says what is about to run, and quiets the libraries' remarks that nobody can act on.
 
@@ -37,11 +43,13 @@ def print_summary(
         observation_dim: size of an observation.
         action_dim: size of an action.
         device: device of the networks.
+        first_frame: where the run continues.
     """
     logging.getLogger("torchrl").setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*init_random_frames.*is not exactly a multiple")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
     threads = torch.get_num_threads()
     warmup = capped_warmup(config.warmup_frames, config.total_frames)
     print(
@@ -51,13 +59,13 @@ def print_summary(
     print(f"run folder: {folder.path}")
     capped = f", a fifth of total_frames instead of {config.warmup_frames:,}" if warmup < config.warmup_frames else ""
     print(f"frames: {config.total_frames:,}; warm-up: {warmup:,} frames of random actions{capped}")
-    steps = config.checkpoint_every // config.num_envs
     if config.num_envs > 1:
+        cut = config.checkpoint_every // config.num_envs
         print(
-            f"episodes are cut at every checkpoint, {steps:,} frames in each environment; raise --checkpoint_every if that is short"
+            f"every checkpoint cuts the episodes, here after {cut:,} frames each: raise --checkpoint_every if too short"
         )
     if folder.resumed:
-        print("resumed from the last checkpoint", flush=True)
+        print(f"resumed from the checkpoint at frame {first_frame:,}", flush=True)
     else:
         print("stop with Ctrl-C at any time; the run can be resumed", flush=True)
 
@@ -80,7 +88,7 @@ def make_callbacks(
     archive: ReplayArchive,
     evaluate: Callable[[int], EvaluationResult],
 ) -> list[Callback]:
-    """What happens at periods of frames, in this order: evaluation, row of the log, learning curve, checkpoint, progress.
+    """What happens at periods of frames: evaluation, row of the log, learning curve, checkpoint, progress.
 
     Args:
         config: the run's settings.
@@ -115,6 +123,7 @@ def finish_run(trainer: Trainer, module: OffPolicyModule, frames: FramesDataset,
         The exit code: 0, or 128 plus the signal that ended the run.
     """
     frames.close()
+    folder.close()
     for logger in trainer.loggers:
         logger.finalize("success")
     stop, evaluation = _callback(trainer, StopSignals), _callback(trainer, Evaluation)

@@ -1,4 +1,4 @@
-"""What a training step asks of an algorithm: one update on a batch. Each algorithm's update stands in a file of its own."""
+"""What a training step asks of an algorithm: one update on a batch. Each algorithm's stands in a file of its own."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class NonFiniteLossError(TrainingError):
 class Update(nn.Module):
     """One update of an algorithm on a replay batch: every loss, every optimiser step, every target network.
 
-    A subclass overrides :meth:`forward` and :attr:`policy`. The training module calls it, logs what it returns, and stores its state.
+    A subclass overrides :meth:`forward` and :attr:`policy`. The training module calls it, logs what it returns, and
+    stores its state.
 
     Args:
         loss: the loss module; holds networks and target networks.

@@ -1,0 +1,236 @@
+"""The recipe as a user runs it: through its command line, in this process where that is enough."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qsm_rl.training import callbacks
+from recipes.mujoco_qsm import main
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "mujoco_qsm.py"
+SMALL = [
+    *("--env", "InvertedPendulum-v5", "--total_frames", "180", "--warmup_frames", "20", "--checkpoint_every", "60"),
+    *("--log_every", "30", "--eval_every", "60", "--eval_episodes", "2", "--batch_size", "8", "--num_steps", "2"),
+    *("--actor_hidden_dims", "[8]", "--critic_hidden_dims", "[8]", "--replay_size", "100", "--device", "cpu"),
+]
+EVERYTHING = [
+    *("--num_envs", "2", "--frames_per_batch", "4", "--n_step", "3", "--normalize_observation", "true"),
+    *(
+        "--actor_ema",
+        "0.9",
+        "--gradient_clipping",
+        "1",
+        "--actor_learning_rate_decay",
+        "300",
+        "--checkpoint_every",
+        "50",
+    ),
+    *("--updates_per_frame", "0.7", "--sampler", "ddim", "--action_repeat", "2"),
+]
+
+
+def run(*arguments: str | Path) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    return ended.value.code
+
+
+def metrics(folder: Path) -> list[dict[str, str]]:
+    """Rows of metrics.csv without their times and empty cells."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{name: value for name, value in row.items() if value and not name.startswith("time/")} for row in rows]
+
+
+def differences(one, other, path="") -> list[str]:
+    """Where two nested structures of tensors and plain values differ, to the bit."""
+    if isinstance(one, torch.Tensor):
+        return [] if torch.equal(one, other) and one.dtype == other.dtype else [path]
+    if isinstance(one, dict):
+        if one.keys() != other.keys():
+            return [f"{path}: keys"]
+        return [name for key in one for name in differences(one[key], other[key], f"{path}/{key}")]
+    if isinstance(one, (list, tuple)):
+        if len(one) != len(other):
+            return [f"{path}: length"]
+        return [
+            name for i, (a, b) in enumerate(zip(one, other, strict=True)) for name in differences(a, b, f"{path}/{i}")
+        ]
+    return [] if one == other else [path]
+
+
+def checkpoint(folder: Path, frames: int) -> dict:
+    return torch.load(folder / "checkpoints" / f"frames-{frames:012d}.pt", weights_only=True)
+
+
+def replay_rows(folder: Path, state: dict) -> dict[str, torch.Tensor]:
+    names = [f"rows-{first:012d}-{last:012d}.safetensors" for first, last, _ in state["replay"]["segments"]]
+    segments = [load_file(folder / "checkpoints" / "replay" / name) for name in names]
+    return {key: torch.cat([segment[key] for segment in segments]) for key in segments[0]}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A small run to its end."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    assert run(*SMALL, "--run_dir", folder) == 0
+    return folder
+
+
+def test_a_run_leaves_everything_it_promises(finished, capsys):
+    assert {path.name for path in finished.iterdir()} == {
+        *("config.yaml", "metrics.csv", "tensorboard", "checkpoints", "actor", "learning_curve.png"),
+    }
+    assert {path.name for path in (finished / "actor").iterdir()} == {"model.safetensors", "config.json"}
+    assert any(path.name.startswith("events.out.tfevents") for path in (finished / "tensorboard").iterdir())
+    rows = metrics(finished)
+    assert [int(row["frames"]) for row in rows] == list(range(30, 181, 30))
+    assert [int(row["frames"]) for row in rows if "eval/return_mean" in row] == [60, 120, 180]
+    assert "loss/actor" in rows[-1] and "train/q_score_norm" in rows[-1] and "loss/actor" in rows[0]
+
+
+def test_same_seed_gives_the_same_run_and_evaluation_has_no_part_in_it(finished, tmp_path, capsys):
+    assert run(*SMALL, "--run_dir", tmp_path / "again", "--eval_every", "90", "--eval_episodes", "1") == 0
+    one, other = checkpoint(finished, 180), checkpoint(tmp_path / "again", 180)
+    assert differences(one["training"], other["training"]) == []
+    assert differences(replay_rows(finished, one), replay_rows(tmp_path / "again", other)) == []
+    losses = [
+        {row["frames"]: row["loss/actor"] for row in metrics(folder)} for folder in (finished, tmp_path / "again")
+    ]
+    assert losses[0].items() <= losses[1].items()
+    assert run(*SMALL, "--run_dir", tmp_path / "other", "--seed", "1") == 0
+    assert differences(one["training"], checkpoint(tmp_path / "other", 180)["training"]) != []
+
+
+@pytest.mark.parametrize("options", [[], EVERYTHING], ids=["plain", "everything"])
+def test_resumed_run_equals_the_uninterrupted_one_to_the_bit(tmp_path, options, capsys):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert run(*SMALL, *options, "--run_dir", whole) == 0
+    last, before = sorted(int(path.stem[7:]) for path in (whole / "checkpoints").glob("*.pt"))[::-1]
+    # As a process killed just before its last checkpoint leaves it: log rows and replay rows beyond, half a file.
+    shutil.copytree(whole, cut)
+    (cut / "checkpoints" / f"frames-{last:012d}.pt").rename(cut / "checkpoints" / f"frames-{last:012d}.pt.incomplete")
+    assert run("--resume", cut) == 0
+    assert f"checkpoint at frame {before}" in capsys.readouterr().out.replace(",", "")
+    one, other = checkpoint(whole, last), checkpoint(cut, last)
+    assert differences(one, other) == []
+    assert differences(replay_rows(whole, one), replay_rows(cut, other)) == []
+    assert metrics(whole) == metrics(cut)
+    assert (whole / "actor" / "model.safetensors").read_bytes() == (cut / "actor" / "model.safetensors").read_bytes()
+
+
+def test_a_finished_run_can_be_made_longer(finished, tmp_path, capsys):
+    longer = tmp_path / "longer"
+    shutil.copytree(finished, longer)
+    assert run("--resume", longer, "--total_frames", "240") == 0
+    assert metrics(longer)[:6] == metrics(finished)
+    assert [int(row["frames"]) for row in metrics(longer)] == list(range(30, 241, 30))
+    assert checkpoint(longer, 240)["training"]["grad_steps"] == 240 - 20 + 1
+
+
+def test_a_folder_with_a_run_is_refused_and_left_alone(finished, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    assert run(*SMALL, "--run_dir", finished) == 2
+    message = capsys.readouterr().err
+    assert str(finished) in message and "--resume" in message
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--env", "HalfCheeta-v5"], ["HalfCheeta-v5", "HalfCheetah-v5"]),
+        (["--env", "CartPole-v1"], ["CartPole-v1"]),
+        (["--env", "dm_control/walker-wlk"], ["walker-wlk", "walker-walk"]),
+        (["--batch_size", "0"], ["--batch_size"]),
+        (["--device", "cuda:99"], ["cuda:99", "cpu"]),
+        (["--resume", "/nowhere"], ["/nowhere"]),
+    ],
+)
+def test_bad_input_ends_with_two_lines_at_most_and_makes_nothing(tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    assert run(*arguments) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and len(message.strip().splitlines()) <= 2
+    for word in words:
+        assert word in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resuming_with_a_broken_checkpoint_says_so(finished, tmp_path, capsys):
+    folder = tmp_path / "broken"
+    shutil.copytree(finished, folder)
+    for path in (folder / "checkpoints" / "replay").iterdir():
+        path.write_bytes(path.read_bytes()[:-3])
+    assert run("--resume", folder) == 2
+    assert "cut short" in capsys.readouterr().err
+    text = (finished / "config.yaml").read_text().replace("actor_hidden_dims: [8]", "actor_hidden_dims: [9]")
+    (folder / "config.yaml").write_text(text)
+    assert run("--resume", folder) == 2
+    assert "does not fit this run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_behind_the_step_and_leaves_a_usable_run(tmp_path, capsys, monkeypatch, number, code):
+    folder = tmp_path / "stopped"
+    after = callbacks.MetricRows.on_train_batch_end
+
+    def signal_at_frame_100(self, trainer, module, outputs, batch, batch_idx):
+        after(self, trainer, module, outputs, batch, batch_idx)
+        if module.env_frames == 100:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(callbacks.MetricRows, "on_train_batch_end", signal_at_frame_100)
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    assert run(*SMALL, "--run_dir", folder) == code
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    out = capsys.readouterr().out
+    assert "at frame 100" in out and f"--resume {folder}" in out
+    assert (folder / "actor" / "model.safetensors").is_file()
+    monkeypatch.undo()
+    assert run("--resume", folder) == 0
+    assert int(metrics(folder)[-1]["frames"]) == 180
+
+
+def test_a_signal_leaves_an_evaluation_at_once(tmp_path, capsys, monkeypatch):
+    def endless(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        while True:
+            pass
+
+    monkeypatch.setattr("qsm_rl.training.evaluate_policy", endless)
+    assert run(*SMALL, "--run_dir", tmp_path / "stopped") == 143
+    assert "at frame 60" in capsys.readouterr().out
+
+
+def test_the_command_trains_from_a_shell(tmp_path):
+    """The script itself, with progress on a pipe, defaults of the preset paper, and the warm-up's cap."""
+    done = subprocess.run(
+        [
+            *(sys.executable, RECIPE, "--preset", "paper", "--env", "InvertedPendulum-v5", "--total_frames", "60"),
+            *("--eval_episodes", "1", "--actor_hidden_dims", "[16,16]", "--critic_hidden_dims", "[16,16]"),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "12 frames of random actions, a fifth of total_frames instead of 10,000" in done.stdout
+    assert "60/60 frames (100%)" in done.stderr
+    assert "Warning" not in done.stderr
+    (folder,) = (tmp_path / "runs" / "mujoco_qsm" / "InvertedPendulum-v5").iterdir()
+    assert str(folder.relative_to(tmp_path)) in done.stdout
+    saved = (folder / "config.yaml").read_text()
+    assert 'schedule: "vp"' in saved and "actor_hidden_dims: [16, 16]" in saved and "warmup_frames: 10000" in saved
