@@ -64,8 +64,9 @@ class QScoreMatchingLoss(LossModule):
 
     Raises:
         TypeError: if the actor is not a :class:`~qsm_rl.DiffusionActor`, naming what it lacks.
-        ValueError: for an unknown option, a negative noise, a list of critics that does not fit ``num_qvalue_nets``,
-            lazy networks that were not run once, or batches whose shapes do not fit the networks.
+        ValueError: for an unknown option, a negative noise, critics that share weights or do not fit
+            ``num_qvalue_nets``, lazy networks that were not run once, or batches whose shapes do not fit the networks.
+        KeyError: for a batch without one of the :attr:`in_keys`.
 
     Example:
         >>> import torch
@@ -251,7 +252,11 @@ class QScoreMatchingLoss(LossModule):
 
         Raises:
             NotImplementedError: for another value estimator.
+            ValueError: if ``gamma`` or ``lmbda`` lies outside [0, 1].
         """
+        for name in ("gamma", "lmbda"):
+            if not 0 <= hyperparams.get(name, 0) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {hyperparams[name]!r}.")
         value_type, hyperparams = self._prepare_value_estimator_kwargs(value_type, **hyperparams)
         if value_type is not None:
             dispatch_value_estimator(
@@ -623,6 +628,12 @@ def _critic_list(
         raise ValueError("qvalue_network is an empty list; give at least one critic.")
     for critic in critics:
         _check_initialized("a critic", critic)
+    parameters = [parameter for critic in critics for parameter in critic.parameters()]
+    if len(set(parameters)) < len(parameters):
+        raise ValueError(
+            "the critics share parameters, which could not be trained once they are stacked; give each its own, or one "
+            "critic and num_qvalue_nets."
+        )
     return critics
 
 

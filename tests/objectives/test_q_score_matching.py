@@ -457,6 +457,23 @@ def test_networks_of_the_wrong_size_are_refused():
             call(data.clone())
 
 
+def test_critics_that_share_weights_are_refused():
+    critic, other = make_critics()
+    with pytest.raises(ValueError, match="the critics share parameters"):
+        QScoreMatchingLoss(make_actor(), [critic, critic])
+    other.module.mlp[0] = critic.module.mlp[0]
+    with pytest.raises(ValueError, match="the critics share parameters"):
+        QScoreMatchingLoss(make_actor(), [critic, other])
+
+
+def test_a_discount_outside_its_range_is_refused():
+    loss = QScoreMatchingLoss(make_actor(), make_critics())
+    with pytest.raises(ValueError, match=r"gamma must lie in \[0, 1\], got 1.5"):
+        loss.make_value_estimator(gamma=1.5)
+    with pytest.raises(ValueError, match=r"lmbda must lie in \[0, 1\], got -0.1"):
+        loss.make_value_estimator(ValueEstimators.TDLambda, lmbda=-0.1)
+
+
 def test_an_unbounded_actor_and_a_foreign_one_are_refused():
     with pytest.raises(ValueError, match="bounded continuous action space, got Unbounded"):
         DiffusionActor(ScoreMLP(3, 2), action_spec=Unbounded((2,)), noise_schedule=NoiseSchedule.vp(5))
