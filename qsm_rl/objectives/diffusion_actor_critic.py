@@ -1,0 +1,372 @@
+"""What the losses of diffusion actor-critics share: the networks, the batch, and the critics' temporal differences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import torch
+from tensordict import TensorDictBase, TensorDictParams
+from tensordict.nn import TensorDictModule
+from tensordict.utils import NestedKey, unravel_key
+from torch import Tensor
+from torchrl.objectives import LossModule, ValueEstimators, distance_loss
+from torchrl.objectives.utils import dispatch_value_estimator
+
+from qsm_rl.actor import DiffusionActor
+from qsm_rl.noise_schedule import Float32Buffers
+from qsm_rl.objectives.inputs import check_actor, check_choice, critic_list, entry
+
+__all__ = ["DiffusionActorCriticLoss"]
+
+
+class DiffusionActorCriticLoss(LossModule):
+    """Base of the losses that train critics by temporal differences at samples of a diffusion actor.
+
+    A loss adds its ``actor_loss``, ``forward`` and ``out_keys``. The arguments are those of
+    :class:`~qsm_rl.QScoreMatchingLoss`, which documents them.
+    """
+
+    @dataclass
+    class _AcceptedKeys:
+        """Entries that ``set_keys`` can rename.
+
+        Attributes:
+            action: the replayed action, environment units.
+            value: where value estimators look for the next state's value.
+            state_action_value: the critics' output.
+            priority: the written priority.
+            reward: reward, under ``"next"``.
+            done: end of the trajectory, under ``"next"``.
+            terminated: end without bootstrap, under ``"next"``.
+            priority_weight: importance weights of a prioritised sampler.
+        """
+
+        action: NestedKey = "action"
+        value: NestedKey = "state_value"
+        state_action_value: NestedKey = "state_action_value"
+        priority: NestedKey = "td_error"
+        reward: NestedKey = "reward"
+        done: NestedKey = "done"
+        terminated: NestedKey = "terminated"
+        priority_weight: NestedKey = "priority_weight"
+
+    default_keys = _AcceptedKeys
+    tensor_keys: _AcceptedKeys
+    default_value_estimator = ValueEstimators.TD0
+    SUPPORTED_VALUE_ESTIMATORS = (ValueEstimators.TD0, ValueEstimators.TD1, ValueEstimators.TDLambda)
+
+    actor_network: DiffusionActor
+    qvalue_network: TensorDictModule
+    actor_network_params: TensorDictParams
+    qvalue_network_params: TensorDictParams
+    target_actor_network_params: TensorDictParams
+    target_qvalue_network_params: TensorDictParams
+
+    def __init__(
+        self,
+        actor_network: DiffusionActor,
+        qvalue_network: TensorDictModule | Sequence[TensorDictModule],
+        *,
+        num_qvalue_nets: int | None,
+        loss_function: Literal["l2", "l1", "smooth_l1"],
+        target_action_noise_std: float,
+        delay_actor: bool,
+        delay_qvalue: bool,
+        reduction: Literal["mean", "sum", "none"],
+        deactivate_vmap: bool,
+        use_prioritized_weights: bool | Literal["auto"],
+    ) -> None:
+        self._in_keys: list[NestedKey] | None = None
+        self._out_keys: list[str] | None = None
+        super().__init__()
+        check_choice("loss_function", loss_function, ("l2", "l1", "smooth_l1"))
+        check_choice("reduction", reduction, ("mean", "sum", "none"))
+        if not target_action_noise_std >= 0:
+            raise ValueError(f"target_action_noise_std must be at least 0, got {target_action_noise_std!r}.")
+        check_actor(actor_network)
+        critics = critic_list(qvalue_network, num_qvalue_nets)
+
+        self.convert_to_functional(actor_network, "actor_network", create_target_params=delay_actor)
+        self._share_with_actor()
+        self.convert_to_functional(
+            critics, "qvalue_network", expand_dim=len(critics), create_target_params=delay_qvalue
+        )
+        self.num_qvalue_nets = len(critics)
+        self.loss_function = loss_function
+        self.target_action_noise_std = target_action_noise_std
+        self.delay_actor = delay_actor
+        self.delay_qvalue = delay_qvalue
+        self.reduction = reduction
+        self.deactivate_vmap = deactivate_vmap
+        self.use_prioritized_weights = use_prioritized_weights
+        self.set_keys(action=actor_network.out_keys[0])
+        # Now, so that the loss's state_dict has the same entries before and after the first forward.
+        self.make_value_estimator()
+
+    # --- keys and value estimator, as every TorchRL loss has them ---
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """Entries that the loss reads, in the order of a keyword call."""
+        if self._in_keys is None:
+            keys = self.tensor_keys
+            read = [
+                *self.actor_network.in_keys,
+                *self.qvalue_network.in_keys,
+                keys.action,
+                *(("next", key) for key in self.actor_network.in_keys),
+                *(("next", key) for key in self.qvalue_network.in_keys if key != keys.action),
+                ("next", keys.reward),
+                ("next", keys.done),
+                ("next", keys.terminated),
+            ]
+            self._in_keys = list(dict.fromkeys(unravel_key(key) for key in read))
+        return self._in_keys
+
+    @in_keys.setter
+    def in_keys(self, values: list[NestedKey]) -> None:
+        self._in_keys = values
+
+    def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
+        if self._value_estimator is not None:
+            self._value_estimator.set_keys(**self._value_estimator_keys())
+        self._in_keys = None
+
+    def _value_estimator_keys(self) -> dict[str, NestedKey]:
+        keys = self.tensor_keys
+        return {"value": keys.value, "reward": keys.reward, "done": keys.done, "terminated": keys.terminated}
+
+    def make_value_estimator(self, value_type: ValueEstimators | None = None, **hyperparams: float) -> Self:
+        """Chooses the value estimator; call it before ``load_state_dict``.
+
+        Args:
+            value_type: TD0 (default), TD1 or TDLambda; the last two need batches with a time dimension ``(*B, T)``.
+            **hyperparams: ``gamma`` in [0, 1], the discount (default 0.99), and ``lmbda`` for TDLambda.
+
+        Raises:
+            NotImplementedError: for another value estimator.
+            ValueError: if ``gamma`` or ``lmbda`` lies outside [0, 1].
+        """
+        for name in ("gamma", "lmbda"):
+            if not 0 <= hyperparams.get(name, 0) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {hyperparams[name]!r}.")
+        value_type, hyperparams = self._prepare_value_estimator_kwargs(value_type, **hyperparams)
+        if value_type is not None:
+            dispatch_value_estimator(
+                self,
+                value_type,
+                supported=self.SUPPORTED_VALUE_ESTIMATORS,
+                tensor_keys=self._value_estimator_keys(),
+                value_network=None,
+                **hyperparams,
+            )
+        return self
+
+    # --- the critics' loss ---
+
+    def qvalue_loss(
+        self,
+        tensordict: TensorDictBase,
+        initial_noise: Tensor | None = None,
+        step_noise: Tensor | None = None,
+        target_action_noise: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The critics' temporal-difference loss, summed over critics; writes the priority entry.
+
+        Args:
+            tensordict: the batch.
+            initial_noise: start of the reverse chain for the next action, ``(*B, A)``; drawn when not given.
+            step_noise: the chain's fresh noise in order of use, ``(steps, *B, A)``; drawn when not given.
+            target_action_noise: noise added to the next action as it is, box units, ``(*B, A)``, before it is clipped;
+                drawn with ``target_action_noise_std`` when not given.
+
+        Returns:
+            The loss, and detached ``target_value`` ``(*B,)``, ``q_value`` ``(num_critics, *B)``, ``td_error`` ``(*B,)``
+            (the largest over critics), ``critic_losses`` ``(num_critics,)``, ``next_action`` (the chain's sample before
+            the noise, box units, ``(*B, A)``); of a batch with a mask only the ``L`` live samples, ``(L,)``.
+        """
+        mask = self._mask(tensordict)
+        batch = self._live_entries(tensordict, mask)
+        weights = self._weights(batch)
+        action = self._action(batch)
+        target_value, next_action = self._target_value(batch, initial_noise, step_noise, target_action_noise)
+        q_value = self._q_values(batch, action, self.qvalue_network_params)
+        target = target_value.expand_as(q_value)
+        losses = distance_loss(q_value, target, self.loss_function)
+        td_error = (q_value - target).detach().abs().amax(0)
+        tensordict.set(self.tensor_keys.priority, td_error)
+        live = ... if mask is None else mask
+        info = {
+            "target_value": target_value[live],
+            "q_value": q_value.detach()[:, live],
+            "td_error": td_error[live],
+            "critic_losses": losses.detach()[:, live].reshape(self.num_qvalue_nets, -1).mean(1),
+            "next_action": next_action[live],
+        }
+        return self._reduce_loss(losses.sum(0), batch, weights=weights), info
+
+    def trained_critics(self) -> list[TensorDictModule]:
+        """The critics with their trained weights, as independent copies.
+
+        The loss stacks the critics' weights into parameters of its own, so the modules given to it stay as they were.
+
+        Returns:
+            One module for each critic, in the given order.
+        """
+        critics = []
+        for params in self.qvalue_network_params.data.clone().unbind(0):
+            critic = deepcopy(self.qvalue_network)
+            params.to_module(critic, preserve_module_state=True)
+            critics.append(critic.requires_grad_())
+        return critics
+
+    def reset_parameters_recursive(self) -> None:
+        """Draws all weights anew by the layers' own initialisers; targets start equal to the networks again."""
+        super().reset_parameters_recursive()
+        for name in ("actor_network", "qvalue_network"):
+            target = self._modules.get(f"target_{name}_params")
+            if target is not None:
+                target.data.update_(self._modules[f"{name}_params"].data)
+
+    # --- one actor, inside and outside the loss ---
+
+    def _share_with_actor(self) -> None:
+        """Makes the actor's parameters and buffers those of ``actor_network_params``, so that they move together."""
+        self.actor_network_params.to_module(self.actor_network, preserve_module_state=False)
+
+    def _target_actor(self) -> AbstractContextManager:
+        """In this block ``actor_network`` holds the weights that the TD target samples with."""
+        if not self.delay_actor:
+            return nullcontext()  # its own, see _share_with_actor
+        return self.target_actor_network_params.to_module(self.actor_network, preserve_module_state=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        copy = self.__new__(type(self))
+        memo[id(self)] = copy
+        copy.__dict__.update(deepcopy(self.__dict__, memo))
+        copy._share_with_actor()  # a TensorDictParams copies itself without regard to the memo
+        return copy
+
+    def _apply(self, fn: Callable[[Tensor], Tensor]) -> Self:
+        constants = [
+            (buffer, buffer.data)
+            for module in self.actor_network.modules()
+            if isinstance(module, Float32Buffers)
+            for buffer in module.buffers(recurse=False)
+        ]
+        super()._apply(fn)
+        for buffer, data in constants:
+            buffer.data = data.to(buffer.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        schedule_prefix = f"{prefix}actor_network_params.module.noise_schedule."
+        errors: list[str] = []
+        self.actor_network.noise_schedule._load_from_state_dict(state_dict, schedule_prefix, {}, False, [], [], errors)
+        if errors:
+            raise RuntimeError(errors[0])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    # --- parts ---
+
+    def _target_value(
+        self,
+        batch: TensorDictBase,
+        initial_noise: Tensor | None,
+        step_noise: Tensor | None,
+        target_action_noise: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """TD target ``(*B,)`` and the sampled next action ``(*B, A)``, box units, before noise."""
+        keys = self.tensor_keys
+        with torch.no_grad():
+            following = batch.get("next")
+            actor = self.actor_network
+            with self._target_actor():
+                sample = actor.sample(actor.observation(following), initial_noise, step_noise)
+                if target_action_noise is None:
+                    target_action_noise = self.target_action_noise_std * torch.randn_like(sample)
+            next_action = actor.box.from_box((sample + target_action_noise).clamp(-1, 1))
+            next_action = next_action.to(batch.get(keys.action).dtype)  # the chain runs in float32 or more
+            next_value = self._q_values(following, next_action, self.target_qvalue_network_params).amin(0).unsqueeze(-1)
+            reward = entry(batch, ("next", keys.reward))
+            if reward.shape != next_value.shape:
+                raise ValueError(
+                    f"the batch's ('next', {keys.reward!r}) has shape {tuple(reward.shape)}, expected "
+                    f"{tuple(next_value.shape)}: the batch size and a last dimension of 1, as the critics return."
+                )
+            # A terminated step has no future: whatever its next observation holds, NaN included, counts for nothing.
+            terminated = entry(batch, ("next", keys.terminated))
+            next_value = torch.where(terminated, torch.zeros_like(next_value), next_value)
+            target_value = self.value_estimator.value_estimate(batch.copy(), next_value=next_value)
+        return target_value.squeeze(-1), sample
+
+    def _q_values(self, tensordict: TensorDictBase, action: Tensor, params: TensorDictBase) -> Tensor:
+        """Q-values of every critic, ``(num_critics, *B)``, for actions in environment units."""
+        keys = self.tensor_keys
+        entries = [key for key in self.qvalue_network.in_keys if unravel_key(key) != unravel_key(keys.action)]
+        critic_input = tensordict.select(*entries, strict=False).set(keys.action, action)
+
+        def critic(critic_input: TensorDictBase, critic_params: TensorDictBase) -> Tensor:
+            with critic_params.to_module(self.qvalue_network, preserve_module_state=False):
+                return self.qvalue_network(critic_input).get(keys.state_action_value)
+
+        if self.deactivate_vmap:
+            q_values = torch.stack([critic(critic_input.copy(), one) for one in params.unbind(0)])
+        else:
+            q_values = torch.vmap(critic, (None, 0), randomness=self.vmap_randomness)(critic_input, params)
+        expected = (self.num_qvalue_nets, *tensordict.batch_size, 1)
+        if q_values.shape != expected:
+            raise ValueError(
+                f"a critic returned shape {tuple(q_values.shape[1:])} for batch size {tuple(tensordict.batch_size)}, "
+                f"expected {tuple(expected[1:])}: one Q-value for each sample, as QValueMLP returns."
+            )
+        return q_values.squeeze(-1)
+
+    def _action(self, batch: TensorDictBase) -> Tensor:
+        """The replayed action, shape checked."""
+        action = entry(batch, self.tensor_keys.action)
+        expected = (*batch.batch_size, self.actor_network.box.action_dim)
+        if action.shape != expected:
+            raise ValueError(
+                f"the batch's {self.tensor_keys.action!r} has shape {tuple(action.shape)}, expected {tuple(expected)}: "
+                "the batch size and the size of the actor's action_spec."
+            )
+        return action
+
+    def _weights(self, batch: TensorDictBase) -> Tensor | None:
+        weights = self._maybe_get_priority_weight(batch)
+        return None if weights is None else weights.reshape(batch.batch_size)
+
+    def _mask(self, tensordict: TensorDictBase) -> Tensor | None:
+        """Which samples are live, ``(*B,)``; None if the batch has no mask."""
+        mask = None
+        for key in self._loss_mask_keys():
+            found = tensordict.get(key, None)
+            if found is not None:
+                found = found.reshape(tensordict.batch_size)
+                mask = found if mask is None else mask & found
+        return mask
+
+    def _live_entries(self, tensordict: TensorDictBase, mask: Tensor | None) -> TensorDictBase:
+        """The batch with masked positions zeroed: what stands there, NaN included, reaches no loss and no gradient."""
+        if mask is None:
+            return tensordict
+        batch = tensordict.apply(
+            lambda x: (
+                torch.where(mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim)), x, torch.zeros_like(x))
+                if x.is_floating_point()
+                else x
+            )
+        )
+        # A trajectory ends before a masked position, so that multi-step estimators bootstrap there.
+        done_key = ("next", self.tensor_keys.done)
+        done = batch.get(done_key)
+        end = ~mask
+        if mask.ndim > 0:
+            end = end | torch.cat([end[..., 1:], torch.zeros_like(end[..., :1])], -1)
+        batch.set(done_key, done | end.unsqueeze(-1))
+        return batch

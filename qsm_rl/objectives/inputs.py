@@ -1,0 +1,82 @@
+"""Reading and checking what a loss is given: entries of a batch, options, the actor and the critics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModule
+from tensordict.utils import NestedKey, unravel_key
+from torch import Tensor, nn
+
+__all__ = ["check_actor", "check_choice", "critic_list", "entry"]
+
+
+def entry(batch: TensorDictBase, key: NestedKey) -> Tensor:
+    """An entry of a batch; a KeyError that names what is there if it is missing."""
+    value = batch.get(key, None)
+    if value is None:
+        raise KeyError(
+            f"the batch lacks {dotted(key)}; it has {', '.join(sorted(map(dotted, batch.keys(True, True))))}. "
+            "Tell the loss your names by set_keys."
+        )
+    return value
+
+
+def dotted(key: NestedKey) -> str:
+    key = unravel_key(key)
+    return key if isinstance(key, str) else ".".join(key)
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises ValueError unless the option has one of its values."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}.")
+
+
+def check_actor(actor_network: object) -> None:
+    """Raises TypeError for an actor without the methods of DiffusionActor, ValueError for a lazy one."""
+    needed = ("in_keys", "out_keys", "observation", "sample", "predict_noise", "noise_schedule", "box")
+    missing = [name for name in needed if not hasattr(actor_network, name)]
+    if missing:
+        raise TypeError(
+            f"actor_network is a {type(actor_network).__module__}.{type(actor_network).__name__} "
+            f"without {', '.join(missing)}; pass a qsm_rl.DiffusionActor (its score_network may be your own module)."
+        )
+    check_initialized("the actor", actor_network)
+
+
+def critic_list(
+    qvalue_network: TensorDictModule | Sequence[TensorDictModule], num_qvalue_nets: int | None
+) -> list[TensorDictModule]:
+    """The critics of an ensemble, each with weights of its own; ValueError where they do not fit."""
+    if isinstance(qvalue_network, (list, tuple, nn.ModuleList)):
+        critics = list(qvalue_network)
+        if num_qvalue_nets not in (None, len(critics)):
+            raise ValueError(
+                f"num_qvalue_nets is {num_qvalue_nets}, but {len(critics)} critics were given; leave it out."
+            )
+    else:
+        count = 2 if num_qvalue_nets is None else num_qvalue_nets
+        if count < 1:
+            raise ValueError(f"num_qvalue_nets must be at least 1, got {count!r}.")
+        critics = [qvalue_network, *(deepcopy(qvalue_network) for _ in range(count - 1))]
+        for critic in critics[1:]:
+            critic.reset_parameters_recursive()
+    if not critics:
+        raise ValueError("qvalue_network is an empty list; give at least one critic.")
+    for critic in critics:
+        check_initialized("a critic", critic)
+    parameters = [parameter for critic in critics for parameter in critic.parameters()]
+    if len(set(parameters)) < len(parameters):
+        raise ValueError(
+            "the critics share parameters, which could not be trained once they are stacked; give each its own, or one "
+            "critic and num_qvalue_nets."
+        )
+    return critics
+
+
+def check_initialized(name: str, network: nn.Module) -> None:
+    if any(nn.parameter.is_lazy(parameter) for parameter in network.parameters()):
+        raise ValueError(f"{name} has uninitialised lazy parameters; call it once on a batch before building the loss.")
