@@ -56,8 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     folder = rl.RunFolder.open(config, recipe="mujoco_qsm")
     checkpoint = rl.CheckpointFolder(folder.checkpoints).newest() if folder.resumed else None
     first_frame = checkpoint["frames"] if checkpoint else 0
-    sizes = {"observation_dim": observation_dim, "action_dim": action_dim}
-    rl.print_summary(config, folder, **sizes, device=device, first_frame=first_frame)
+    rl.print_summary(config, folder, environment, device, first_frame=first_frame)
 
     # Policy: a network that predicts the noise in an action, a noise schedule, and a sampler that walks it back.
     clip = None if config.clip == "none" else config.clip
@@ -140,22 +139,16 @@ def main(arguments: list[str] | None = None) -> int:
         rl.restore_checkpoint(checkpoint, module, frames, archive)
 
     evaluation_environment = make_environment(num_envs=config.eval_episodes, seed=config.seed)
-
-    def evaluate(frame: int) -> rl.EvaluationResult:
-        rl.copy_observation_statistics(collector.env, evaluation_environment)
-        seed = rl.derived_seed(config.seed, "evaluation", frame)
-        return rl.evaluate_policy(evaluation_environment, update.policy, seed=seed, device=device)
-
     trainer = Trainer(
         accelerator=device.type,
         devices=[device.index or 0] if device.type == "cuda" else 1,
         max_epochs=1,
         logger=rl.make_loggers(folder, first_frame=first_frame),
-        callbacks=rl.make_callbacks(config, folder, frames, archive, evaluate),
+        callbacks=rl.make_callbacks(config, folder, frames, archive, evaluation_environment),
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        log_every_n_steps=config.log_every,
+        log_every_n_steps=0,  # the callbacks log, by frames
     )
     trainer.fit(module, frames)
 

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
+from torchrl.envs import EnvBase
 
 from qsm_rl.training.checkpoints import CheckpointFolder
+from qsm_rl.training.environments import copy_observation_statistics
 from qsm_rl.training.errors import TrainingError, UserError
-from qsm_rl.training.evaluation import EvaluationResult
+from qsm_rl.training.evaluation import EvaluationResult, evaluate_policy
 from qsm_rl.training.frames import FramesDataset, period_ended
 from qsm_rl.training.module import OffPolicyModule
 from qsm_rl.training.plotting import plot_learning_curve
+from qsm_rl.training.random_state import derived_seed
 from qsm_rl.training.replay import ReplayArchive
 from qsm_rl.training.run_folder import RunFolder
 
@@ -113,18 +116,16 @@ class Evaluation(PeriodicCallback):
     Args:
         frames: the data set.
         every: frames between evaluations.
-        evaluate: runs one evaluation at a frame count.
+        environment: batch of environments, one for each episode; takes over the training environments' statistics.
         stop: asks for evaluations to be left.
 
     Attributes:
         last: the last result.
     """
 
-    def __init__(
-        self, frames: FramesDataset, every: int, evaluate: Callable[[int], EvaluationResult], stop: StopSignals
-    ) -> None:
+    def __init__(self, frames: FramesDataset, every: int, environment: EnvBase, stop: StopSignals) -> None:
         super().__init__(frames, every)
-        self.evaluate = evaluate
+        self.environment = environment
         self.stop = stop
         self.last: EvaluationResult | None = None
 
@@ -133,7 +134,9 @@ class Evaluation(PeriodicCallback):
         begin = time.perf_counter()
         try:
             with self.stop.interruptible():
-                self.last = self.evaluate(module.env_frames)
+                copy_observation_statistics(self.frames.collector.env, self.environment)
+                seed = derived_seed(self.frames.seed, "evaluation", module.env_frames)
+                self.last = evaluate_policy(self.environment, module.update.policy, seed=seed)
         except StopRequested:
             return
         module.window.add({**self.last.metrics(), "time/evaluation_seconds": time.perf_counter() - begin})
@@ -261,8 +264,10 @@ def restore_checkpoint(
         archive: the replay buffer's files.
 
     Raises:
-        UserError: if the checkpoint does not fit the networks, or the replay files do not fit the checkpoint.
+        UserError: if the run is finished, the checkpoint does not fit the networks, or the replay files do not fit it.
     """
+    if state["frames"] >= frames.total_frames:
+        raise UserError(f"the run is finished at frame {state['frames']:,}; give a larger --total_frames to go on.")
     try:
         module.restore_state(state["training"])
         frames.collector.env.load_state_dict(state["environment"])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from tensordict.nn import TensorDictModuleBase
+from tensordict import TensorDictBase
+from torch import nn
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
@@ -42,7 +44,7 @@ class EvaluationResult:
 
 
 def evaluate_policy(
-    environment: EnvBase, policy: TensorDictModuleBase, *, seed: int, device: torch.device | str = "cpu"
+    environment: EnvBase, policy: Callable[[TensorDictBase], TensorDictBase], *, seed: int
 ) -> EvaluationResult:
     """Runs one episode in each environment of a batch.
 
@@ -53,9 +55,8 @@ def evaluate_policy(
     Args:
         environment: batch of environments from :func:`~qsm_rl.training.make_environment`, one for each episode; it is
             seeded and reset.
-        policy: reads the observation, writes the action.
+        policy: reads the observation, writes the action; runs on the device of its parameters.
         seed: seed of environments and policy. The caller's random generators are left as they were.
-        device: device of the policy.
 
     Returns:
         Returns and lengths in the order of the environments.
@@ -63,6 +64,8 @@ def evaluate_policy(
     Raises:
         UserError: if an episode does not end.
     """
+    parameters = policy.parameters() if isinstance(policy, nn.Module) else iter(())
+    device = next((parameter.device for parameter in parameters), torch.device("cpu"))
     with isolated_random_state(seed), set_exploration_type(ExplorationType.RANDOM), torch.no_grad():
         environment.set_seed(seed)
         current = environment.reset()

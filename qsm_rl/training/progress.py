@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 import sys
 import time
 from typing import Any, TextIO
@@ -17,6 +19,23 @@ __all__ = ["Progress"]
 
 BAR_INTERVAL = 0.5
 LINE_INTERVAL = 15.0
+MEMORY = 20.0  # seconds over which speeds are averaged, for a warm-up is many times faster than what follows
+
+
+class Speed:
+    """Events per second, averaged over the last seconds."""
+
+    def __init__(self, count: int, now: float) -> None:
+        self.value = 0.0
+        self._count, self._time, self._fresh = count, now, True
+
+    def update(self, count: int, now: float) -> float:
+        """The speed at a time at which ``count`` events have happened."""
+        seconds = max(now - self._time, 1e-9)
+        weight = 1.0 if self._fresh else 1 - math.exp(-seconds / MEMORY)
+        self.value += weight * ((count - self._count) / seconds - self.value)
+        self._count, self._time, self._fresh = count, now, False
+        return self.value
 
 
 class Progress(Callback):
@@ -33,21 +52,20 @@ class Progress(Callback):
         self.evaluation = evaluation
         self.stream = sys.stderr if stream is None else stream
         self._terminal = self.stream.isatty()
-        self._bar: tqdm | None = None
         self._training_return: float | None = None
-        self._next = self._begin = 0.0
-        self._begin_steps = self._shown = 0
+        self._next = 0.0
+        self._shown = -1
 
     def on_train_start(self, trainer: Trainer, module: OffPolicyModule) -> None:
         """Opens the bar."""
-        self._begin, self._begin_steps = time.perf_counter(), module.grad_steps
-        self._next = 0.0 if self._terminal else self._begin + LINE_INTERVAL
+        now = time.perf_counter()
+        self._frame_speed, self._update_speed = Speed(module.env_frames, now), Speed(module.grad_steps, now)
+        self._next = now + (0.0 if self._terminal else LINE_INTERVAL)
         self._bar = tqdm(
             total=self.frames.total_frames,
-            initial=self.frames.first_frame,
-            unit="frame",
-            dynamic_ncols=True,
-            smoothing=0.05,
+            bar_format="{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} frames{postfix}",
+            ncols=shutil.get_terminal_size().columns,  # 80 where a terminal says that it has none
+            mininterval=0,
             file=self.stream,
             disable=not self._terminal,
         )
@@ -68,33 +86,25 @@ class Progress(Callback):
         """Shows the end and closes the bar."""
         if module.env_frames > self._shown:
             self._show(module, time.perf_counter())
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
 
     def _show(self, module: OffPolicyModule, now: float) -> None:
-        self._shown = module.env_frames
-        seconds = max(now - self._begin, 1e-9)
-        updates = (module.grad_steps - self._begin_steps) / seconds
-        returns = f"train {_number(self._training_return)}, eval {_number(self._evaluation_return())}"
-        assert self._bar is not None
-        if self._terminal:
-            self._bar.set_postfix_str(f"{updates:.0f} updates/s, {returns}", refresh=False)
-            self._bar.update(module.env_frames - self._bar.n)
-            self._bar.refresh()
-            return
-        total = self.frames.total_frames
-        speed = (module.env_frames - self.frames.first_frame) / seconds
-        left = tqdm.format_interval((total - module.env_frames) / max(speed, 1e-9))
-        print(
-            f"{module.env_frames:,}/{total:,} frames ({module.env_frames / total:.0%}), {speed:.0f} frames/s, "
-            f"{updates:.0f} updates/s, {left} left, return: {returns}",
-            file=self.stream,
-            flush=True,
+        self._shown, total = module.env_frames, self.frames.total_frames
+        frame_speed = self._frame_speed.update(module.env_frames, now)
+        update_speed = self._update_speed.update(module.grad_steps, now)
+        left = tqdm.format_interval((total - module.env_frames) / max(frame_speed, 1e-9))
+        result = self.evaluation.last
+        evaluated = None if result is None else result.metrics()["eval/return_mean"]
+        status = (
+            f"{frame_speed:.0f} frames/s, {update_speed:.0f} updates/s, {left} left; "
+            f"return: train {_number(self._training_return)}, eval {_number(evaluated)}"
         )
-
-    def _evaluation_return(self) -> float | None:
-        last = self.evaluation.last
-        return None if last is None else last.metrics()["eval/return_mean"]
+        if self._terminal:
+            self._bar.set_postfix_str(status, refresh=False)
+            self._bar.update(module.env_frames - self._bar.n)
+        else:
+            share = module.env_frames / total
+            print(f"{module.env_frames:,}/{total:,} frames ({share:.0%}), {status}", file=self.stream, flush=True)
 
 
 def _number(value: float | None) -> str:

@@ -35,18 +35,20 @@ class QSMConfiguration(TrainingConfiguration):
     score_target: Literal["scaled", "boltzmann", "normalized", "posterior"] = "normalized"
     """How the critics become the denoiser's target: scaled is the authors' -M_q dQ/da; boltzmann is -sigma_t dQ/da /
     temperature; normalized is boltzmann with dQ/da divided by its mean size, one temperature for all reward scales;
-    posterior is exact, from values of Q alone, for few action dimensions."""
+    posterior is exact at every noise level, from values of Q at many actions, and for few action dimensions."""
 
     score_scale: float = 50.0
     """M_q of the scaled target. Larger is greedier and has to fit the size of the rewards; 50 is the authors', 120 on
     dm_control's quadruped-walk and humanoid-walk."""
 
     score_temperature: float = 0.1
-    """Temperature of the other targets, in units of Q for boltzmann, of the spread of Q for posterior, without a unit
-    for normalized. Lower is greedier; usual range 0.03 to 0.3 for normalized."""
+    """Temperature of the policy exp(Q / temperature), for all but the scaled target. Lower is greedier. boltzmann: in
+    units of Q; normalized: usual range 0.03 to 0.3; posterior: in units of the spread of Q over actions, usual range
+    0.05 to 0.5."""
 
     score_particles: int = 64
-    """Actions at which the posterior target takes Q. More make it exact and cost time; usual range 32 to 512."""
+    """Actions at which the posterior target evaluates the critics. More is less noisy and costs time; usual range 32
+    to 512."""
 
     score_critics: Literal["online", "target"] = "target"
     """Critics that dQ/da is taken from. target is smoother and lags behind."""

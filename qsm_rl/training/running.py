@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from torchrl.envs import EnvBase
 
 from qsm_rl.training.callbacks import CheckpointWriter, Evaluation, LearningCurve, MetricRows, StopSignals
 from qsm_rl.training.configuration import TrainingConfiguration, capped_warmup
-from qsm_rl.training.evaluation import EvaluationResult
 from qsm_rl.training.frames import FramesDataset
 from qsm_rl.training.loggers import MetricsTable
 from qsm_rl.training.module import OffPolicyModule
@@ -29,10 +28,9 @@ CallbackType = TypeVar("CallbackType", bound=Callback)
 def print_summary(
     config: TrainingConfiguration,
     folder: RunFolder,
-    *,
-    observation_dim: int,
-    action_dim: int,
+    environment: EnvBase,
     device: torch.device,
+    *,
     first_frame: int = 0,
 ) -> None:
     """Says what is about to run, and quiets the libraries' remarks that nobody can act on.
@@ -40,8 +38,7 @@ def print_summary(
     Args:
         config: the run's settings.
         folder: its folder.
-        observation_dim: size of an observation.
-        action_dim: size of an action.
+        environment: the training environments.
         device: device of the networks.
         first_frame: where the run continues.
     """
@@ -50,6 +47,8 @@ def print_summary(
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*init_random_frames.*is not exactly a multiple")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
+    observation_dim = environment.observation_spec["observation"].shape[-1]
+    action_dim = environment.action_spec.shape[-1]
     threads = torch.get_num_threads()
     warmup = capped_warmup(config.warmup_frames, config.total_frames)
     print(
@@ -86,7 +85,7 @@ def make_callbacks(
     folder: RunFolder,
     frames: FramesDataset,
     archive: ReplayArchive,
-    evaluate: Callable[[int], EvaluationResult],
+    evaluation_environment: EnvBase,
 ) -> list[Callback]:
     """What happens at periods of frames: evaluation, row of the log, learning curve, checkpoint, progress.
 
@@ -95,10 +94,10 @@ def make_callbacks(
         folder: its folder.
         frames: its data set.
         archive: its replay buffer's files.
-        evaluate: runs one evaluation at a frame count.
+        evaluation_environment: batch of environments, one for each episode of an evaluation.
     """
     stop = StopSignals()
-    evaluation = Evaluation(frames, config.eval_every, evaluate, stop)
+    evaluation = Evaluation(frames, config.eval_every, evaluation_environment, stop)
     title = f"{folder.recipe} on {config.env}, preset {config.preset}, seed {config.seed}"
     return [
         evaluation,
@@ -144,6 +143,9 @@ def finish_run(trainer: Trainer, module: OffPolicyModule, frames: FramesDataset,
         )
     print(f"learning curve: {folder.learning_curve}")
     print(f"actor: {folder.actor}")
+    full = TrainingConfiguration.total_frames
+    if module.env_frames < full:
+        print(f"the full job, {full:,} frames: {script} --env {module.env}")
     print(f"go on for longer: {script} --resume {folder.path} --total_frames {2 * module.env_frames}", flush=True)
     return 0
 

@@ -132,6 +132,8 @@ def test_resumed_run_equals_the_uninterrupted_one_to_the_bit(tmp_path, options, 
 def test_a_finished_run_can_be_made_longer(finished, tmp_path, capsys):
     longer = tmp_path / "longer"
     shutil.copytree(finished, longer)
+    assert run("--resume", longer) == 2
+    assert "finished at frame 180" in capsys.readouterr().err
     assert run("--resume", longer, "--total_frames", "240") == 0
     assert metrics(longer)[:6] == metrics(finished)
     assert [int(row["frames"]) for row in metrics(longer)] == list(range(30, 241, 30))
@@ -172,11 +174,11 @@ def test_resuming_with_a_broken_checkpoint_says_so(finished, tmp_path, capsys):
     shutil.copytree(finished, folder)
     for path in (folder / "checkpoints" / "replay").iterdir():
         path.write_bytes(path.read_bytes()[:-3])
-    assert run("--resume", folder) == 2
+    assert run("--resume", folder, "--total_frames", "240") == 2
     assert "cut short" in capsys.readouterr().err
     text = (finished / "config.yaml").read_text().replace("actor_hidden_dims: [8]", "actor_hidden_dims: [9]")
     (folder / "config.yaml").write_text(text)
-    assert run("--resume", folder) == 2
+    assert run("--resume", folder, "--total_frames", "240") == 2
     assert "does not fit this run" in capsys.readouterr().err
 
 
@@ -208,7 +210,7 @@ def test_a_signal_leaves_an_evaluation_at_once(tmp_path, capsys, monkeypatch):
         while True:
             pass
 
-    monkeypatch.setattr("qsm_rl.training.evaluate_policy", endless)
+    monkeypatch.setattr("qsm_rl.training.callbacks.evaluate_policy", endless)
     assert run(*SMALL, "--run_dir", tmp_path / "stopped") == 143
     assert "at frame 60" in capsys.readouterr().out
 

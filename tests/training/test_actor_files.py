@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.data import Bounded
+
+from qsm_rl import DDIMSampler, DDPMSampler, DiffusionActor, NoiseSchedule, ScoreMLP
+from qsm_rl.training import UserError, load_actor, make_environment, publish_actor
+
+
+@pytest.mark.parametrize("sampler", [DDPMSampler(clip="clean", temperature=0.5), DDIMSampler(3, eta=0.5)])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_published_actor_comes_back_with_the_same_actions(tmp_path, sampler, normalize):
+    environment = make_environment("InvertedPendulum-v5", num_envs=2, seed=0, normalize_observation=normalize)
+    environment.rollout(20)
+    actor = DiffusionActor(
+        ScoreMLP(4, 1, (8, 4)),
+        action_spec=Bounded(-3.0, 3.0, (1,)),
+        noise_schedule=NoiseSchedule.cosine(5),
+        sampler=sampler,
+    )
+    publish_actor(tmp_path, actor, hidden_dims=(8, 4), environment=environment, env="InvertedPendulum-v5")
+    loaded = load_actor(tmp_path)
+    raw = torch.randn(16, 4)
+    norm = environment.transform[-1] if normalize else None
+    seen = norm.normalize(raw) if normalize else raw
+    torch.manual_seed(1)
+    expected = actor(TensorDict({"observation": seen}, [16]))["action"]
+    torch.manual_seed(1)
+    assert torch.equal(loaded(TensorDict({"observation": raw}, [16]))["action"], expected)
+    assert (expected.abs() < 3).any()
+    assert json.loads((tmp_path / "config.json").read_text())["env"] == "InvertedPendulum-v5"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda folder: (folder / "config.json").unlink(),
+        lambda folder: (folder / "config.json").write_text("{}"),
+        lambda folder: (folder / "config.json").write_text("nonsense"),
+        lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 100),
+        lambda folder: (folder / "config.json").write_text(
+            (folder / "config.json").read_text().replace('"observation_dim": 4', '"observation_dim": 5')
+        ),
+    ],
+)
+def test_a_broken_actor_folder_is_named(tmp_path, spoil):
+    environment = make_environment("InvertedPendulum-v5", seed=0)
+    spec = environment.action_spec_unbatched
+    actor = DiffusionActor(ScoreMLP(4, 1, (8,)), action_spec=spec, noise_schedule=NoiseSchedule.cosine(5))
+    publish_actor(tmp_path, actor, hidden_dims=(8,), environment=environment, env="InvertedPendulum-v5")
+    load_actor(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(UserError, match="no actor that can be read"):
+        load_actor(tmp_path)

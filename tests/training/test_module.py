@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qsm_rl.training.module import NonFiniteDataError
+from qsm_rl.training.updates import NonFiniteLossError
+from tests.training.small_trainer import WIDE, build, run
+
+
+@pytest.mark.parametrize(
+    ("updates_per_frame", "num_envs", "expected"),
+    [
+        (1.0, 1, {19: 0, 20: 1, 21: 2, 30: 11}),  # as the authors': one update with the last warm-up frame
+        (0.5, 1, {20: 0, 21: 1, 22: 1, 23: 2}),
+        (2.0, 1, {20: 2, 21: 4}),
+        (1.0, 4, {16: 0, 20: 1, 24: 5}),
+    ],
+)
+def test_updates_follow_the_frames(updates_per_frame, num_envs, expected):
+    frames, module = build("Slide", total=32, num_envs=num_envs)
+    module.updates_per_frame = updates_per_frame
+    done = {}
+    for index, batch in enumerate(frames):
+        module.training_step(batch, index)
+        done[module.env_frames] = module.grad_steps
+    assert {frame: done[frame] for frame in expected} == expected
+
+
+def test_replay_holds_actions_in_environment_units():
+    frames, module = build("WideSlide", bound=WIDE, total=40)
+    run(frames, module)
+    actions = module.writer.replay[:]["action"].abs()
+    assert 1 < actions.max() <= WIDE
+
+
+@pytest.mark.parametrize(("env", "entry"), [("NanReward", "next reward"), ("InfObservation", "next observation")])
+def test_non_finite_frames_are_refused_before_replay(env, entry):
+    frames, module = build(env)
+    with pytest.raises(NonFiniteDataError, match=rf"{entry} of {env} is (nan|inf).*12"):
+        run(frames, module)
+    stored = module.writer.replay[:]
+    assert len(stored) == 12
+    assert all(value.isfinite().all() for value in stored.flatten_keys().values())
+
+
+def test_a_non_finite_action_is_refused_by_name():
+    frames, module = build("Slide")
+    batch = next(iter(frames))
+    batch["action"][..., 1] = float("nan")
+    with pytest.raises(NonFiniteDataError, match="action of Slide is nan"):
+        module.training_step(batch, 0)
+    assert len(module.writer.replay) == 0
+
+
+def test_a_non_finite_loss_stops_before_the_weights_are_touched():
+    frames, module = build("Slide")
+    run(frames, module)
+    before = {name: value.clone() for name, value in module.update.state_dict().items()}
+    batch = module.writer.replay.sample()
+    batch["next", "reward"][3] = float("inf")
+    with pytest.raises(NonFiniteLossError, match="loss_qvalue is inf"):
+        module.update(batch)
+    for name, value in module.update.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    module.writer.replay.sample = lambda: batch
+    with pytest.raises(NonFiniteLossError, match="at frame 61, update 41"):
+        module.training_step(next(iter(build("Slide")[0])), 0)
+
+
+def test_metrics_average_losses_and_count_only_whole_episodes():
+    frames, module = build("Slide", total=60)
+    returns, losses = [], []
+    for index, batch in enumerate(frames):
+        module.training_step(batch, index)
+        ended = batch["next", "episode_end"]
+        returns += batch["next", "episode_reward"][ended].tolist()
+        if module.grad_steps:
+            losses.append(float(module.window._sums["loss/actor"]))
+    row = module.metrics()
+    if returns:
+        assert row["train/return_mean"] == pytest.approx(sum(returns) / len(returns))
+    assert row["loss/actor"] == pytest.approx(losses[-1] / module.grad_steps)
+    assert 0 <= row["train/action_saturation"] <= 1
+    assert "loss/actor" not in module.metrics()
