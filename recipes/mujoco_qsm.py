@@ -141,7 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
     evaluation_environment = make_environment(num_envs=config.eval_episodes, seed=config.seed)
     trainer = Trainer(
         accelerator=device.type,
-        devices=[device.index or 0] if device.type == "cuda" else 1,
+        devices=[device.index] if device.type == "cuda" else 1,
         max_epochs=1,
         logger=rl.make_loggers(folder, first_frame=first_frame),
         callbacks=rl.make_callbacks(config, folder, frames, archive, evaluation_environment),

@@ -271,8 +271,8 @@ def restore_checkpoint(
     try:
         module.restore_state(state["training"])
         frames.collector.env.load_state_dict(state["environment"])
-    except (RuntimeError, KeyError, ValueError, TypeError) as error:
+        archive.restore(module.writer.replay, state["replay"])
+    except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"the checkpoint at frame {state['frames']:,} does not fit this run: {reason[:300]}") from error
-    archive.restore(module.writer.replay, state["replay"])
     frames.first_frame = state["frames"]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-import pickle
 import re
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +75,11 @@ class CheckpointFolder:
         """
         path = self._file(frames)
         try:
+            with zipfile.ZipFile(path) as archive:  # torch's older format, a bare pickle, is none
+                if damaged := archive.testzip():
+                    raise ValueError(f"its part {damaged} is damaged")
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        except Exception as error:  # a broken file can make its readers raise anything
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(f"{path} cannot be read: {reason}.") from error
         if not isinstance(state, dict) or state.get("format") != FORMAT or state.get("frames") != frames:

@@ -24,8 +24,8 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    device = torch.device("cuda:0" if name == "cuda" else name)  # with an index, as tensors name their device
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
         raise UserError(
             f"--device {name}: this machine shows {torch.cuda.device_count()} GPUs to PyTorch; use --device cpu."
         )

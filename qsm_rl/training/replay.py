@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from tensordict import TensorDict, TensorDictBase
 from torchrl.data import ReplayBuffer
 from torchrl.envs.transforms import MultiStepTransform
@@ -70,7 +71,7 @@ class Segment(NamedTuple):
 
     first: int
     last: int
-    size: int
+    checksum: int = 0
 
     @property
     def name(self) -> str:
@@ -111,10 +112,10 @@ class ReplayArchive:
             rows = replay.storage.get(torch.arange(first, written) % capacity)
             tensors = {key: value.cpu().contiguous() for key, value in rows.flatten_keys(".").items() if key != "index"}
             self.folder.mkdir(parents=True, exist_ok=True)
-            segment = Segment(first, written, 0)
-            path = self.folder / segment.name
-            write_atomically(path, lambda temporary: save_file(tensors, temporary))
-            self._segments.append(segment._replace(size=path.stat().st_size))
+            content = save(tensors)
+            segment = Segment(first, written, zlib.crc32(content))
+            write_atomically(self.folder / segment.name, lambda temporary: temporary.write_bytes(content))
+            self._segments.append(segment)
         self._segments = [segment for segment in self._segments if segment.last > written - capacity]
         entries = {}
         if written:
@@ -171,14 +172,13 @@ class ReplayArchive:
             raise UserError(
                 f"{path} is missing, and with it rows {segment.first} to {segment.last} of the replay buffer."
             )
-        if path.stat().st_size != segment.size:
-            raise UserError(
-                f"{path} has {path.stat().st_size} bytes, expected {segment.size}; it was cut short or changed."
-            )
         try:
-            tensors = load_file(path)
+            content = path.read_bytes()
+            if zlib.crc32(content) != segment.checksum:
+                raise ValueError("it was cut short or changed since it was written")
+            tensors = load(content)
         except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read: {error}") from error
+            raise UserError(f"{path} cannot be read: {error}.") from error
         count = segment.last - segment.first
         found = {key: [str(value.dtype), list(value.shape)] for key, value in tensors.items()}
         wanted = {key: [dtype, [count, *shape]] for key, (dtype, shape) in entries.items()}

@@ -90,6 +90,18 @@ def test_a_checkpoint_that_holds_code_is_refused_and_not_run(tmp_path):
         assert not trap.exists()
 
 
+@pytest.mark.parametrize("position", [0.05, 0.5, 0.9])
+def test_a_changed_bit_is_noticed(tmp_path, position):
+    folder = CheckpointFolder(tmp_path)
+    folder.save(100, {"value": torch.randn(10_000)})
+    path = tmp_path / "frames-000000000100.pt"
+    content = bytearray(path.read_bytes())
+    content[int(position * len(content))] ^= 16
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="cannot be read"):
+        folder.load(100)
+
+
 def test_a_checkpoint_under_another_name_is_refused(tmp_path):
     folder = CheckpointFolder(tmp_path)
     folder.save(100, {})

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import zlib
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -113,6 +115,12 @@ def cut_short(path, manifest):
     path.write_bytes(path.read_bytes()[:-1])
 
 
+def one_bit(path, manifest):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
 def remove(path, manifest):
     path.unlink()
 
@@ -131,7 +139,7 @@ def other_shape(path, manifest):
     tensors = load_file(path)
     tensors["observation"] = tensors["observation"].reshape(1, 4, 1)
     save_file(tensors, path)
-    manifest["segments"][-1] = (*manifest["segments"][-1][:2], path.stat().st_size)
+    manifest["segments"][-1] = (*manifest["segments"][-1][:2], zlib.crc32(path.read_bytes()))
 
 
 def gap(path, manifest):
@@ -147,7 +155,8 @@ def other_capacity(path, manifest):
 
 
 @pytest.mark.parametrize(
-    "spoil", [cut_short, remove, same_size_nonsense, link_elsewhere, other_shape, gap, lost_end, other_capacity]
+    "spoil",
+    [cut_short, one_bit, remove, same_size_nonsense, link_elsewhere, other_shape, gap, lost_end, other_capacity],
 )
 def test_whatever_does_not_fit_the_manifest_is_refused(tmp_path, spoil):
     replay, archive = new_replay(20), ReplayArchive(tmp_path)
