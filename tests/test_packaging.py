@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 from graphlib import CycleError, TopologicalSorter
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,18 @@ def test_third_party_imports_fit_the_part(path: Path):
     if part != "training":
         assert not outside & {"lightning", "jsonargparse"}, f"{part} imports {sorted(outside)}: only training may"
     assert not outside & {"recipes", "tests"}
+
+
+@pytest.mark.parametrize("folder", ["qsm_rl", "recipes", "tests"])
+def test_every_import_is_a_declared_dependency(folder: str):
+    extras = PROJECT["optional-dependencies"]
+    needs = [*PROJECT["dependencies"], *extras["dmc"], *extras["ray"], *(extras["test"] if folder == "tests" else [])]
+    declared = {canonicalize_name(Requirement(need).name) for need in needs}
+    modules = {module.split(".")[0] for path in (ROOT / folder).rglob("*.py") for module in imported_modules(path)}
+    distributions = packages_distributions()
+    for module in modules - set(sys.stdlib_module_names) - {"qsm_rl", "recipes", "tests"}:
+        providers = {canonicalize_name(name) for name in distributions.get(module, [module])}
+        assert providers & declared, f"{folder} imports {module}, which pyproject.toml does not declare"
 
 
 def test_importing_the_package_does_not_import_lightning():
