@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TextIO
 
 from qsm_rl.training.command_line import CONFIGURATION_FILE, saved_text
-from qsm_rl.training.configuration import TrainingConfiguration
+from qsm_rl.training.configuration import TrainingConfiguration, capped_warmup
 from qsm_rl.training.errors import UserError
 
 __all__ = ["RunFolder"]
@@ -53,8 +53,10 @@ class RunFolder:
                 )
             if any(path.iterdir()):
                 raise UserError(f"{path} is not empty; choose a new folder as --run_dir.")
+            # The warm-up that the run really has: more total_frames on resuming must not move its end.
+            warmup = capped_warmup(configuration.warmup_frames, configuration.total_frames)
             with (path / CONFIGURATION_FILE).open("x", encoding="utf-8") as file:
-                file.write(saved_text(configuration))
+                file.write(saved_text(replace(configuration, warmup_frames=warmup)))
         except OSError as error:
             raise UserError(f"--run_dir {path} cannot be made: {error.strerror}; choose another folder.") from error
         return cls(path, recipe)._locked()

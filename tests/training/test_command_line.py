@@ -54,7 +54,7 @@ def test_resume_takes_everything_from_the_run_and_lets_only_total_frames_grow(tm
     config = parse("--seed", "3", "--total_frames", "1000", "--run_dir", str(folder))
     RunFolder.open(config, "some_recipe")
     resumed = parse("--resume", str(folder))
-    assert resumed == dataclasses.replace(config, run_dir=None, resume=folder)
+    assert resumed == dataclasses.replace(config, run_dir=None, resume=folder, warmup_frames=200)  # as capped
     assert parse("--resume", str(folder), "--total_frames", "2000").total_frames == 2000
     with pytest.raises(UserError, match="999"):
         parse("--resume", str(folder), "--total_frames", "999")
