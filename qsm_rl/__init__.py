@@ -10,6 +10,7 @@ from qsm_rl.noise_schedule import NoiseSchedule
 from qsm_rl.objectives import QScoreMatchingLoss
 from qsm_rl.samplers import DDIMSampler, DDPMSampler
 from qsm_rl.score_targets import BoltzmannQScore, NormalizedQScore, PosteriorQScore, ScaledQScore, ScoreTarget
+from qsm_rl.temperature import SpreadTuner
 
 __all__ = [
     "ActionBox",
@@ -26,6 +27,7 @@ __all__ = [
     "ScaledQScore",
     "ScoreMLP",
     "ScoreTarget",
+    "SpreadTuner",
     "functional",
 ]
 

@@ -18,12 +18,12 @@ __all__ = [
     "action_gradient",
     "add_noise",
     "boltzmann_q_score",
+    "clip_norm",
     "cosine_betas",
     "linear_betas",
     "log_mixture_weight",
     "mean_absolute",
     "mish",
-    "normalized_q_score",
     "posterior_noise",
     "predict_clean",
     "scaled_q_score",
@@ -194,6 +194,25 @@ def boltzmann_q_score(q_score: Tensor, sigma_t: Tensor, temperature: Tensor | fl
     return -sigma_t.unsqueeze(-1) * q_score / temperature
 
 
+def clip_norm(vectors: Tensor, max_norm: float) -> Tensor:
+    """Scales every vector longer than ``max_norm`` down to that Euclidean norm; its direction stays.
+
+    Args:
+        vectors: shape ``(*B, A)``.
+        max_norm: largest norm, above 0.
+
+    Returns:
+        Shape ``(*B, A)``.
+
+    Example:
+        >>> clip_norm(torch.tensor([[3.0, 4.0], [0.3, 0.4]]), 1.0)
+        tensor([[0.6000, 0.8000],
+                [0.3000, 0.4000]])
+    """
+    norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    return vectors * (max_norm / norm.clamp_min(max_norm))
+
+
 def mean_absolute(values: Tensor) -> Tensor:
     """Mean of the absolute value over all entries, floored so that it can be divided by.
 
@@ -202,27 +221,6 @@ def mean_absolute(values: Tensor) -> Tensor:
         tensor(2.)
     """
     return values.abs().mean().clamp_min(torch.finfo(values.dtype).tiny ** 0.5)
-
-
-def normalized_q_score(q_score: Tensor, sigma_t: Tensor, temperature: Tensor | float) -> Tensor:
-    """:func:`boltzmann_q_score` of the Q-score divided by its mean absolute value over the batch.
-
-    The target no longer depends on the scale of the rewards: ``Q -> c Q`` leaves it unchanged for every c > 0.
-
-    Args:
-        q_score: dQ/da at the noised action, shape ``(*B, A)``.
-        sigma_t: noise level of each sample, shape ``(*B,)``.
-        temperature: lambda > 0, without a unit.
-
-    Returns:
-        Target of the predicted noise, shape ``(*B, A)``.
-
-    Example:
-        >>> normalized_q_score(torch.tensor([[1.0], [-3.0]]), torch.tensor([0.5, 0.5]), 0.1)
-        tensor([[-2.5000],
-                [ 7.5000]])
-    """
-    return boltzmann_q_score(q_score / mean_absolute(q_score), sigma_t, temperature)
 
 
 def truncated_normal(mean: Tensor, std: Tensor, uniform: Tensor) -> Tensor:

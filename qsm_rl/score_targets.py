@@ -60,7 +60,23 @@ class ScoreTarget(nn.Module):
         raise NotImplementedError
 
 
-class ScaledQScore(ScoreTarget):
+class GradientScoreTarget(ScoreTarget):
+    """Base of the targets made from dQ/da at the noised action; reports it as ``q_score``, before any clipping."""
+
+    info_keys = ("q_score",)
+
+    def __init__(self, max_norm: float | None) -> None:
+        super().__init__()
+        if max_norm is not None and not max_norm > 0:
+            raise ValueError(f"max_norm must be positive or None, got {max_norm!r}.")
+        self.max_norm = max_norm
+
+    def clip(self, q_score: Tensor) -> Tensor:
+        """Clips the norm of each sample's gradient, ``(*B, A)``."""
+        return q_score if self.max_norm is None else F.clip_norm(q_score, self.max_norm)
+
+
+class ScaledQScore(GradientScoreTarget):
     """The QSM authors' target, ``eps* = -M_q dQ/da`` at the noised action (Psenka et al. 2024, arXiv 2312.11752).
 
     One gradient of the critics. Strong in practice and the default of the loss. Without a factor ``sigma_t`` it is not
@@ -70,9 +86,11 @@ class ScaledQScore(ScoreTarget):
     Args:
         scale: M_q > 0. Larger makes the policy greedier; it has to fit the size of the rewards. The authors use 50, and
             120 on quadruped-walk and humanoid-walk.
+        max_norm: largest Euclidean norm of a sample's dQ/da; None clips nothing. Guards against a critic that is steep
+            far from its data.
 
     Raises:
-        ValueError: if ``scale`` is not positive.
+        ValueError: if ``scale`` or ``max_norm`` is not positive.
 
     Example:
         >>> target, info = ScaledQScore(50.0)(
@@ -83,11 +101,10 @@ class ScaledQScore(ScoreTarget):
                 [-5.]])
     """
 
-    info_keys = ("q_score",)
     scale: Tensor
 
-    def __init__(self, scale: float = 50.0) -> None:
-        super().__init__()
+    def __init__(self, scale: float = 50.0, *, max_norm: float | None = None) -> None:
+        super().__init__(max_norm)
         self.register_buffer("scale", _positive("scale", scale))
 
     def forward(
@@ -95,10 +112,10 @@ class ScaledQScore(ScoreTarget):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """See :meth:`ScoreTarget.forward`; reports ``q_score``."""
         q_score = F.action_gradient(q_value, noisy_action)
-        return F.scaled_q_score(q_score, self.scale), {"q_score": q_score}
+        return F.scaled_q_score(self.clip(q_score), self.scale), {"q_score": q_score}
 
 
-class BoltzmannQScore(ScoreTarget):
+class BoltzmannQScore(GradientScoreTarget):
     """``eps* = -sigma_t dQ/da / temperature`` at the noised action.
 
     One gradient of the critics. The score of ``exp(Q / temperature)`` in the limit of no noise; at higher noise it
@@ -107,9 +124,10 @@ class BoltzmannQScore(ScoreTarget):
 
     Args:
         temperature: lambda > 0 in units of Q. Lower is greedier.
+        max_norm: largest Euclidean norm of a sample's dQ/da; None clips nothing.
 
     Raises:
-        ValueError: if ``temperature`` is not positive.
+        ValueError: if ``temperature`` or ``max_norm`` is not positive.
 
     Example:
         >>> target, _ = BoltzmannQScore(0.1)(
@@ -119,11 +137,10 @@ class BoltzmannQScore(ScoreTarget):
         tensor([[-9.9679]])
     """
 
-    info_keys = ("q_score",)
     temperature: Tensor
 
-    def __init__(self, temperature: float) -> None:
-        super().__init__()
+    def __init__(self, temperature: float, *, max_norm: float | None = None) -> None:
+        super().__init__(max_norm)
         self.register_buffer("temperature", _positive("temperature", temperature))
 
     def forward(
@@ -131,7 +148,8 @@ class BoltzmannQScore(ScoreTarget):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """See :meth:`ScoreTarget.forward`; reports ``q_score``."""
         q_score = F.action_gradient(q_value, noisy_action)
-        return F.boltzmann_q_score(q_score, noise_schedule.sigmas[t], self.temperature), {"q_score": q_score}
+        target = F.boltzmann_q_score(self.clip(q_score), noise_schedule.sigmas[t], self.temperature)
+        return target, {"q_score": q_score}
 
 
 class NormalizedQScore(BoltzmannQScore):
@@ -143,9 +161,10 @@ class NormalizedQScore(BoltzmannQScore):
 
     Args:
         temperature: lambda > 0, without a unit. Lower is greedier; usual range 0.03 to 0.3.
+        max_norm: largest Euclidean norm of a sample's dQ/da after the division; None clips nothing.
 
     Raises:
-        ValueError: if ``temperature`` is not positive.
+        ValueError: if ``temperature`` or ``max_norm`` is not positive.
 
     Example:
         >>> target, _ = NormalizedQScore(0.1)(
@@ -155,15 +174,16 @@ class NormalizedQScore(BoltzmannQScore):
         tensor([[-9.9679]])
     """
 
-    def __init__(self, temperature: float = 0.1) -> None:
-        super().__init__(temperature)
+    def __init__(self, temperature: float = 0.1, *, max_norm: float | None = None) -> None:
+        super().__init__(temperature, max_norm=max_norm)
 
     def forward(
         self, q_value: QValue, noisy_action: Tensor, t: Tensor, noise_schedule: NoiseSchedule
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """See :meth:`ScoreTarget.forward`; reports ``q_score`` before the division."""
         q_score = F.action_gradient(q_value, noisy_action)
-        return F.normalized_q_score(q_score, noise_schedule.sigmas[t], self.temperature), {"q_score": q_score}
+        normalized = self.clip(q_score / F.mean_absolute(q_score))
+        return F.boltzmann_q_score(normalized, noise_schedule.sigmas[t], self.temperature), {"q_score": q_score}
 
 
 class PosteriorQScore(ScoreTarget):
@@ -238,15 +258,17 @@ class PosteriorQScore(ScoreTarget):
         particles = torch.rand((self.num_particles, *noisy_action.shape), device=noisy_action.device)
         split = round(self.uniform_fraction * self.num_particles)
         particles = torch.cat([2 * particles[:split] - 1, F.truncated_normal(mean, std, particles[split:])])
-        with torch.no_grad():
-            chunks = particles.split(self.chunk_size or self.num_particles)
-            q_values = torch.cat([q_value(chunk) for chunk in chunks])
+        q_values = self._evaluate(q_value, particles)
         temperature = self.temperature
         if self.normalize:
             temperature = temperature * F.mean_absolute(q_values.std(0))
         log_weights = q_values / temperature + F.log_mixture_weight(particles, mean, std, split / self.num_particles)
         target, size = F.posterior_noise(noisy_action, cumprod, particles, log_weights)
         return target, {"effective_sample_size": size}
+
+    def _evaluate(self, q_value: QValue, particles: Tensor) -> Tensor:
+        with torch.no_grad():
+            return torch.cat([q_value(chunk) for chunk in particles.split(self.chunk_size or self.num_particles)])
 
 
 def _positive(name: str, value: float) -> Tensor:

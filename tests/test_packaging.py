@@ -31,6 +31,7 @@ RANKS = {
     "action_box": 1,
     "samplers": 1,
     "score_targets": 1,
+    "temperature": 1,
     "actor": 2,
     "action_selection": 2,
     "objectives": 3,

@@ -34,6 +34,26 @@ def test_targets_equal_their_formulas(target, expected):
     assert not value.requires_grad
 
 
+def test_normalized_target_ignores_the_scale_of_q_and_a_flat_critic_is_zero():
+    target = NormalizedQScore(0.1)
+    expected, _ = target(q_value, NOISY, T, SCHEDULE)
+    for scaled in (lambda a: 1e-6 * q_value(a), lambda a: 1e6 * q_value(a)):
+        torch.testing.assert_close(target(scaled, NOISY, T, SCHEDULE)[0], expected, rtol=1e-5, atol=1e-6)
+    assert not target(lambda a: 0 * q_value(a), NOISY, T, SCHEDULE)[0].any()
+
+
+def test_clipping_keeps_the_direction_and_reports_the_gradient_itself():
+    """dQ/da is (-1, 2) and (-4, 0); its mean absolute value is 1.75."""
+    value, info = ScaledQScore(10.0, max_norm=2.0)(q_value, NOISY, T, SCHEDULE)
+    torch.testing.assert_close(value, torch.tensor([[10.0, -20.0], [10 * 5**0.5, 0.0]]) * (2 / 5**0.5))
+    torch.testing.assert_close(info["q_score"], -2 * NOISY)
+    value, _ = NormalizedQScore(1.0, max_norm=2.0)(q_value, NOISY, T, SCHEDULE)
+    expected = torch.tensor([[0.6 / 1.75, -1.2 / 1.75], [2 * 0.9936**0.5, 0.0]])
+    torch.testing.assert_close(value, expected)
+    with pytest.raises(ValueError, match="max_norm"):
+        BoltzmannQScore(1.0, max_norm=0.0)
+
+
 def test_scale_and_temperature_are_buffers_that_can_be_scheduled():
     scaled, boltzmann = ScaledQScore(50.0), BoltzmannQScore(1.0)
     scaled.scale.fill_(10.0)

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qsm_rl import BoltzmannQScore, ScaledQScore, SpreadTuner
+
+
+def test_one_step_by_hand():
+    target = BoltzmannQScore(2.0)
+    actions = torch.tensor([[[0.3, 0.0]], [[-0.3, 0.2]]])  # spreads 0.3 and 0.1 around their means
+    spread = SpreadTuner(target, target_spread=0.4, rate=0.5)(actions)
+    assert spread.item() == pytest.approx(0.2)
+    assert target.temperature.item() == pytest.approx(2.0 * 2**0.5)
+
+
+def test_finds_the_temperature_of_a_policy_whose_spread_follows_it():
+    """Actions N(0, temperature): the wanted spread 0.3 belongs to temperature 0.09."""
+    torch.manual_seed(0)
+    target = BoltzmannQScore(5.0)
+    tuner = SpreadTuner(target, target_spread=0.3, rate=0.1)
+    for _ in range(400):
+        tuner(target.temperature.sqrt() * torch.randn(64, 16, 2))
+    assert target.temperature.item() == pytest.approx(0.09, rel=0.05)
+
+
+def test_a_collapsed_policy_moves_the_temperature_by_a_bounded_step():
+    target = BoltzmannQScore(1.0)
+    SpreadTuner(target, target_spread=0.3, rate=0.1)(torch.zeros(4, 8, 2))
+    assert target.temperature.item() == pytest.approx(10**0.1, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SpreadTuner(ScaledQScore(), 0.2), "no temperature"),
+        (lambda: SpreadTuner(BoltzmannQScore(1.0), 0.0), "target_spread"),
+        (lambda: SpreadTuner(BoltzmannQScore(1.0), 0.2, rate=2.0), "rate"),
+    ],
+)
+def test_bad_input_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
