@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from tensordict import TensorDictBase
@@ -67,25 +67,33 @@ class DiffusionPolicy(nn.Module):
             )
         return predicted.to(noisy_action.dtype)
 
+    def chain(self, observation: Tensor) -> Callable[[int, Tensor], Tensor]:
+        """Noise prediction at each reverse step; a network's own ``reverse_chain`` shares work."""
+        timesteps = [step.t for step in self.steps]
+        network = self.score_network.network
+        if hasattr(network, "reverse_chain"):
+            predict = network.reverse_chain(observation, timesteps)
+            return lambda index, noisy: predict(index, noisy.to(observation.dtype)).to(noisy.dtype)
+        times = torch.tensor(timesteps, dtype=observation.dtype, device=observation.device)
+        return lambda index, noisy: self.predict_noise(noisy, observation, times[index].expand(noisy.shape[:-1]))
+
     def sample(
         self,
         observation: Tensor,
         initial_noise: Tensor | None = None,
         step_noise: Tensor | Sequence[Tensor | None] | None = None,
     ) -> Tensor:
-        shape = (*observation.shape[:-1], self.box.action_dim)
-        dtype = torch.promote_types(observation.dtype, torch.float32)
-        if initial_noise is None:
-            initial_noise = torch.randn(shape, dtype=dtype, device=observation.device)
         noisy = initial_noise
+        if noisy is None:
+            shape = (*observation.shape[:-1], self.box.action_dim)
+            noisy = torch.randn(shape, dtype=chain_dtype(observation), device=observation.device)
+        predict_noise = self.chain(observation)
         for index, step in enumerate(self.steps):
-            t = torch.full((), step.t, dtype=observation.dtype, device=observation.device).expand(shape[:-1])
-            predicted = self.predict_noise(noisy, observation, t)
             if step_noise is not None:
                 noise = step_noise[index]
             else:
                 noise = torch.randn_like(noisy) if step.noise_std > 0 else None
-            noisy = self.sampler.step(noisy, predicted, step, noise)
+            noisy = self.sampler.step(noisy, predict_noise(index, noisy), step, noise)
         return noisy.clamp(-1, 1)
 
     def forward(self, *observations: Tensor) -> Tensor:
@@ -95,11 +103,14 @@ class DiffusionPolicy(nn.Module):
             action = self.sample(observation)
         else:
             shape = (*observation.shape[:-1], self.box.action_dim)
-            start = torch.zeros(
-                shape, dtype=torch.promote_types(observation.dtype, torch.float32), device=observation.device
-            )
+            start = torch.zeros(shape, dtype=chain_dtype(observation), device=observation.device)
             action = self.sample(observation, start, [None] * len(self.steps))
         return self.box.clamp(self.box.from_box(action)).to(observation.dtype)
+
+
+def chain_dtype(observation: Tensor) -> torch.dtype:
+    """The reverse chain runs in float32 or more."""
+    return torch.promote_types(observation.dtype, torch.float32)
 
 
 class DiffusionActor(TensorDictModule):
@@ -113,7 +124,8 @@ class DiffusionActor(TensorDictModule):
 
     Args:
         score_network: any module called as ``score_network(noisy_action (*B, A), observation (*B, O), t (*B,))`` that
-            returns the predicted noise ``(*B, A)``, for example :class:`~qsm_rl.ScoreMLP`.
+            returns the predicted noise ``(*B, A)``, for example :class:`~qsm_rl.ScoreMLP`. A method ``reverse_chain``
+            like that class's is used for sampling where there is one.
         action_spec: bounded action spec, :class:`~torchrl.data.Bounded` with the action as its last dimension.
         noise_schedule: the forward process; its number of steps is the length of the chain for
             :class:`~qsm_rl.DDPMSampler`.

@@ -59,11 +59,24 @@ def test_all_batch_shapes_give_the_rows_alone(time_embedding, shape):
         torch.testing.assert_close(critic(o, a), v)
 
 
-def test_one_expanded_timestep_equals_a_full_batch_of_it():
-    network = ScoreMLP(4, 2, (16, 16))
-    action, observation = torch.randn(3, 5, 2), torch.randn(3, 5, 4)
-    expanded = network(action, observation, torch.tensor(3).expand(3, 5))
-    torch.testing.assert_close(expanded, network(action, observation, torch.full((3, 5), 3)))
+@pytest.mark.parametrize("observation_dim", [4, None])
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize("shape", [(), (6,), (3, 5)])
+def test_chain_equals_forward_at_each_step(observation_dim, layer_norm, shape):
+    torch.manual_seed(0)
+    network = ScoreMLP(observation_dim, 2, (16, 16), layer_norm=layer_norm)
+    observation = torch.randn(*shape, 4)
+    predict = network.reverse_chain(observation, [7, 3, 0])
+    for index, t in enumerate([7, 3, 0]):
+        noisy = torch.randn(*shape, 2)
+        expected = network(noisy, observation, torch.full(shape, t))
+        torch.testing.assert_close(predict(index, noisy), expected, atol=2e-6, rtol=1e-5)
+
+
+def test_gradients_flow_through_the_chain():
+    network = ScoreMLP(4, 2, (16,))
+    network.reverse_chain(torch.randn(3, 4), [1])(0, torch.randn(3, 2)).square().sum().backward()
+    assert all(parameter.grad.any() for parameter in network.parameters())
 
 
 def test_several_observations_are_joined_before_the_action():
