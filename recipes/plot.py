@@ -22,7 +22,7 @@ COLUMNS = ("env", "curve", "seed", "frames", "return_mean", "return_std")
 Curve = dict[int, dict[int, float]]  # seed -> frames -> return
 
 
-def evaluations(run_dir: Path) -> list[dict[str, object]]:
+def evaluations(run_dir: Path, curve: str | None) -> list[dict[str, object]]:
     """The evaluations of one run, a row each."""
     if not (run_dir / "config.yaml").is_file() or not (run_dir / "metrics.csv").is_file():
         raise rl.UserError(f"{run_dir} is not the folder of a run: it lacks config.yaml or metrics.csv.")
@@ -31,12 +31,9 @@ def evaluations(run_dir: Path) -> list[dict[str, object]]:
     if "eval/return_mean" not in columns:
         raise rl.UserError(f"{run_dir} has no evaluation yet; wait for one, or set a smaller --eval_every.")
     points = zip(columns["frames"], columns["eval/return_mean"], columns["eval/return_std"], strict=True)
+    name = curve or f"qsm {config['preset']}"
     return [
-        dict(
-            zip(
-                COLUMNS, (config["env"], f"qsm {config['preset']}", config["seed"], int(frames), mean, std), strict=True
-            )
-        )
+        dict(zip(COLUMNS, (config["env"], name, config["seed"], int(frames), mean, std), strict=True))
         for frames, mean, std in points
         if not math.isnan(mean)
     ]
@@ -102,10 +99,11 @@ def main() -> int:
     parser.add_argument(
         "--reference", type=Path, help="CSV of curves from elsewhere (env, curve, frames, return_mean), dashed"
     )
+    parser.add_argument("--curve", help="name of the curve in place of the preset, for runs with settings of their own")
     parser.add_argument("--last_frame", type=int, help="leave out what lies beyond this frame count")
     arguments = parser.parse_args()
     output, last_frame = arguments.output, arguments.last_frame
-    rows = [row for run_dir in arguments.run_dirs for row in evaluations(run_dir)]
+    rows = [row for run_dir in arguments.run_dirs for row in evaluations(run_dir, arguments.curve)]
     rows = [row for row in rows if last_frame is None or row["frames"] <= last_frame]
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
