@@ -315,15 +315,19 @@ def posterior_noise(
     return noise, 1 / weights.square().sum(0)
 
 
+def _mish_by_sigmoid(x: Tensor) -> Tensor:
+    # With q = sigmoid(-x), tanh(softplus(x)) = (1 - q^2) / (1 + q^2): one transcendental function instead of three.
+    q = torch.sigmoid(-x)
+    q_squared = q * q
+    return torch.addcmul(x, x, q_squared, value=-1) / (q_squared + 1)
+
+
 class _Mish(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
-        # With q = sigmoid(-x), tanh(softplus(x)) = (1 - q^2) / (1 + q^2): one transcendental function instead of three.
-        q = torch.sigmoid(-x)
-        q_squared = q * q
-        return torch.addcmul(x, x, q_squared, value=-1) / (q_squared + 1)
+        return _mish_by_sigmoid(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -356,6 +360,6 @@ def mish(x: Tensor) -> Tensor:
         >>> mish(torch.tensor([-1.0, 0.0, 1.0]))
         tensor([-0.3034,  0.0000,  0.8651])
     """
-    if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling():
-        return _Mish.apply(x)
-    return torch.nn.functional.mish(x)
+    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
+        return torch.nn.functional.mish(x)
+    return _Mish.apply(x) if x.requires_grad and torch.is_grad_enabled() else _mish_by_sigmoid(x)

@@ -18,7 +18,7 @@ from torchrl.objectives.utils import dispatch_value_estimator
 
 from qsm_rl.actor import DiffusionActor
 from qsm_rl.noise_schedule import Float32Buffers
-from qsm_rl.objectives.inputs import check_actor, check_choice, critic_list, entry
+from qsm_rl.objectives.inputs import check_actor, check_choice, critic_list, entry, network_output
 
 __all__ = ["DiffusionActorCriticLoss"]
 
@@ -312,7 +312,7 @@ class DiffusionActorCriticLoss(LossModule):
 
         def critic(critic_input: TensorDictBase, critic_params: TensorDictBase) -> Tensor:
             with critic_params.to_module(self.qvalue_network, preserve_module_state=False):
-                return self.qvalue_network(critic_input).get(keys.state_action_value)
+                return network_output(self.qvalue_network, critic_input, keys.state_action_value)
 
         if self.deactivate_vmap:
             q_values = torch.stack([critic(critic_input.copy(), one) for one in params.unbind(0)])
