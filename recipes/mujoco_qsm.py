@@ -138,13 +138,12 @@ def main(arguments: list[str] | None = None) -> int:
     if checkpoint:
         rl.restore_checkpoint(checkpoint, module, frames, archive)
 
-    evaluation_environment = make_environment(num_envs=config.eval_episodes, seed=config.seed)
     trainer = Trainer(
         accelerator=device.type,
         devices=[device.index] if device.type == "cuda" else 1,
         max_epochs=1,
         logger=rl.make_loggers(folder, first_frame=first_frame),
-        callbacks=rl.make_callbacks(config, folder, frames, archive, evaluation_environment),
+        callbacks=rl.make_callbacks(config, folder, frames, archive, make_environment),
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -116,16 +116,25 @@ class Evaluation(PeriodicCallback):
     Args:
         frames: the data set.
         every: frames between evaluations.
-        environment: batch of environments, one for each episode; takes over the training environments' statistics.
+        make_environment: makes an evaluation's environment, which takes over the training environments' statistics.
+        episodes: episodes of an evaluation.
         stop: asks for evaluations to be left.
 
     Attributes:
         last: the last result.
     """
 
-    def __init__(self, frames: FramesDataset, every: int, environment: EnvBase, stop: StopSignals) -> None:
+    def __init__(
+        self,
+        frames: FramesDataset,
+        every: int,
+        make_environment: Callable[..., EnvBase],
+        episodes: int,
+        stop: StopSignals,
+    ) -> None:
         super().__init__(frames, every)
-        self.environment = environment
+        self.make_environment = make_environment
+        self.episodes = episodes
         self.stop = stop
         self.last: EvaluationResult | None = None
 
@@ -134,9 +143,10 @@ class Evaluation(PeriodicCallback):
         begin = time.perf_counter()
         try:
             with self.stop.interruptible():
-                copy_observation_statistics(self.frames.collector.env, self.environment)
                 seed = derived_seed(self.frames.seed, "evaluation", module.env_frames)
-                self.last = evaluate_policy(self.environment, module.update.policy, seed=seed)
+                environment = self.make_environment(seed=seed)
+                copy_observation_statistics(self.frames.collector.env, environment)
+                self.last = evaluate_policy(environment, module.update.policy, episodes=self.episodes, seed=seed)
         except StopRequested:
             return
         module.window.add({**self.last.metrics(), "time/evaluation_seconds": time.perf_counter() - begin})

@@ -47,7 +47,7 @@ class TrainingConfiguration:
     eval_every: int = 10_000
     """Frames between evaluations. More often gives a finer curve and costs time; training itself is the same."""
 
-    eval_episodes: int = 10
+    eval_episodes: int = 5
     """Episodes of one evaluation. More make the mean less noisy (5 to 20 are usual) and cost time."""
 
     checkpoint_every: int = 5_000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -85,7 +86,7 @@ def make_callbacks(
     folder: RunFolder,
     frames: FramesDataset,
     archive: ReplayArchive,
-    evaluation_environment: EnvBase,
+    make_environment: Callable[..., EnvBase],
 ) -> list[Callback]:
     """What happens at periods of frames: evaluation, row of the log, learning curve, checkpoint, progress.
 
@@ -94,10 +95,10 @@ def make_callbacks(
         folder: its folder.
         frames: its data set.
         archive: its replay buffer's files.
-        evaluation_environment: batch of environments, one for each episode of an evaluation.
+        make_environment: makes an environment from a seed, for evaluations.
     """
     stop = StopSignals()
-    evaluation = Evaluation(frames, config.eval_every, evaluation_environment, stop)
+    evaluation = Evaluation(frames, config.eval_every, make_environment, config.eval_episodes, stop)
     title = f"{folder.recipe} on {config.env}, preset {config.preset}, seed {config.seed}"
     return [
         evaluation,
