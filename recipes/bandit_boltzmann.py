@@ -35,7 +35,7 @@ WEIGHTS = torch.tensor([0.4, 0.3, 0.2, 0.1])
 STD = 0.12
 SAMPLES = 2_000
 TARGETS = {
-    "posterior, 512 particles": lambda: PosteriorQScore(1.0, 512, chunk_size=128),
+    "posterior": lambda: PosteriorQScore(1.0, 128),
     "boltzmann": lambda: BoltzmannQScore(1.0),
     "normalized, 0.1": lambda: NormalizedQScore(0.1),
     "scaled, 1": lambda: ScaledQScore(1.0),
@@ -86,7 +86,7 @@ def train(
     )
     q_network = TensorDictModule(critic, ["observation", "action"], ["state_action_value"])
     loss = QScoreMatchingLoss(actor, [q_network], score_target=TARGETS[target](), delay_qvalue=False)
-    optimizer = torch.optim.Adam(actor.parameters(), lr=1e-3, fused=True)
+    optimizer = torch.optim.Adam(actor.parameters(), lr=3e-3, fused=True)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
     for _ in range(updates):
         # Actions all over the box, as random warm-up would store them.
@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument(
         "--action_dim", type=int, default=2, help="action dimensions, at least 2; the modes lie in two of them"
     )
-    parser.add_argument("--updates", type=int, default=2_000, help="updates for each target")
+    parser.add_argument("--updates", type=int, default=4_000, help="updates for each target")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
     parser.add_argument("--output", type=Path, default=Path("bandit_boltzmann"), help="folder of table and figure")
     arguments = parser.parse_args()
