@@ -47,11 +47,12 @@ class SpacesEnv(gymnasium.Env):
 
 @pytest.fixture(autouse=True, scope="module")
 def _registered_environments():
+    before = set(gymnasium.registry)  # other test modules have environments of their own there
     gymnasium.register(SHORT_HALF_CHEETAH, entry_point=HalfCheetahEnv, max_episode_steps=7)
     gymnasium.register(SHORT_HOPPER, entry_point=HopperEnv, max_episode_steps=20)
     gymnasium.register("qsm_rl_test/Spaces-v0", entry_point=SpacesEnv, disable_env_checker=True)
     yield
-    for name in [name for name in gymnasium.registry if name.startswith("qsm_rl_test/")]:
+    for name in set(gymnasium.registry) - before:
         del gymnasium.registry[name]
 
 
