@@ -100,18 +100,22 @@ def train(
 
 def draw_figure(critic: MixtureCritic, samples: dict[str, Tensor], picture: Path) -> None:
     """The true density beside the samples of each target."""
-    figure = Figure(figsize=(3.1 * (len(samples) + 1), 3.4), dpi=130, layout="constrained")
+    columns = min(3, len(samples) + 1)
+    rows = -(-(len(samples) + 1) // columns)
+    figure = Figure(figsize=(3.1 * columns, 3.3 * rows), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(samples) + 1)
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
     grid = torch.linspace(-1, 1, 201)
     points = torch.cartesian_prod(grid, grid)
     density = critic(points, nn.functional.pad(points, (0, critic.centers.shape[-1] - 2))).exp().reshape(201, 201).T
     panels[0].imshow(density, extent=(-1, 1, -1, 1), origin="lower", cmap="magma")
     panels[0].set_title("exp(Q), the truth", fontsize=10)
-    for axes, (name, action) in zip(panels[1:], samples.items(), strict=True):
+    for axes, (name, action) in zip(panels[1:], samples.items(), strict=False):
         axes.scatter(action[:, 0], action[:, 1], s=2, alpha=0.5, linewidths=0)
         axes.set_title(name, fontsize=10)
-    for axes in panels:
+    for axes in panels[len(samples) + 1 :]:
+        axes.remove()
+    for axes in panels[: len(samples) + 1]:
         axes.set(xlim=(-1, 1), ylim=(-1, 1), aspect="equal", xticks=[-1, 0, 1], yticks=[-1, 0, 1])
     figure.savefig(picture)
 
