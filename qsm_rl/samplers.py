@@ -43,11 +43,10 @@ class ReverseStep(NamedTuple):
     noise_std: float
 
 
-@dataclass(frozen=True)
 class Sampler:
     """What the samplers share: the clipping and the reverse step. Use :class:`DDPMSampler` or :class:`DDIMSampler`."""
 
-    clip: Clip = "sample"
+    clip: Clip
 
     def __post_init__(self) -> None:
         choices = (*get_args(get_args(Clip)[0]), None)
@@ -103,6 +102,7 @@ class DDPMSampler(Sampler):
         [2, 1, 0]
     """
 
+    clip: Clip = "sample"
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
@@ -153,19 +153,16 @@ class DDIMSampler(Sampler):
         [8, 4, 0]
     """
 
-    clip: Clip = "clean"
     num_steps: int | None = None
     eta: float = 0.0
+    clip: Clip = "clean"
 
-    def __init__(self, num_steps: int | None = None, eta: float = 0.0, clip: Clip = "clean") -> None:
-        object.__setattr__(self, "num_steps", num_steps)
-        object.__setattr__(self, "eta", eta)
-        object.__setattr__(self, "clip", clip)
+    def __post_init__(self) -> None:
         super().__post_init__()
-        if num_steps is not None and num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1 or None for all of the schedule's, got {num_steps!r}.")
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta must lie in [0, 1], got {eta!r}.")
+        if self.num_steps is not None and self.num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1 or None for all of the schedule's, got {self.num_steps!r}.")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta must lie in [0, 1], got {self.eta!r}.")
 
     def steps(self, noise_schedule: NoiseSchedule) -> list[ReverseStep]:
         """The reverse steps over the visited timesteps; the last one lands on the clean action."""

@@ -75,6 +75,25 @@ class GradientScoreTarget(ScoreTarget):
         """Clips the norm of each sample's gradient, ``(*B, A)``."""
         return q_score if self.max_norm is None else F.clip_norm(q_score, self.max_norm)
 
+    def forward(
+        self, q_value: QValue, noisy_action: Tensor, t: Tensor, noise_schedule: NoiseSchedule
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """See :meth:`ScoreTarget.forward`; reports ``q_score`` as the critics give it."""
+        q_score = F.action_gradient(q_value, noisy_action)
+        return self.from_q_score(q_score, noise_schedule.sigmas[t]), {"q_score": q_score}
+
+    def from_q_score(self, q_score: Tensor, sigma_t: Tensor) -> Tensor:
+        """The target made from dQ/da.
+
+        Args:
+            q_score: dQ/da at the noised action, shape ``(*B, A)``.
+            sigma_t: noise level of each sample, shape ``(*B,)``.
+
+        Returns:
+            The target of the predicted noise, shape ``(*B, A)``.
+        """
+        raise NotImplementedError
+
 
 class ScaledQScore(GradientScoreTarget):
     """The QSM authors' target, ``eps* = -M_q dQ/da`` at the noised action (Psenka et al. 2024, arXiv 2312.11752).
@@ -107,12 +126,9 @@ class ScaledQScore(GradientScoreTarget):
         super().__init__(max_norm)
         self.register_buffer("scale", _positive("scale", scale))
 
-    def forward(
-        self, q_value: QValue, noisy_action: Tensor, t: Tensor, noise_schedule: NoiseSchedule
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`ScoreTarget.forward`; reports ``q_score``."""
-        q_score = F.action_gradient(q_value, noisy_action)
-        return F.scaled_q_score(self.clip(q_score), self.scale), {"q_score": q_score}
+    def from_q_score(self, q_score: Tensor, sigma_t: Tensor) -> Tensor:
+        """See :meth:`GradientScoreTarget.from_q_score`."""
+        return F.scaled_q_score(self.clip(q_score), self.scale)
 
 
 class BoltzmannQScore(GradientScoreTarget):
@@ -143,13 +159,9 @@ class BoltzmannQScore(GradientScoreTarget):
         super().__init__(max_norm)
         self.register_buffer("temperature", _positive("temperature", temperature))
 
-    def forward(
-        self, q_value: QValue, noisy_action: Tensor, t: Tensor, noise_schedule: NoiseSchedule
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`ScoreTarget.forward`; reports ``q_score``."""
-        q_score = F.action_gradient(q_value, noisy_action)
-        target = F.boltzmann_q_score(self.clip(q_score), noise_schedule.sigmas[t], self.temperature)
-        return target, {"q_score": q_score}
+    def from_q_score(self, q_score: Tensor, sigma_t: Tensor) -> Tensor:
+        """See :meth:`GradientScoreTarget.from_q_score`."""
+        return F.boltzmann_q_score(self.clip(q_score), sigma_t, self.temperature)
 
 
 class NormalizedQScore(BoltzmannQScore):
@@ -177,13 +189,9 @@ class NormalizedQScore(BoltzmannQScore):
     def __init__(self, temperature: float = 0.1, *, max_norm: float | None = None) -> None:
         super().__init__(temperature, max_norm=max_norm)
 
-    def forward(
-        self, q_value: QValue, noisy_action: Tensor, t: Tensor, noise_schedule: NoiseSchedule
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`ScoreTarget.forward`; reports ``q_score`` before the division."""
-        q_score = F.action_gradient(q_value, noisy_action)
-        normalized = self.clip(q_score / F.mean_absolute(q_score))
-        return F.boltzmann_q_score(normalized, noise_schedule.sigmas[t], self.temperature), {"q_score": q_score}
+    def from_q_score(self, q_score: Tensor, sigma_t: Tensor) -> Tensor:
+        """See :meth:`GradientScoreTarget.from_q_score`."""
+        return super().from_q_score(q_score / F.mean_absolute(q_score), sigma_t)
 
 
 class PosteriorQScore(ScoreTarget):
