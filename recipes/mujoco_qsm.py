@@ -37,6 +37,7 @@ from qsm_rl import training as rl
 def main(arguments: list[str] | None = None) -> int:
     config = rl.parse_configuration(rl.QSMConfiguration, rl.preset_values, arguments, description=__doc__)
     device = rl.choose_device(config.device)
+    config = rl.choose_arithmetic(config, device)
     rl.limit_threads(device)
     rl.seed_everything(config.seed)
     warmup_frames = rl.capped_warmup(config.warmup_frames, config.total_frames)
@@ -102,6 +103,8 @@ def main(arguments: list[str] | None = None) -> int:
         actor_learning_rate_decay=config.actor_learning_rate_decay,
         gradient_clipping=config.gradient_clipping,
         actor_ema=config.actor_ema,
+        precision=config.precision,
+        compile=config.compile,
     )
 
     # Data: frames from the collector, transitions in the replay buffer.

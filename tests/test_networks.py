@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from qsm_rl import QValueMLP, ScoreMLP
 from qsm_rl.networks import FourierTimeEmbedding, LazyXavierLinear, SinusoidalTimeEmbedding, XavierLinear, mlp
@@ -120,3 +121,15 @@ def test_layer_norm_bounds_the_features():
 def test_bad_sizes_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("network", [mlp(3, (4,), 2, nn.ReLU), mlp(None, (), 2, nn.ReLU)])
+def test_the_last_layer_keeps_float32_under_autocast(network):
+    """100.3 in bfloat16 is 100.5."""
+    network(torch.zeros(1, 3))
+    with torch.no_grad():
+        network[-1].weight.zero_()
+        network[-1].bias.copy_(torch.tensor([100.3, -3e-5]))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = network(torch.ones(5, 3))
+    assert torch.equal(out, torch.tensor([100.3, -3e-5]).expand(5, 2))

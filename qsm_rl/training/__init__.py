@@ -9,7 +9,7 @@ from qsm_rl.training.environments import copy_observation_statistics, make_envir
 from qsm_rl.training.errors import TrainingError, UserError, exit_on_error, user_errors
 from qsm_rl.training.evaluation import EvaluationResult, evaluate_policy
 from qsm_rl.training.frames import FramesDataset
-from qsm_rl.training.hardware import choose_device, limit_threads
+from qsm_rl.training.hardware import choose_arithmetic, choose_device, limit_threads
 from qsm_rl.training.loggers import read_metrics
 from qsm_rl.training.module import OffPolicyModule
 from qsm_rl.training.plotting import plot_learning_curve
@@ -37,6 +37,7 @@ __all__ = [
     "Update",
     "UserError",
     "capped_warmup",
+    "choose_arithmetic",
     "choose_device",
     "copy_observation_statistics",
     "derived_seed",

@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from qsm_rl.training.errors import UserError
 
@@ -33,6 +34,14 @@ class TrainingConfiguration:
 
     device: str = "auto"
     """Where the networks and the replay buffer live: auto (a GPU when there is one), cpu, cuda, cuda:1."""
+
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the matrix products in updates: float32, bfloat16 (about three digits; weights, optimisers, outputs
+    and losses stay float32), or auto: bfloat16 where the processor is made for it and the update is compiled."""
+
+    compile: bool | Literal["auto"] = "auto"
+    """Whether the update is compiled, which takes a minute before the first one: true, false, or auto: on a CPU with a
+    C++ compiler, if at least 5,000 updates follow."""
 
     preset: str = "default"
     """Named set of values for everything not given otherwise: default (what works best) or paper (the authors'

@@ -1,16 +1,23 @@
-"""The device and the threads of a run."""
+"""The device, the threads and the arithmetic of a run."""
 
 from __future__ import annotations
 
 import os
+import sys
+from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
+from qsm_rl.training.configuration import TrainingConfiguration
 from qsm_rl.training.errors import UserError
 
-__all__ = ["choose_device", "limit_threads"]
+__all__ = ["choose_arithmetic", "choose_device", "limit_threads"]
 
 MOST_THREADS = 4
+UPDATES_WORTH_COMPILING = 5_000
+
+Configuration = TypeVar("Configuration", bound=TrainingConfiguration)
 
 
 def choose_device(name: str) -> torch.device:
@@ -46,3 +53,46 @@ def limit_threads(device: torch.device) -> int:
         available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(1 if device.type != "cpu" else min(MOST_THREADS, available))
     return torch.get_num_threads()
+
+
+def choose_arithmetic(config: Configuration, device: torch.device) -> Configuration:
+    """Replaces ``compile`` and ``precision`` where they are ``auto`` by what is fastest on this machine.
+
+    On the CPU the update is compiled where there is a C++ compiler and enough updates follow to pay for the minute that
+    it takes, and then multiplies matrices in bfloat16 where the processor has instructions for it. Both are left alone
+    on a GPU. Where compiling does not work, standard error says why.
+
+    Args:
+        config: the run's settings.
+        device: device of the networks.
+
+    Returns:
+        The settings with ``compile`` true or false and ``precision`` float32 or bfloat16, as the run folder records
+        them.
+    """
+    compile_update = config.compile
+    if compile_update == "auto":
+        updates = (config.total_frames - config.warmup_frames) * config.updates_per_frame
+        compile_update = device.type == "cpu" and updates >= UPDATES_WORTH_COMPILING
+    if compile_update and device.type == "cpu" and (reason := _cannot_compile()):
+        print(f"the update is not compiled, which takes about twice as long: {reason}", file=sys.stderr)
+        compile_update = False
+    precision = config.precision
+    if precision == "auto":
+        fast = device.type == "cpu" and compile_update and _multiplies_bfloat16()
+        precision = "bfloat16" if fast else "float32"
+    return replace(config, compile=compile_update, precision=precision)
+
+
+def _cannot_compile() -> str | None:
+    """Why ``torch.compile`` does not work on this machine; None if it does. A compiler alone may lack headers."""
+    try:
+        torch.compile(torch.neg)(torch.ones(8))
+    except RuntimeError as error:
+        return str(error).strip().splitlines()[0]
+    return None
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether the processor multiplies matrices in bfloat16 (AMX, AVX-512 BF16); without that it would be slower."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()

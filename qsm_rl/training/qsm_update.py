@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from tensordict import TensorDictBase
 from torch import Tensor
 from torch.optim import Adam
@@ -10,7 +12,7 @@ from torchrl.objectives import SoftUpdate
 
 from qsm_rl.actor import DiffusionActor
 from qsm_rl.objectives import QScoreMatchingLoss
-from qsm_rl.training.updates import Update, cosine_decay, gradient_step
+from qsm_rl.training.updates import Update, accelerated, cosine_decay, gradient_step
 
 __all__ = ["QSMUpdate"]
 
@@ -28,6 +30,9 @@ class QSMUpdate(Update):
         actor_learning_rate_decay: updates over which the actor's rate falls to zero along a cosine; None keeps it.
         gradient_clipping: largest gradient norm, for actor and critics each; None clips nothing.
         actor_ema: decay of the moving average of the actor; None keeps none.
+        precision: arithmetic of the matrix products, ``"float32"`` or ``"bfloat16"``. With bfloat16 the losses run
+            under ``torch.autocast``; weights, optimisers, Q-values, predicted noises and losses stay float32.
+        compile: whether the losses go through ``torch.compile``; their first call then takes about a minute.
 
     Attributes:
         ema: the averaged actor; None without ``actor_ema``.
@@ -45,6 +50,8 @@ class QSMUpdate(Update):
         actor_learning_rate_decay: int | None = None,
         gradient_clipping: float | None = None,
         actor_ema: float | None = None,
+        precision: Literal["float32", "bfloat16"] = "float32",
+        compile: bool = False,
     ) -> None:
         actor_parameters = list(loss.actor_network_params.parameters())
         critic_parameters = list(loss.qvalue_network_params.parameters())
@@ -64,6 +71,8 @@ class QSMUpdate(Update):
         self.ema: AveragedModel | None = None
         if actor_ema is not None:
             self.ema = AveragedModel(self._actor[0], multi_avg_fn=get_ema_multi_avg_fn(actor_ema))
+        self._qvalue_loss = accelerated(loss.qvalue_loss, precision, compile)
+        self._actor_loss = accelerated(loss.actor_loss, precision, compile)
         self._infos: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
 
     @property
@@ -73,11 +82,11 @@ class QSMUpdate(Update):
 
     def forward(self, batch: TensorDictBase) -> dict[str, Tensor]:
         """See :meth:`Update.forward`; returns ``qvalue`` (mean over critics) and ``actor``."""
-        loss_qvalue, qvalue_info = self.loss.qvalue_loss(batch)
+        loss_qvalue, qvalue_info = self._qvalue_loss(batch)
         self._step("critic", "loss_qvalue", loss_qvalue, self.critic_parameters)
         self.target_updater.step()
 
-        loss_actor, actor_info = self.loss.actor_loss(batch)
+        loss_actor, actor_info = self._actor_loss(batch)
         rate = self.actor_learning_rate * cosine_decay(self.num_updates, self.actor_learning_rate_decay)
         self.optimizers["actor"].param_groups[0]["lr"] = rate
         self._step("actor", "loss_actor", loss_actor, self.actor_parameters)

@@ -48,6 +48,8 @@ def print_summary(
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*init_random_frames.*is not exactly a multiple")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
+    warnings.filterwarnings("ignore", message=".*inline_inbuilt_nn_modules is deprecated")
+    warnings.filterwarnings("ignore", message="Using lock_.. inside a compiled graph")
     observation_dim = environment.observation_spec["observation"].shape[-1]
     action_dim = environment.action_spec.shape[-1]
     threads = torch.get_num_threads()
@@ -55,7 +57,8 @@ def print_summary(
     print(
         f"{config.env}: observation {observation_dim}, action {action_dim}; preset {config.preset}, seed {config.seed}"
     )
-    print(f"device: {device}, {threads} thread{'s' if threads > 1 else ''}")
+    compiled = ", compiled (which takes about a minute at the first one)" if config.compile else ""
+    print(f"device: {device}, {threads} thread{'s' if threads > 1 else ''}; updates in {config.precision}{compiled}")
     print(f"run folder: {folder.path}")
     capped = f", a fifth of total_frames instead of {config.warmup_frames:,}" if warmup < config.warmup_frames else ""
     print(f"frames: {config.total_frames:,}; warm-up: {warmup:,} frames of random actions{capped}")

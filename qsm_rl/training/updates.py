@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
 
 import torch
 from tensordict import TensorDictBase
@@ -15,7 +15,9 @@ from torchrl.objectives import LossModule
 
 from qsm_rl.training.errors import TrainingError
 
-__all__ = ["NonFiniteLossError", "Update", "cosine_decay", "gradient_step"]
+__all__ = ["NonFiniteLossError", "Update", "accelerated", "cosine_decay", "gradient_step"]
+
+LossMethod = Callable[[TensorDictBase], tuple[Tensor, dict[str, Tensor]]]
 
 
 class NonFiniteLossError(TrainingError):
@@ -100,6 +102,29 @@ def gradient_step(
     if gradient_clipping is not None:
         nn.utils.clip_grad_norm_(parameters, gradient_clipping)
     optimizer.step()
+
+
+def accelerated(part: LossMethod, precision: Literal["float32", "bfloat16"], compile: bool) -> LossMethod:
+    """A loss method that runs under autocast, compiled, both, or as it is.
+
+    Args:
+        part: takes a batch and returns a loss and its info, such as ``QScoreMatchingLoss.actor_loss``.
+        precision: ``"bfloat16"`` runs it under ``torch.autocast`` on the batch's device.
+        compile: whether it goes through ``torch.compile``. Random numbers then come from the compiler's generators,
+            which follow PyTorch's seed but draw other numbers than eager code.
+
+    Returns:
+        A function of the batch.
+    """
+    compiled = torch.compile(part) if compile else part
+    if precision == "float32":
+        return compiled
+
+    def in_bfloat16(batch: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.autocast(batch.device.type if batch.device is not None else "cpu", torch.bfloat16):
+            return compiled(batch)
+
+    return in_bfloat16
 
 
 def cosine_decay(step: int, decay_steps: int | None) -> float:

@@ -112,7 +112,14 @@ def test_same_seed_gives_the_same_run_and_evaluation_has_no_part_in_it(finished,
     assert differences(one["training"], checkpoint(tmp_path / "other", 180)["training"]) != []
 
 
-@pytest.mark.parametrize("options", [[], EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param([], id="plain"),
+        pytest.param(EVERYTHING, id="everything"),
+        pytest.param(["--compile", "true", "--precision", "bfloat16"], id="compiled", marks=pytest.mark.slow),
+    ],
+)
 def test_resumed_run_equals_the_uninterrupted_one_to_the_bit(tmp_path, options, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert run(*SMALL, *options, "--run_dir", whole) == 0

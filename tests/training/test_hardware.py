@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from qsm_rl.training import UserError, choose_device, limit_threads
+from qsm_rl.training import QSMConfiguration, UserError, choose_arithmetic, choose_device, hardware, limit_threads
 
 
 def test_auto_takes_a_gpu_if_there_is_one():
@@ -29,3 +32,48 @@ def test_threads_are_few_unless_the_user_says_otherwise(monkeypatch, variable, d
     limit_threads(torch.device(device))
     few = min(4, len(os.sched_getaffinity(0)))
     assert asked == [] if expected is None else asked == [few if expected == "few" else expected]
+
+
+@pytest.mark.parametrize(
+    ("given", "machine", "expected"),
+    [
+        ({}, {}, (True, "bfloat16")),
+        ({"total_frames": 14_999}, {}, (False, "float32")),  # 4,999 updates
+        ({"total_frames": 15_000}, {}, (True, "bfloat16")),
+        ({"total_frames": 15_000, "updates_per_frame": 0.5}, {}, (False, "float32")),
+        ({}, {"bfloat16": False}, (True, "float32")),
+        ({}, {"compiler": False}, (False, "float32")),
+        ({"compile": True}, {"compiler": False}, (False, "float32")),
+        ({"compile": False}, {}, (False, "float32")),
+        ({"compile": False, "precision": "bfloat16"}, {"bfloat16": False}, (False, "bfloat16")),
+        ({"compile": True, "total_frames": 100}, {}, (True, "bfloat16")),
+        ({"precision": "float32"}, {}, (True, "float32")),
+    ],
+)
+def test_arithmetic_follows_machine_and_length_of_the_run(monkeypatch, capsys, given, machine, expected):
+    reason = None if machine.get("compiler", True) else "no g++"
+    monkeypatch.setattr(hardware, "_cannot_compile", lambda: reason)
+    monkeypatch.setattr(hardware, "_multiplies_bfloat16", lambda: machine.get("bfloat16", True))
+    config = choose_arithmetic(QSMConfiguration(**given), torch.device("cpu"))
+    assert (config.compile, config.precision) == expected
+    said = capsys.readouterr().err
+    assert ("not compiled" in said and "no g++" in said) == (reason is not None and given.get("compile") is not False)
+    assert choose_arithmetic(config, torch.device("cpu")) == config
+
+
+def test_on_a_gpu_auto_is_eager_float32():
+    config = choose_arithmetic(QSMConfiguration(), torch.device("cuda:0"))
+    assert (config.compile, config.precision) == (False, "float32")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", [None, "/bin/false"])
+def test_what_keeps_the_machine_from_compiling_is_found_out(tmp_path, compiler):
+    """In a process of its own: PyTorch looks for the compiler once."""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    if compiler is not None:
+        environment["CXX"] = compiler
+    program = "from qsm_rl.training.hardware import _cannot_compile; print(_cannot_compile())"
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    works = compiler is None and shutil.which("g++") is not None
+    assert (done.stdout.strip() == "None") == works, done.stdout
