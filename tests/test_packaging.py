@@ -160,7 +160,13 @@ def test_third_party_imports_fit_the_part(path: Path):
 @pytest.mark.parametrize("folder", ["qsm_rl", "recipes", "tests"])
 def test_every_import_is_a_declared_dependency(folder: str):
     extras = PROJECT["optional-dependencies"]
-    needs = [*PROJECT["dependencies"], *extras["dmc"], *extras["ray"], *(extras["test"] if folder == "tests" else [])]
+    needs = [
+        *PROJECT["dependencies"],
+        *extras["dmc"],
+        *extras["results"],
+        *extras["ray"],
+        *(extras["test"] if folder == "tests" else []),
+    ]
     declared = {canonicalize_name(Requirement(need).name) for need in needs}
     modules = {module.split(".")[0] for path in (ROOT / folder).rglob("*.py") for module in imported_modules(path)}
     distributions = packages_distributions()

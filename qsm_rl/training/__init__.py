@@ -9,6 +9,7 @@ from qsm_rl.training.environments import copy_observation_statistics, make_envir
 from qsm_rl.training.errors import TrainingError, UserError, exit_on_error, user_errors
 from qsm_rl.training.evaluation import EvaluationResult, evaluate_policy
 from qsm_rl.training.frames import FramesDataset
+from qsm_rl.training.grid import Cell, CellTable, read_grid, run_cells
 from qsm_rl.training.hardware import choose_arithmetic, choose_device, limit_threads
 from qsm_rl.training.loggers import read_metrics
 from qsm_rl.training.module import OffPolicyModule
@@ -19,10 +20,13 @@ from qsm_rl.training.random_state import derived_seed, seed_everything
 from qsm_rl.training.replay import ReplayArchive, TransitionWriter
 from qsm_rl.training.run_folder import RunFolder
 from qsm_rl.training.running import finish_run, make_callbacks, make_loggers, print_summary
+from qsm_rl.training.statistics import mean_interval
 from qsm_rl.training.updates import Update
 
 __all__ = [
     "PRESETS",
+    "Cell",
+    "CellTable",
     "CheckpointFolder",
     "EvaluationResult",
     "FramesDataset",
@@ -49,13 +53,16 @@ __all__ = [
     "make_callbacks",
     "make_environment",
     "make_loggers",
+    "mean_interval",
     "parse_configuration",
     "plot_learning_curve",
     "preset_values",
     "print_summary",
     "publish_actor",
+    "read_grid",
     "read_metrics",
     "restore_checkpoint",
+    "run_cells",
     "seed_everything",
     "user_errors",
 ]

@@ -1,0 +1,270 @@
+"""Grids of runs: every variant of the settings on every task with every seed, each cell a process of its own.
+
+Results go to one table as cells finish, and what stands in the table is not run again.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tqdm import tqdm
+
+from qsm_rl.training.atomic_files import write_atomically
+from qsm_rl.training.errors import TrainingError, UserError
+from qsm_rl.training.loggers import read_metrics
+
+__all__ = ["Cell", "CellTable", "read_grid", "run_cells"]
+
+COLUMNS = ("env", "variant", "seed", "frames", "return_mean", "return_std", "updates_per_second", "settings")
+POLL_SECONDS = 1.0
+SECONDS_TO_STOP = 60.0
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a grid.
+
+    Attributes:
+        recipe: name of the recipe's file, without ending.
+        variant: name of the settings.
+        settings: flags of the recipe as sorted JSON, environment and seed apart; two cells with the same are the same.
+        env: environment id.
+        seed: seed of the run.
+    """
+
+    recipe: str
+    variant: str
+    settings: str
+    env: str
+    seed: int
+
+    @property
+    def flags(self) -> list[str]:
+        """The recipe's command line."""
+        values = {"env": self.env, "seed": self.seed, **json.loads(self.settings)}
+        texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
+        return [part for name, text in texts.items() for part in (f"--{name}", text)]
+
+    @property
+    def total_frames(self) -> int:
+        """Frames of the run."""
+        return int(json.loads(self.settings)["total_frames"])
+
+    def folder(self, runs: Path) -> Path:
+        """Folder of its run; cells with other settings have another one."""
+        digest = hashlib.sha256(f"{self.recipe} {self.settings}".encode()).hexdigest()[:8]
+        return runs / self.env.replace("/", "-") / f"{_file_name(self.variant)}-{digest}" / f"seed_{self.seed}"
+
+
+def read_grid(path: Path) -> list[Cell]:
+    """The cells of a grid file, seed by seed, so that every variant has its first result early.
+
+    Args:
+        path: YAML with ``recipe``, ``seeds`` (a list), ``settings`` (flags of every cell), ``tasks`` (environment to
+            its flags, ``total_frames`` at least) and ``variants`` (name to its flags). A variant's flags override a
+            task's, which override the settings. A task may list the ``variants`` that run on it, and its ``seeds``.
+
+    Raises:
+        UserError: naming what the file lacks or holds too much of.
+    """
+    try:
+        grid = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"the grid file {path} cannot be read: {error}") from error
+    expected = {"recipe", "seeds", "settings", "tasks", "variants"}
+    found = set(grid) if isinstance(grid, dict) else set()
+    if found != expected:
+        raise UserError(
+            f"the grid file {path} needs exactly the entries {sorted(expected)}; "
+            f"missing {sorted(expected - found)}, unknown {sorted(found - expected)}."
+        )
+    cells = []
+    for env, task in grid["tasks"].items():
+        task = dict(task)
+        variants, seeds = task.pop("variants", list(grid["variants"])), task.pop("seeds", grid["seeds"])
+        if unknown := sorted(set(variants) - set(grid["variants"])):
+            raise UserError(f"{path}: the task {env} names unknown variants {unknown}.")
+        for variant in variants:
+            settings = {**grid["settings"], **task, **(grid["variants"][variant] or {})}
+            if "total_frames" not in settings:
+                raise UserError(f"{path}: the task {env} needs total_frames.")
+            text = json.dumps(settings, sort_keys=True)
+            cells += [Cell(grid["recipe"], variant, text, env, seed) for seed in seeds]
+    return sorted(cells, key=lambda cell: cell.seed)
+
+
+class CellTable:
+    """The evaluations of finished cells as a CSV file, a row each; written whole and atomically.
+
+    Args:
+        path: the file; made with the first finished cell.
+
+    Raises:
+        UserError: if the file is none of this kind.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[dict[str, str]] = []
+        if path.exists():
+            with path.open(newline="", encoding="utf-8") as file:
+                reader = csv.DictReader(file)
+                if tuple(reader.fieldnames or ()) != COLUMNS:
+                    raise UserError(f"{path} is no table of cells: its columns are not {', '.join(COLUMNS)}.")
+                self.rows = list(reader)
+
+    def rows_of(self, cell: Cell) -> list[dict[str, str]]:
+        """The rows of a cell, none if it has not finished with these settings."""
+        key = (cell.env, cell.variant, str(cell.seed), cell.settings)
+        return [row for row in self.rows if tuple(row[name] for name in ("env", "variant", "seed", "settings")) == key]
+
+    def add(self, cell: Cell, run: Path) -> None:
+        """Takes a finished run over, in place of the same cell with other settings.
+
+        Args:
+            cell: the cell.
+            run: its run folder.
+        """
+        columns = read_metrics(run / "metrics.csv")
+        rates = sorted(rate for rate in columns["time/updates_per_second"] if rate > 0)
+        key = (cell.env, cell.variant, str(cell.seed))
+        self.rows = [row for row in self.rows if tuple(row[name] for name in ("env", "variant", "seed")) != key]
+        points = zip(columns["frames"], columns["eval/return_mean"], columns["eval/return_std"], strict=True)
+        for frames, mean, std in points:
+            if mean == mean:  # rows without an evaluation hold NaN
+                values = (
+                    *(*key, str(int(frames)), f"{mean:.2f}", f"{std:.2f}"),
+                    *(f"{rates[len(rates) // 2]:.1f}" if rates else "", cell.settings),
+                )
+                self.rows.append(dict(zip(COLUMNS, values, strict=True)))
+        self.rows.sort(key=lambda row: (row["env"], row["variant"], int(row["seed"]), int(row["frames"])))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, self._write)
+
+    def _write(self, path: Path) -> None:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+
+def run_cells(cells: Sequence[Cell], table: CellTable, runs: Path, recipes: Path, *, workers: int) -> list[str]:
+    """Runs the cells that the table lacks, so many at a time, each with one thread.
+
+    A cell that was begun goes on from its last checkpoint. Ctrl-C and SIGTERM stop every cell behind its step.
+
+    Args:
+        cells: what to run, in order.
+        table: takes the results.
+        runs: folder of the run folders.
+        recipes: folder of the recipes.
+        workers: processes at a time.
+
+    Returns:
+        A line for each cell that failed, with the end of its log.
+
+    Raises:
+        KeyboardInterrupt: behind the stop that Ctrl-C or SIGTERM asked for.
+    """
+    waiting = [cell for cell in cells if not table.rows_of(cell)]
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    running: dict[int, tuple[Cell, subprocess.Popen[bytes]]] = {}
+    failures: list[str] = []
+    done = sum(cell.total_frames for cell in cells) - sum(cell.total_frames for cell in waiting)
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    bar = tqdm(total=sum(cell.total_frames for cell in cells), initial=done, unit=" frames", dynamic_ncols=True)
+    try:
+        while waiting or running:
+            for worker in range(workers):
+                if worker not in running and waiting:
+                    cell = waiting.pop(0)
+                    process = _start(cell, cell.folder(runs), recipes)
+                    if workers <= len(cores):  # a core each: moving about costs a tenth
+                        os.sched_setaffinity(process.pid, {cores[worker]})
+                    running[worker] = cell, process
+            time.sleep(POLL_SECONDS)
+            for worker, (cell, process) in list(running.items()):
+                if process.poll() is not None:
+                    del running[worker]
+                    if process.returncode == 0:
+                        table.add(cell, cell.folder(runs))
+                    else:
+                        failures.append(f"{cell.env}, {cell.variant}, seed {cell.seed}: {_last_line(cell, runs)}")
+                    done += cell.total_frames
+            bar.n = done + sum(_frames(cell.folder(runs)) for cell, _ in running.values())
+            bar.set_description(f"{len(waiting) + len(running)} of {len(cells)} cells left", refresh=True)
+    except BaseException:
+        _stop(process for _, process in running.values())
+        raise
+    finally:
+        bar.close()
+        signal.signal(signal.SIGTERM, previous)
+    return failures
+
+
+def _start(cell: Cell, folder: Path, recipes: Path) -> subprocess.Popen[bytes]:
+    script = recipes / f"{cell.recipe}.py"
+    if any((folder / "checkpoints").glob("*.pt")):
+        arguments = ["--resume", str(folder)]
+    else:
+        shutil.rmtree(folder, ignore_errors=True)  # nothing in it to go on from
+        arguments = [*cell.flags, "--run_dir", str(folder)]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # One thread each: PyTorch's threads spin while they wait, and take the cores from the other cells.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with _log(folder).open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, str(script), *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            start_new_session=True,  # Ctrl-C reaches the grid alone, which then stops its cells
+        )
+
+
+def _stop(processes: Iterable[subprocess.Popen[bytes]]) -> None:
+    processes = list(processes)
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(SECONDS_TO_STOP)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def _frames(folder: Path) -> int:
+    """Frames that a run has logged so far."""
+    try:
+        columns: dict[str, list[Any]] = read_metrics(folder / "metrics.csv")
+    except (OSError, ValueError, IndexError, UserError, TrainingError):
+        return 0  # not begun, or in the middle of writing
+    return int(max(columns.get("frames", [0]), default=0))
+
+
+def _log(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".log")
+
+
+def _last_line(cell: Cell, runs: Path) -> str:
+    path = _log(cell.folder(runs))
+    lines = path.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").strip().splitlines()
+    return f"{lines[-1] if lines else 'no output'} (see {path})"
+
+
+def _file_name(text: str) -> str:
+    return "".join(character if character.isalnum() or character in "._-" else "_" for character in text)

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from qsm_rl.training import CellTable, UserError, mean_interval, read_grid, run_cells
+
+GRID = """
+recipe: fake
+seeds: [0, 1]
+settings: {total_frames: 20, tau: 0.1, widths: [4, 4]}
+tasks:
+  A-v0: {tau: 0.2}
+  dm_control/b-c: {total_frames: 30, variants: [plain], seeds: [7]}
+variants:
+  plain: {}
+  slow tau: {tau: 0.3}
+"""
+
+# Writes what a recipe writes; fails on the seed named in `fail`, waits for a signal on the seed named in `wait`.
+FAKE = """
+import csv, json, sys, time
+from pathlib import Path
+
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+here = Path(__file__).parent
+with (here / "calls").open("a") as file:
+    file.write(json.dumps(flags) + "\\n")
+folder = Path(flags.get("--resume") or flags["--run_dir"])
+(folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+if "--resume" in flags:
+    flags = json.loads((folder / "flags").read_text())
+(folder / "flags").write_text(json.dumps(flags))
+(folder / "checkpoints" / "frames-10.pt").touch()
+for kind in ("fail", "wait"):
+    path = here / kind
+    if path.exists() and path.read_text() == flags["--seed"]:
+        print("it broke", flush=True)
+        if kind == "fail":
+            sys.exit(1)
+        time.sleep(60)
+frames = int(flags["--total_frames"])
+with (folder / "metrics.csv").open("w") as file:
+    file.write("frames,eval/return_mean,eval/return_std,time/updates_per_second\\n")
+    file.write(f"5,,,0\\n{frames // 2},1,0.5,40\\n{frames},{100 * float(flags['--tau'])},0.25,50\\n")
+"""
+
+
+@pytest.fixture
+def grid(tmp_path):
+    (tmp_path / "grid.yaml").write_text(GRID)
+    (tmp_path / "fake.py").write_text(FAKE)
+    return tmp_path
+
+
+def run(folder: Path) -> list[str]:
+    table = CellTable(folder / "cells.csv")
+    return run_cells(read_grid(folder / "grid.yaml"), table, folder / "runs", folder, workers=2)
+
+
+def calls(folder: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (folder / "calls").read_text().splitlines()]
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "cells.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_cells_come_seed_by_seed_with_the_nearest_setting_winning(grid):
+    cells = read_grid(grid / "grid.yaml")
+    assert [(cell.env, cell.variant, cell.seed) for cell in cells] == [
+        ("A-v0", "plain", 0),
+        ("A-v0", "slow tau", 0),
+        ("A-v0", "plain", 1),
+        ("A-v0", "slow tau", 1),
+        ("dm_control/b-c", "plain", 7),
+    ]
+    assert [json.loads(cell.settings)["tau"] for cell in cells] == [0.2, 0.3, 0.2, 0.3, 0.1]
+    assert cells[0].flags == [
+        *("--env", "A-v0", "--seed", "0", "--tau", "0.2", "--total_frames", "20", "--widths", "[4, 4]"),
+    ]
+    assert len({cell.folder(grid) for cell in cells}) == 5
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("seeds: [0, 1]\n", "seed: 0\n", ["missing ['seeds']", "unknown ['seed']"]),
+        ("variants: [plain]", "variants: [fast]", ["dm_control/b-c", "fast"]),
+        ("total_frames: 20, ", "", ["A-v0", "total_frames"]),
+        ("recipe: fake", "recipe: [", ["cannot be read"]),
+    ],
+)
+def test_a_wrong_grid_file_is_named(grid, old, new, words):
+    path = grid / "grid.yaml"
+    path.write_text(GRID.replace(old, new))
+    with pytest.raises(UserError) as caught:
+        read_grid(path)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_finished_cells_are_kept_and_changed_ones_run_again(grid):
+    assert run(grid) == []
+    assert len(calls(grid)) == 5
+    finals = {(row["env"], row["variant"], row["seed"]): row for row in rows(grid)}
+    assert len(rows(grid)) == 10  # two evaluations each; the row without one is left out
+    assert finals["A-v0", "slow tau", "1"] == {
+        **{"env": "A-v0", "variant": "slow tau", "seed": "1", "frames": "20", "updates_per_second": "50.0"},
+        **{"return_mean": "30.00", "return_std": "0.25"},
+        "settings": '{"tau": 0.3, "total_frames": 20, "widths": [4, 4]}',
+    }
+    run(grid)
+    assert len(calls(grid)) == 5
+
+    (grid / "grid.yaml").write_text(GRID.replace("tau: 0.3", "tau: 0.4"))
+    run(grid)
+    assert [call["--tau"] for call in calls(grid)[5:]] == ["0.4", "0.4"]
+    assert len(rows(grid)) == 10
+    assert {row["return_mean"] for row in rows(grid) if row["variant"] == "slow tau"} == {"1.00", "40.00"}
+
+
+def test_a_failed_cell_is_reported_and_goes_on_from_its_checkpoint(grid):
+    (grid / "fail").write_text("1")
+    failures = run(grid)
+    assert sorted(line.split(": ")[0] for line in failures) == ["A-v0, plain, seed 1", "A-v0, slow tau, seed 1"]
+    assert all("it broke" in line for line in failures)
+    assert {row["seed"] for row in rows(grid)} == {"0", "7"}
+    (grid / "fail").unlink()
+    assert run(grid) == []
+    assert sorted("--resume" in call for call in calls(grid)) == [False] * 5 + [True] * 2
+    assert {row["seed"] for row in rows(grid)} == {"0", "1", "7"}
+
+
+def test_a_signal_stops_the_cells_and_the_next_call_goes_on(grid):
+    (grid / "wait").write_text("0")
+    program = textwrap.dedent(f"""
+        from pathlib import Path
+        from tests.training.test_grid import run
+        run(Path({str(grid)!r}))
+    """)
+    with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 60
+        while not (grid / "calls").exists() or len(calls(grid)) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        begin = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+    assert time.monotonic() - begin < 20, "the cells were waited for instead of stopped"
+    assert process.returncode != 0
+    (grid / "wait").unlink()
+    assert run(grid) == []
+    assert len(rows(grid)) == 10
+
+
+def test_a_file_of_another_kind_is_not_written_over(tmp_path):
+    path = tmp_path / "cells.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match="no table of cells"):
+        CellTable(path)
+    assert path.read_text() == "a,b\n1,2\n"
+
+
+def test_interval_of_the_mean_by_hand():
+    """Of two seeds the bootstrap means are 0, 5 and 10 with shares 1/4, 1/2, 1/4: the interval holds both ends."""
+    assert mean_interval([[0.0], [10.0]]) == (5.0, 0.0, 10.0)
+    mean, low, high = mean_interval([[float(k % 2)] for k in range(100)])
+    assert mean == 0.5
+    # standard error sqrt(0.25 / 100) = 0.05
+    assert low == pytest.approx(0.5 - 1.96 * 0.05, abs=0.02)
+    assert high == pytest.approx(0.5 + 1.96 * 0.05, abs=0.02)
