@@ -174,6 +174,8 @@ class NormalizedQScore(BoltzmannQScore):
     Args:
         temperature: lambda > 0, without a unit. Lower is greedier; usual range 0.03 to 0.3.
         max_norm: largest Euclidean norm of a sample's dQ/da after the division; None clips nothing.
+        sigma: whether the target carries the factor ``sigma_t``. Without it this is the authors' target with ``M_q`` in
+            units of the gradient's size: the same pull at every noise level.
 
     Raises:
         ValueError: if ``temperature`` or ``max_norm`` is not positive.
@@ -186,11 +188,13 @@ class NormalizedQScore(BoltzmannQScore):
         tensor([[-9.9679]])
     """
 
-    def __init__(self, temperature: float = 0.1, *, max_norm: float | None = None) -> None:
+    def __init__(self, temperature: float = 0.1, *, max_norm: float | None = None, sigma: bool = True) -> None:
         super().__init__(temperature, max_norm=max_norm)
+        self.sigma = sigma
 
     def from_q_score(self, q_score: Tensor, sigma_t: Tensor) -> Tensor:
         """See :meth:`GradientScoreTarget.from_q_score`."""
+        sigma_t = sigma_t if self.sigma else torch.ones_like(sigma_t)
         return super().from_q_score(q_score / F.mean_absolute(q_score), sigma_t)
 
 

@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     score_target = {
         "scaled": lambda: ScaledQScore(config.score_scale),
         "boltzmann": lambda: BoltzmannQScore(config.score_temperature),
-        "normalized": lambda: NormalizedQScore(config.score_temperature),
+        "normalized": lambda: NormalizedQScore(config.score_temperature, sigma=config.score_sigma),
         "posterior": lambda: PosteriorQScore(config.score_temperature, config.score_particles, normalize=True),
     }[config.score_target]()
 

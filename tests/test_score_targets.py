@@ -179,3 +179,13 @@ def test_truncated_normal_matches_its_moments_and_reaches_far_tails():
             sample = F.truncated_normal(torch.tensor(side * distance), torch.tensor(0.1), uniform)
             assert torch.isfinite(sample).all()
             assert (side * sample).min() > 0.9
+
+
+def test_normalized_target_without_sigma_by_hand():
+    """Gradients 2 and -4 have mean size 3; at temperature 0.5 the targets are -2/3/0.5 and 4/3/0.5 at every t."""
+    schedule = NoiseSchedule.vp(5)
+    slopes = torch.tensor([[2.0], [-4.0]])
+    target, _ = NormalizedQScore(0.5, sigma=False)(
+        lambda a: (slopes * a).sum(-1), torch.zeros(2, 1), torch.tensor([0, 4]), schedule
+    )
+    torch.testing.assert_close(target, torch.tensor([[-4 / 3], [8 / 3]]))

@@ -46,6 +46,10 @@ class QSMConfiguration(TrainingConfiguration):
     units of Q; normalized: usual range 0.03 to 0.3; posterior: in units of the spread of Q over actions, usual range
     0.05 to 0.5."""
 
+    score_sigma: bool = True
+    """Whether the normalized target carries the factor sigma_t. Without it the pull towards high Q is the same at every
+    noise level, as in the authors' target."""
+
     score_particles: int = 64
     """Actions at which the posterior target evaluates the critics. More is less noisy and costs time; usual range 32
     to 512."""
