@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 __all__ = [
     "action_gradient",
     "add_noise",
+    "aggregate_q_values",
     "boltzmann_q_score",
     "clip_norm",
     "cosine_betas",
@@ -153,6 +154,29 @@ def action_gradient(q_value: Callable[[Tensor], Tensor], action: Tensor) -> Tens
     """
     # func.grad rather than autograd.grad: the latter cannot be captured by torch.compile on an intermediate.
     return torch.func.grad(lambda a: q_value(a.unsqueeze(0)).sum())(action.detach())
+
+
+def aggregate_q_values(q_values: Tensor, aggregation: Literal["min", "mean"] | float) -> Tensor:
+    """One Q-value from those of an ensemble: the minimum, the mean, or ``mean - rho std`` (the population's std).
+
+    The minimum is clipped double Q-learning (Fujimoto et al. 2018, arXiv 1802.09477, equation 10). Of two critics it is
+    the case ``rho = 1``; of more it grows more pessimistic with their number, which ``mean - rho std`` does not.
+
+    Args:
+        q_values: shape ``(num_critics, *B)``.
+        aggregation: ``"min"``, ``"mean"``, or rho.
+
+    Returns:
+        Shape ``(*B,)``.
+
+    Example:
+        >>> aggregate_q_values(torch.tensor([1.0, 3.0]), 0.5)
+        tensor(1.5000)
+    """
+    if aggregation == "min":
+        return q_values.amin(0)
+    mean = q_values.mean(0)
+    return mean if aggregation == "mean" else mean - aggregation * q_values.std(0, correction=0)
 
 
 def scaled_q_score(q_score: Tensor, scale: Tensor | float) -> Tensor:

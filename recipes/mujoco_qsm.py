@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
             in_keys=["observation", "action"],
             out_keys=["state_action_value"],
         )
-        for _ in range(2)
+        for _ in range(config.num_critics)
     ]
     score_target = {
         "scaled": lambda: ScaledQScore(config.score_scale),
@@ -92,6 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
         score_target=score_target,
         score_critics=config.score_critics,
         score_aggregation=config.score_aggregation,
+        target_aggregation=config.target_aggregation,
         target_action_noise_std=config.target_action_noise_std,
     ).to(device)
     loss.make_value_estimator(gamma=config.gamma)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.autograd import gradcheck
 
@@ -42,3 +43,24 @@ def test_action_gradient_is_per_sample_and_without_graph():
 def test_mean_absolute_can_be_divided_by():
     assert F.mean_absolute(torch.tensor([-1.0, 3.0])).item() == 2
     assert not (torch.zeros(5) / F.mean_absolute(torch.zeros(5))).any()
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "expected"),
+    # (1, 3, 8) has mean 4 and variance ((-3)^2 + (-1)^2 + 4^2) / 3 = 26 / 3; (2, 2, 2) has none.
+    [
+        ("min", [1.0, 2.0]),
+        ("mean", [4.0, 2.0]),
+        (0.5, [4 - 0.5 * (26 / 3) ** 0.5, 2.0]),
+        (-1.0, [4 + (26 / 3) ** 0.5, 2.0]),
+    ],
+)
+def test_aggregation_of_critics_by_hand(aggregation, expected):
+    q_values = torch.tensor([[1.0, 2.0], [3.0, 2.0], [8.0, 2.0]])
+    torch.testing.assert_close(F.aggregate_q_values(q_values, aggregation), torch.tensor(expected))
+
+
+def test_the_minimum_of_two_critics_is_one_std_below_their_mean():
+    q_values = torch.randn(2, 3, 5)
+    torch.testing.assert_close(F.aggregate_q_values(q_values, 1.0), F.aggregate_q_values(q_values, "min"))
+    torch.testing.assert_close(F.aggregate_q_values(q_values[:1], 1.0), q_values[0])  # one critic has no spread

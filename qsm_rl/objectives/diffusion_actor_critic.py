@@ -16,6 +16,7 @@ from torch import Tensor
 from torchrl.objectives import LossModule, ValueEstimators, distance_loss
 from torchrl.objectives.utils import dispatch_value_estimator
 
+from qsm_rl import functional as F
 from qsm_rl.actor import DiffusionActor
 from qsm_rl.noise_schedule import Float32Buffers
 from qsm_rl.objectives.inputs import check_actor, check_choice, critic_list, entry, network_output
@@ -73,6 +74,7 @@ class DiffusionActorCriticLoss(LossModule):
         *,
         num_qvalue_nets: int | None,
         loss_function: Literal["l2", "l1", "smooth_l1"],
+        target_aggregation: Literal["min", "mean"] | float,
         target_action_noise_std: float,
         delay_actor: bool,
         delay_qvalue: bool,
@@ -85,6 +87,8 @@ class DiffusionActorCriticLoss(LossModule):
         super().__init__()
         check_choice("loss_function", loss_function, ("l2", "l1", "smooth_l1"))
         check_choice("reduction", reduction, ("mean", "sum", "none"))
+        if not (target_aggregation in ("min", "mean") or isinstance(target_aggregation, (int, float))):
+            raise ValueError(f"target_aggregation must be 'min', 'mean' or a number rho, got {target_aggregation!r}.")
         if not target_action_noise_std >= 0:
             raise ValueError(f"target_action_noise_std must be at least 0, got {target_action_noise_std!r}.")
         check_actor(actor_network)
@@ -97,6 +101,7 @@ class DiffusionActorCriticLoss(LossModule):
         )
         self.num_qvalue_nets = len(critics)
         self.loss_function = loss_function
+        self.target_aggregation = target_aggregation
         self.target_action_noise_std = target_action_noise_std
         self.delay_actor = delay_actor
         self.delay_qvalue = delay_qvalue
@@ -291,7 +296,8 @@ class DiffusionActorCriticLoss(LossModule):
                     target_action_noise = self.target_action_noise_std * torch.randn_like(sample)
             next_action = actor.box.from_box((sample + target_action_noise).clamp(-1, 1))
             next_action = next_action.to(batch.get(keys.action).dtype)  # the chain runs in float32 or more
-            next_value = self._q_values(following, next_action, self.target_qvalue_network_params).amin(0).unsqueeze(-1)
+            q_values = self._q_values(following, next_action, self.target_qvalue_network_params)
+            next_value = F.aggregate_q_values(q_values, self.target_aggregation).unsqueeze(-1)
             reward = entry(batch, ("next", keys.reward))
             if reward.shape != next_value.shape:
                 raise ValueError(

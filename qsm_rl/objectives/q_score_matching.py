@@ -11,6 +11,7 @@ from tensordict.nn import TensorDictModule, dispatch
 from torch import Tensor
 from torchrl.objectives import distance_loss
 
+from qsm_rl import functional as F
 from qsm_rl.actor import DiffusionActor
 from qsm_rl.objectives.diffusion_actor_critic import DiffusionActorCriticLoss
 from qsm_rl.objectives.inputs import check_choice
@@ -38,12 +39,14 @@ class QScoreMatchingLoss(DiffusionActorCriticLoss):
             first critic; the others are copies with weights drawn anew by the layers' own initialisers.
 
     Keyword Args:
-        num_qvalue_nets: number of critics made of a single module, at least 1; for a list its length. Default 2. More
-            critics make the target more pessimistic.
+        num_qvalue_nets: number of critics made of a single module, at least 1; for a list its length. Default 2.
         score_target: how dQ/da becomes the target of the predicted noise; default ``ScaledQScore(50.0)``, the authors'.
         score_critics: critics that the score target sees, ``"online"`` (the authors') or ``"target"`` (smoother).
         score_aggregation: over the critics in the score target, ``"mean"`` (the authors') or ``"min"`` (pessimistic).
         loss_function: ``"l2"`` (the authors'), ``"l1"`` or ``"smooth_l1"``, for both losses.
+        target_aggregation: over the target critics in the TD target: ``"min"`` (the authors'), ``"mean"``, or a number
+            rho for ``mean - rho std`` (see :func:`~qsm_rl.functional.aggregate_q_values`). The minimum grows more
+            pessimistic with the number of critics; usual range of rho 0 to 1, more is more pessimistic.
         target_action_noise_std: standard deviation, in box units, of the Gaussian noise added to the next action in the
             TD target before it is clipped, at least 0. More smooths the critic over actions. The authors take 0.1.
         delay_actor: whether the next action comes from a slowly following copy of the actor; the authors have none.
@@ -110,6 +113,7 @@ class QScoreMatchingLoss(DiffusionActorCriticLoss):
         score_critics: Literal["online", "target"] = "online",
         score_aggregation: Literal["mean", "min"] = "mean",
         loss_function: Literal["l2", "l1", "smooth_l1"] = "l2",
+        target_aggregation: Literal["min", "mean"] | float = "min",
         target_action_noise_std: float = 0.1,
         delay_actor: bool = False,
         delay_qvalue: bool = True,
@@ -122,6 +126,7 @@ class QScoreMatchingLoss(DiffusionActorCriticLoss):
             qvalue_network,
             num_qvalue_nets=num_qvalue_nets,
             loss_function=loss_function,
+            target_aggregation=target_aggregation,
             target_action_noise_std=target_action_noise_std,
             delay_actor=delay_actor,
             delay_qvalue=delay_qvalue,
@@ -216,7 +221,7 @@ class QScoreMatchingLoss(DiffusionActorCriticLoss):
         def q_value(box_action: Tensor) -> Tensor:
             particles = batch.unsqueeze(0).expand(box_action.shape[0], *batch.batch_size)
             q_values = self._q_values(particles, box.from_box(box_action).to(action.dtype), critic_params)
-            return q_values.mean(0) if self.score_aggregation == "mean" else q_values.amin(0)
+            return F.aggregate_q_values(q_values, self.score_aggregation)
 
         target, info = self.score_target(q_value, noisy_action, t, schedule)
         target = target.detach()

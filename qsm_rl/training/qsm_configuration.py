@@ -63,6 +63,14 @@ class QSMConfiguration(TrainingConfiguration):
     critic_layer_norm: bool = True
     """Whether the critics normalise before each activation. Keeps Q-values bounded away from the data."""
 
+    num_critics: int = 2
+    """Critics of the ensemble. More are steadier and cost time in proportion; usual range 2 to 10."""
+
+    target_aggregation: Literal["min", "mean"] | float = "min"
+    """How the target critics are joined in the TD target: min (the authors), mean, or a number rho for mean minus rho
+    times their standard deviation. min grows more pessimistic with the number of critics; usual range of rho 0 to 1,
+    more is more pessimistic."""
+
     exploration_noise_std: float = 0.1
     """Gaussian noise added to actions while collecting, in units of half the action range, then clipped. More explores
     wider; usual range 0 to 0.2."""
@@ -88,6 +96,7 @@ class QSMConfiguration(TrainingConfiguration):
         super().__post_init__()
         self._check("preset", self.preset in PRESETS, f"one of {', '.join(PRESETS)}")
         self._check("num_steps", self.num_steps >= 1, "at least 1")
+        self._check("num_critics", self.num_critics >= 1, "at least 1")
         self._check("score_particles", self.score_particles >= 2, "at least 2")
         for name in ("score_scale", "score_temperature"):
             self._check(name, getattr(self, name) > 0, "above 0")
@@ -112,6 +121,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "score_critics": "online",
         "score_aggregation": "mean",
         "critic_layer_norm": False,
+        "num_critics": 2,
+        "target_aggregation": "min",
         "actor_hidden_dims": (512, 512),
         "critic_hidden_dims": (512, 512),
         "actor_learning_rate": 3e-4,

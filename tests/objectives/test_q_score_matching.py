@@ -53,6 +53,7 @@ class TestContract(LossContract):
         ({"score_critics": "both"}, ValueError, "score_critics must be one of .* got 'both'"),
         ({"score_aggregation": "max"}, ValueError, "score_aggregation must be one of .* got 'max'"),
         ({"loss_function": "huber"}, ValueError, "loss_function must be one of .* got 'huber'"),
+        ({"target_aggregation": "max"}, ValueError, "'min', 'mean' or a number rho, got 'max'"),
         ({"reduction": "avg"}, ValueError, "reduction must be one of .* got 'avg'"),
         ({"target_action_noise_std": -0.1}, ValueError, "at least 0, got -0.1"),
         ({"target_action_noise_std": float("nan")}, ValueError, "at least 0, got nan"),
@@ -235,6 +236,20 @@ def test_qvalue_loss_of_linear_critics(low, high, action, target_value, q_values
     params = loss.qvalue_network_params["module"]
     torch.testing.assert_close(params["slope"].grad, 2 * errors * action)
     torch.testing.assert_close(params["value"].grad, 2 * errors * 2.0)
+
+
+@pytest.mark.parametrize(
+    ("target_aggregation", "next_value"),
+    # The target critics say 1, 3 and 8 at the next observation 1: mean 4, variance 26 / 3.
+    [("min", 1.0), ("mean", 4.0), (0.5, 4 - 0.5 * (26 / 3) ** 0.5)],
+)
+def test_target_aggregation_over_three_critics(target_aggregation, next_value):
+    critics = [LinearCritic(0.0, value) for value in (1.0, 3.0, 8.0)]
+    loss = hand_loss(*critics, target_aggregation=target_aggregation).make_value_estimator(gamma=0.5)
+    loss.qvalue_network_params["module", "value"].data.zero_()  # the online critics say nothing about the target
+    _, info = loss.qvalue_loss(hand_batch([0.0], next_observation=[1.0]))
+    torch.testing.assert_close(info["target_value"].item(), 1 + 0.5 * next_value)
+    assert info["q_value"].shape == (3, 1)
 
 
 def test_next_action_is_clipped_to_the_box_after_the_noise():
