@@ -2,7 +2,7 @@
 
 from qsm_rl import functional
 from qsm_rl.action_box import ActionBox
-from qsm_rl.action_selection import GaussianExploration
+from qsm_rl.action_selection import BestOfN, GaussianExploration
 from qsm_rl.actor import DiffusionActor
 from qsm_rl.critics import QValueMLP
 from qsm_rl.networks import ScoreMLP
@@ -14,6 +14,7 @@ from qsm_rl.temperature import SpreadTuner
 
 __all__ = [
     "ActionBox",
+    "BestOfN",
     "BoltzmannQScore",
     "DDIMSampler",
     "DDPMSampler",

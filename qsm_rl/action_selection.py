@@ -1,17 +1,91 @@
-"""What happens between the policy's sample and the environment: exploration."""
+"""What happens between the policy's samples and the environment: the choice among several, and exploration."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import InteractionType, TensorDictModuleBase
 from tensordict.nn.probabilistic import interaction_type
-from tensordict.utils import NestedKey
+from tensordict.utils import NestedKey, unravel_key
+from torch import nn
 from torchrl.data import TensorSpec
 
+from qsm_rl import functional as F
 from qsm_rl.action_box import ActionBox
 
-__all__ = ["GaussianExploration"]
+__all__ = ["BestOfN", "GaussianExploration"]
+
+
+class BestOfN(TensorDictModuleBase):
+    """Acts by the best of N samples of a policy, as the critics see them.
+
+    ``a = argmax_n Q(s, a_n)`` with ``a_1 .. a_N`` drawn from the policy (for diffusion policies Hansen-Estruch et al.
+    2023, IDQL, arXiv 2304.10573). The larger N, the greedier: a policy of density ``pi(a)`` becomes one of density
+    ``N F(Q(a))^(N - 1) pi(a)``, where F is the distribution function of Q under pi. It also leans harder on the
+    critics' errors.
+
+    Give it the critics that train, ``loss.trained_critics(live=True)``, and it follows them. Put it in the actor's
+    place: ``TensorDictSequential(BestOfN(actor, critics, num_samples=8), GaussianExploration(spec))``.
+
+    Args:
+        actor: reads observations and writes one action entry, for example :class:`~qsm_rl.DiffusionActor`. Under
+            exploration types that make its samples equal, so is their best.
+        critics: one or more critics that read the action in environment units.
+        num_samples: N, at least 1; 1 is the actor itself. Usual range 4 to 64; its cost is that of a batch N times as
+            large.
+        aggregation: how the critics are joined, as in :func:`~qsm_rl.functional.aggregate_q_values`. ``"min"`` is wary
+            of actions on which they differ.
+        value_key: entry that the critics write, ``(*B, 1)``.
+
+    Raises:
+        ValueError: if ``num_samples`` is below 1 or there is no critic.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> from tensordict.nn import TensorDictModule
+        >>> actor = TensorDictModule(lambda observation: torch.randn_like(observation), ["observation"], ["action"])
+        >>> critic = TensorDictModule(lambda action: -action.abs(), ["action"], ["state_action_value"])
+        >>> best = BestOfN(actor, critic, num_samples=100)
+        >>> bool((best(TensorDict({"observation": torch.zeros(5, 1)}, [5]))["action"].abs() < 0.2).all())
+        True
+    """
+
+    def __init__(
+        self,
+        actor: TensorDictModuleBase,
+        critics: TensorDictModuleBase | Sequence[TensorDictModuleBase],
+        *,
+        num_samples: int,
+        aggregation: Literal["min", "mean"] | float = "mean",
+        value_key: NestedKey = "state_action_value",
+    ) -> None:
+        super().__init__()
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {num_samples!r}.")
+        self.actor = actor
+        self.critics = nn.ModuleList([critics] if isinstance(critics, nn.Module) else critics)
+        if not self.critics:
+            raise ValueError("critics is empty; give at least one critic.")
+        self.num_samples = num_samples
+        self.aggregation = aggregation
+        self.value_key = value_key
+        self.action_key = actor.out_keys[0]
+        read = [*actor.in_keys, *(key for critic in self.critics for key in critic.in_keys)]
+        self.in_keys = list(dict.fromkeys(key for key in map(unravel_key, read) if key != unravel_key(self.action_key)))
+        self.out_keys = [self.action_key]
+
+    @torch.no_grad()
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Writes the action, shape ``(*B, A)``."""
+        samples = tensordict.select(*self.in_keys).expand(self.num_samples, *tensordict.batch_size)
+        samples = self.actor(samples)
+        q_values = torch.stack([critic(samples.copy()).get(self.value_key) for critic in self.critics])
+        best = F.aggregate_q_values(q_values, self.aggregation).argmax(0, keepdim=True)
+        action = samples.get(self.action_key).take_along_dim(best, 0).squeeze(0)
+        return tensordict.set(self.action_key, action)
 
 
 class GaussianExploration(TensorDictModuleBase):

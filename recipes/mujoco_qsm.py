@@ -17,6 +17,7 @@ from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
 from qsm_rl import (
+    BestOfN,
     BoltzmannQScore,
     DDIMSampler,
     DDPMSampler,
@@ -61,13 +62,16 @@ def main(arguments: list[str] | None = None) -> int:
 
     # Policy: a network that predicts the noise in an action, a noise schedule, and a sampler that walks it back.
     clip = None if config.clip == "none" else config.clip
+    if config.sampler == "ddpm":
+        sampler = DDPMSampler(clip=clip, temperature=config.sampler_temperature)
+    else:
+        sampler = DDIMSampler(clip=clip)
     actor = DiffusionActor(
         ScoreMLP(observation_dim, action_dim, config.actor_hidden_dims),
         action_spec=action_spec,
         noise_schedule=getattr(NoiseSchedule, config.schedule)(config.num_steps),
-        sampler=DDPMSampler(clip=clip) if config.sampler == "ddpm" else DDIMSampler(clip=clip),
+        sampler=sampler,
     ).to(device)
-    exploration = GaussianExploration(action_spec, std=config.exploration_noise_std).to(device)
 
     # Critics, and the target that their action gradient makes for the policy.
     critics = [
@@ -104,9 +108,16 @@ def main(arguments: list[str] | None = None) -> int:
         actor_learning_rate_decay=config.actor_learning_rate_decay,
         gradient_clipping=config.gradient_clipping,
         actor_ema=config.actor_ema,
+        eval_best_of=config.eval_best_of,
         precision=config.precision,
         compile=config.compile,
     )
+
+    # Acting: a sample of the policy, or the best of several by the critics as they train, with noise added.
+    acting = actor
+    if config.best_of > 1:
+        acting = BestOfN(actor, loss.trained_critics(live=True), num_samples=config.best_of)
+    exploration = GaussianExploration(action_spec, std=config.exploration_noise_std).to(device)
 
     # Data: frames from the collector, transitions in the replay buffer.
     storage = LazyTensorStorage(config.replay_size, device=device)
@@ -114,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
     archive = rl.ReplayArchive(folder.checkpoints / "replay")
     collector = Collector(
         environment,
-        TensorDictSequential(actor, exploration),
+        TensorDictSequential(acting, exploration),
         frames_per_batch=config.frames_per_batch,
         init_random_frames=max(0, warmup_frames - first_frame),
         env_device="cpu",
@@ -157,7 +168,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     rl.publish_actor(
         folder.actor,
-        update.policy,
+        update.actor,
         hidden_dims=config.actor_hidden_dims,
         environment=environment,
         env=config.env,

@@ -214,19 +214,25 @@ class DiffusionActorCriticLoss(LossModule):
         }
         return self._reduce_loss(losses.sum(0), batch, weights=weights), info
 
-    def trained_critics(self) -> list[TensorDictModule]:
-        """The critics with their trained weights, as independent copies.
+    def trained_critics(self, *, live: bool = False) -> list[TensorDictModule]:
+        """The critics with their trained weights.
 
         The loss stacks the critics' weights into parameters of its own, so the modules given to it stay as they were.
+
+        Args:
+            live: False gives independent copies that can be trained. True gives modules on the loss's own weights: they
+                follow as it trains or loads a state_dict (not when it moves to another device or type) and ask for no
+                gradient, for example for :class:`~qsm_rl.BestOfN`.
 
         Returns:
             One module for each critic, in the given order.
         """
+        stacked = self.qvalue_network_params.data
         critics = []
-        for params in self.qvalue_network_params.data.clone().unbind(0):
+        for params in (stacked if live else stacked.clone()).unbind(0):
             critic = deepcopy(self.qvalue_network)
             params.to_module(critic, preserve_module_state=True)
-            critics.append(critic.requires_grad_())
+            critics.append(critic.requires_grad_(not live))
         return critics
 
     def reset_parameters_recursive(self) -> None:

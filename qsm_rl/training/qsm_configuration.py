@@ -32,6 +32,10 @@ class QSMConfiguration(TrainingConfiguration):
     """What the sampler clips to the action bounds at each step: the sample (the authors), the predicted clean action,
     or nothing."""
 
+    sampler_temperature: float = 1.0
+    """Factor on the fresh noise of the ddpm sampler's steps, in acting and in TD targets. Below 1 is greedier, above 1
+    explores more; usual range 0.3 to 1."""
+
     score_target: Literal["scaled", "boltzmann", "normalized", "posterior"] = "normalized"
     """How the critics become the denoiser's target: scaled is the authors' -M_q dQ/da; boltzmann is -sigma_t dQ/da /
     temperature; normalized is boltzmann with dQ/da divided by its mean size, one temperature for all reward scales;
@@ -71,6 +75,13 @@ class QSMConfiguration(TrainingConfiguration):
     times their standard deviation. min grows more pessimistic with the number of critics; usual range of rho 0 to 1,
     more is more pessimistic."""
 
+    best_of: int = 1
+    """Actions sampled for each frame collected, of which the one with the largest mean Q is taken. More is greedier and
+    leans on the critics; 1 is the policy itself, usual range 1 to 16."""
+
+    eval_best_of: int = 1
+    """The same for evaluation. The published actor is without it; usual range 1 to 64."""
+
     exploration_noise_std: float = 0.1
     """Gaussian noise added to actions while collecting, in units of half the action range, then clipped. More explores
     wider; usual range 0 to 0.2."""
@@ -96,10 +107,16 @@ class QSMConfiguration(TrainingConfiguration):
         super().__post_init__()
         self._check("preset", self.preset in PRESETS, f"one of {', '.join(PRESETS)}")
         self._check("num_steps", self.num_steps >= 1, "at least 1")
-        self._check("num_critics", self.num_critics >= 1, "at least 1")
         self._check("score_particles", self.score_particles >= 2, "at least 2")
         for name in ("score_scale", "score_temperature"):
             self._check(name, getattr(self, name) > 0, "above 0")
+        for name in ("num_critics", "best_of", "eval_best_of"):
+            self._check(name, getattr(self, name) >= 1, "at least 1")
+        self._check("sampler_temperature", self.sampler_temperature >= 0, "0 or more")
+        if self.sampler == "ddim":
+            self._check(
+                "sampler_temperature", self.sampler_temperature == 1, "1 with the ddim sampler, which adds no noise"
+            )
         for name in ("exploration_noise_std", "target_action_noise_std"):
             self._check(name, getattr(self, name) >= 0, "0 or more")
         decay = self.actor_learning_rate_decay
@@ -116,6 +133,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_steps": 5,
         "sampler": "ddpm",
         "clip": "sample",
+        "sampler_temperature": 1.0,
         "score_target": "scaled",
         "score_scale": 50.0,
         "score_critics": "online",
@@ -128,6 +146,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "actor_learning_rate": 3e-4,
         "actor_learning_rate_decay": 2_000_000,
         "critic_learning_rate": 3e-4,
+        "best_of": 1,
+        "eval_best_of": 1,
         "exploration_noise_std": 0.1,
         "target_action_noise_std": 0.1,
         "batch_size": 256,

@@ -10,6 +10,7 @@ from torch.optim import Adam
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchrl.objectives import SoftUpdate
 
+from qsm_rl.action_selection import BestOfN
 from qsm_rl.actor import DiffusionActor
 from qsm_rl.objectives import QScoreMatchingLoss
 from qsm_rl.training.updates import Update, accelerated, cosine_decay, gradient_step
@@ -30,6 +31,7 @@ class QSMUpdate(Update):
         actor_learning_rate_decay: updates over which the actor's rate falls to zero along a cosine; None keeps it.
         gradient_clipping: largest gradient norm, for actor and critics each; None clips nothing.
         actor_ema: decay of the moving average of the actor; None keeps none.
+        eval_best_of: N of the best of N samples by the mean of the critics that is evaluated; 1 is the actor itself.
         precision: arithmetic of the matrix products, ``"float32"`` or ``"bfloat16"``. With bfloat16 the losses run
             under ``torch.autocast``; weights, optimisers, Q-values, predicted noises and losses stay float32.
         compile: whether the losses go through ``torch.compile``; their first call then takes about a minute.
@@ -50,6 +52,7 @@ class QSMUpdate(Update):
         actor_learning_rate_decay: int | None = None,
         gradient_clipping: float | None = None,
         actor_ema: float | None = None,
+        eval_best_of: int = 1,
         precision: Literal["float32", "bfloat16"] = "float32",
         compile: bool = False,
     ) -> None:
@@ -64,6 +67,7 @@ class QSMUpdate(Update):
         self.critic_parameters = critic_parameters
         self.actor_learning_rate = actor_learning_rate
         self.actor_learning_rate_decay = actor_learning_rate_decay
+        self.eval_best_of = eval_best_of
         self.gradient_clipping = gradient_clipping
         self.target_updater = SoftUpdate(loss, tau=tau)
         # A view on the loss's parameters; in a tuple, so that they are not registered a second time.
@@ -76,9 +80,16 @@ class QSMUpdate(Update):
         self._infos: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
 
     @property
-    def policy(self) -> DiffusionActor:
-        """What is evaluated and published: the averaged actor if there is one, else the actor itself."""
+    def actor(self) -> DiffusionActor:
+        """What is published: the averaged actor if there is one, else the actor itself."""
         return self._actor[0] if self.ema is None else self.ema.module
+
+    @property
+    def policy(self) -> DiffusionActor | BestOfN:
+        """What is evaluated: :attr:`actor`, or its best of ``eval_best_of`` samples by the critics as they are now."""
+        if self.eval_best_of == 1:
+            return self.actor
+        return BestOfN(self.actor, self.loss.trained_critics(live=True), num_samples=self.eval_best_of)
 
     def forward(self, batch: TensorDictBase) -> dict[str, Tensor]:
         """See :meth:`Update.forward`; returns ``qvalue`` (mean over critics) and ``actor``."""

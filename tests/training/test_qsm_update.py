@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from qsm_rl import BestOfN
 from tests.training.small_trainer import WIDE, build, run
 
 
@@ -66,6 +67,17 @@ def test_averaged_actor_is_what_is_evaluated_and_does_not_train():
     for a, b in zip(mine, average, strict=True):
         torch.testing.assert_close(a.detach(), b)
     assert not torch.equal(mine[0], live[0])
+
+
+def test_the_best_of_several_is_evaluated_and_the_actor_published(batch):
+    _, module = build("Slide", eval_best_of=3, actor_ema=0.9)
+    module.update(batch)
+    policy = module.update.policy
+    assert isinstance(policy, BestOfN) and policy.num_samples == 3
+    assert policy.actor is module.update.actor is module.update.ema.module
+    for mine, trained in zip(policy.critics, module.update.loss.trained_critics(), strict=True):
+        torch.testing.assert_close(list(mine.parameters()), list(trained.parameters()))
+    assert not any("critics" in name for name in module.update.state_dict())
 
 
 def trained_for(updates: int, batch, **options):
