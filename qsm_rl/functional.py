@@ -389,6 +389,6 @@ def mish(x: Tensor) -> Tensor:
     if torch.compiler.is_compiling():  # one fused kernel, which holds its intermediate values in float32
         half = x.dtype in (torch.bfloat16, torch.float16)
         return _mish_by_sigmoid(x.float() if half else x).to(x.dtype)
-    if x.dtype != torch.float32:
+    if x.dtype != torch.float32 or x.numel() < 2048:  # few elements: one call of torch's costs less than six cheap ones
         return torch.nn.functional.mish(x)
     return _Mish.apply(x) if x.requires_grad and torch.is_grad_enabled() else _mish_by_sigmoid(x)

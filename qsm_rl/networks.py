@@ -255,10 +255,10 @@ class ScoreMLP(nn.Module):
         sizes = (self.action_dim, observation.shape[-1], time.shape[-1])
         action_weight, observation_weight, time_weight = first.weight.split(sizes, 1)
         of_observation = nn.functional.linear(observation, observation_weight, first.bias)
-        of_time = nn.functional.linear(time, time_weight)
+        of_time = nn.functional.linear(time, time_weight).unbind(0)
 
         def predict(index: int, noisy_action: Tensor) -> Tensor:
-            hidden = nn.functional.linear(noisy_action, action_weight) + (of_observation + of_time[index])
+            hidden = nn.functional.linear(noisy_action, action_weight) + of_observation + of_time[index]
             return rest(hidden)
 
         return predict

@@ -69,15 +69,16 @@ class Sampler:
         Returns:
             The next sample, shape ``(*B, A)``.
         """
+        # torch.add(x, y, alpha=c) is x + c y in one call: for one observation the calls are what a step costs.
         if self.clip == "clean":
-            clean = ((noisy - step.sigma * predicted_noise) / step.sqrt_alpha_cumprod).clamp(-1, 1)
-            sample = step.clean_weight * clean + step.noisy_weight * noisy
+            clean = torch.add(noisy, predicted_noise, alpha=-step.sigma).div(step.sqrt_alpha_cumprod).clamp(-1, 1)
+            sample = torch.add(step.noisy_weight * noisy, clean, alpha=step.clean_weight)
         else:
             # The same mean with the prediction multiplied out: nothing is divided by a small number first.
             ratio = step.clean_weight / step.sqrt_alpha_cumprod
-            sample = (step.noisy_weight + ratio) * noisy - (ratio * step.sigma) * predicted_noise
+            sample = torch.add((step.noisy_weight + ratio) * noisy, predicted_noise, alpha=-ratio * step.sigma)
         if noise is not None and step.noise_std > 0:
-            sample = sample + step.noise_std * noise
+            sample = torch.add(sample, noise, alpha=step.noise_std)
         return sample.clamp(-1, 1) if self.clip == "sample" else sample
 
 
