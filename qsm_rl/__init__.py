@@ -4,13 +4,14 @@ from qsm_rl import functional
 from qsm_rl.action_box import ActionBox
 from qsm_rl.action_selection import BestOfN, GaussianExploration
 from qsm_rl.actor import DiffusionActor
-from qsm_rl.critics import QValueMLP
+from qsm_rl.critics import QValueMLP, QValueSimBa
 from qsm_rl.networks import ScoreMLP
 from qsm_rl.noise_schedule import NoiseSchedule
 from qsm_rl.objectives import QScoreMatchingLoss
 from qsm_rl.samplers import DDIMSampler, DDPMSampler
 from qsm_rl.score_targets import BoltzmannQScore, NormalizedQScore, PosteriorQScore, ScaledQScore, ScoreTarget
 from qsm_rl.temperature import SpreadTuner
+from qsm_rl.value_heads import ScalarHead, TwoHotHead, ValueHead
 
 __all__ = [
     "ActionBox",
@@ -25,10 +26,14 @@ __all__ = [
     "PosteriorQScore",
     "QScoreMatchingLoss",
     "QValueMLP",
+    "QValueSimBa",
+    "ScalarHead",
     "ScaledQScore",
     "ScoreMLP",
     "ScoreTarget",
     "SpreadTuner",
+    "TwoHotHead",
+    "ValueHead",
     "functional",
 ]
 

@@ -7,12 +7,61 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from qsm_rl.networks import mlp
+from qsm_rl.networks import LazyXavierLinear, OutputLinear, XavierLinear, mlp
+from qsm_rl.value_heads import ValueHead
 
-__all__ = ["QValueMLP"]
+__all__ = ["QValueMLP", "QValueSimBa"]
 
 
-class QValueMLP(nn.Module):
+class HeadLinear(OutputLinear):
+    """The last layer of a critic with a value head: starts at the head's initial outputs for every input.
+
+    Random logits would spread the value over the whole support, far from any return.
+    """
+
+    def __init__(self, in_features: int, head: ValueHead) -> None:
+        self.initial = head.initial_outputs()
+        super().__init__(in_features, head.num_outputs)
+
+    def reset_parameters(self) -> None:
+        """Zeroes the weights and sets the biases to the head's initial outputs."""
+        nn.init.zeros_(self.weight)
+        with torch.no_grad():
+            self.bias.copy_(self.initial)
+
+
+class Critic(nn.Module):
+    """Base of the critics: ``outputs`` of the network, made a Q-value by the head where there is one.
+
+    Attributes:
+        head: the head, or None if the network's one output is the Q-value.
+    """
+
+    def __init__(self, observation_dim: int | None, head: ValueHead | None) -> None:
+        super().__init__()
+        if observation_dim is not None and observation_dim < 1:
+            raise ValueError(f"observation_dim must be at least 1 or None, got {observation_dim!r}.")
+        self.head = head
+
+    def outputs(self, *inputs: Tensor) -> Tensor:
+        """What the head reads, shape ``(*B, num_outputs)``."""
+        raise NotImplementedError
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Q-values.
+
+        Args:
+            *inputs: the observation (or several, in the order of the in_keys) and the action in environment units, each
+                ``(*B, size)``.
+
+        Returns:
+            Q-values, shape ``(*B, 1)``.
+        """
+        outputs = self.outputs(*inputs)
+        return outputs if self.head is None else self.head.value(outputs).unsqueeze(-1)
+
+
+class QValueMLP(Critic):
     """Q-value network: an MLP on ``[observation, action]`` with relu and a linear output.
 
     Defaults are the QSM authors' (279,041 parameters at observation 24, action 6), Xavier-uniform weights, zero biases.
@@ -25,9 +74,11 @@ class QValueMLP(nn.Module):
         layer_norm: whether to normalise before each activation. Keeps Q-values and their action gradients bounded away
             from the data, which stabilises learning with few frames (Ball et al. 2023, arXiv 2302.02948); the authors
             do not.
+        head: None for one output, the Q-value, or a distributional head such as :class:`~qsm_rl.TwoHotHead`, which
+            brings its own loss.
 
     Raises:
-        ValueError: if a size is below 1.
+        ValueError: if a size is below 1, or there is a head without a hidden layer.
 
     Example:
         >>> critic = QValueMLP(24, 6)
@@ -44,21 +95,79 @@ class QValueMLP(nn.Module):
         hidden_dims: Sequence[int] = (512, 512),
         *,
         layer_norm: bool = False,
+        head: ValueHead | None = None,
     ) -> None:
-        super().__init__()
-        if observation_dim is not None and observation_dim < 1:
-            raise ValueError(f"observation_dim must be at least 1 or None, got {observation_dim!r}.")
+        super().__init__(observation_dim, head)
         in_features = None if observation_dim is None else observation_dim + action_dim
         self.mlp = mlp(in_features, hidden_dims, 1, nn.ReLU, layer_norm=layer_norm)
+        if head is not None:
+            if not hidden_dims:
+                raise ValueError("a critic with a head needs a hidden layer, got hidden_dims=().")
+            self.mlp[-1] = HeadLinear(hidden_dims[-1], head)
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """Q-values.
-
-        Args:
-            *inputs: the observation (or several, in the order of the in_keys) and the action in environment units, each
-                ``(*B, size)``.
-
-        Returns:
-            Q-values, shape ``(*B, 1)``.
-        """
+    def outputs(self, *inputs: Tensor) -> Tensor:
+        """What the head reads, shape ``(*B, num_outputs)``; inputs as of :meth:`forward`."""
         return self.mlp(torch.cat(inputs, -1))
+
+
+class ResidualBlock(nn.Module):
+    """``x + W_2 relu(W_1 layer_norm(x))``, four times as wide inside (Lee et al. 2024, arXiv 2410.09754)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.expand = XavierLinear(width, 4 * width)
+        self.contract = XavierLinear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features ``(*B, width)`` to features of the same shape."""
+        return x + self.contract(self.expand(self.norm(x)).relu())
+
+
+class QValueSimBa(Critic):
+    """Q-value network of residual blocks with a layer norm behind them, SimBa's critic.
+
+    Lee et al. 2024, "SimBa: Simplicity Bias for Scaling Up Parameters in Deep RL", arXiv 2410.09754. A linear path runs
+    from the input to the last layer, so that wide and deep critics start out simple. The paper normalises observations
+    by running statistics in front of it (the recipe's ``normalize_observation``) and initialises by orthogonal and He
+    weights; here they are Xavier-uniform as everywhere in the kit.
+
+    Args:
+        observation_dim: observation size; None takes it from the first batch.
+        action_dim: action size A; the critic sees actions in environment units.
+        width: size of the features. The paper takes 512; usual range 256 to 1024.
+        num_blocks: residual blocks, each as costly as eight square layers of that width. The paper takes 2.
+        head: as in :class:`~qsm_rl.QValueMLP`.
+
+    Raises:
+        ValueError: if a size is below 1.
+
+    Example:
+        >>> critic = QValueSimBa(24, 6, width=128, num_blocks=1)
+        >>> critic(torch.zeros(8, 24), torch.zeros(8, 6)).shape
+        torch.Size([8, 1])
+    """
+
+    def __init__(
+        self,
+        observation_dim: int | None,
+        action_dim: int,
+        width: int = 512,
+        num_blocks: int = 2,
+        *,
+        head: ValueHead | None = None,
+    ) -> None:
+        super().__init__(observation_dim, head)
+        for name, size in (("action_dim", action_dim), ("width", width), ("num_blocks", num_blocks)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size!r}.")
+        self.body = nn.Sequential(
+            LazyXavierLinear(width) if observation_dim is None else XavierLinear(observation_dim + action_dim, width),
+            *(ResidualBlock(width) for _ in range(num_blocks)),
+            nn.LayerNorm(width),
+            OutputLinear(width, 1) if head is None else HeadLinear(width, head),
+        )
+
+    def outputs(self, *inputs: Tensor) -> Tensor:
+        """What the head reads, shape ``(*B, num_outputs)``; inputs as of :meth:`forward`."""
+        return self.body(torch.cat(inputs, -1))

@@ -28,8 +28,10 @@ from qsm_rl import (
     PosteriorQScore,
     QScoreMatchingLoss,
     QValueMLP,
+    QValueSimBa,
     ScaledQScore,
     ScoreMLP,
+    TwoHotHead,
 )
 from qsm_rl import training as rl
 
@@ -74,9 +76,17 @@ def main(arguments: list[str] | None = None) -> int:
     ).to(device)
 
     # Critics, and the target that their action gradient makes for the policy.
+    head = None
+    if config.critic_bins is not None:
+        head = TwoHotHead(*config.critic_support, config.critic_bins, symlog=config.critic_symlog)
+    widths = config.critic_hidden_dims
+    make_critic = {
+        "mlp": partial(QValueMLP, hidden_dims=widths, layer_norm=config.critic_layer_norm),
+        "simba": partial(QValueSimBa, width=widths[0], num_blocks=len(widths)),
+    }[config.critic]
     critics = [
         TensorDictModule(
-            QValueMLP(observation_dim, action_dim, config.critic_hidden_dims, layer_norm=config.critic_layer_norm),
+            make_critic(observation_dim, action_dim, head=head),
             in_keys=["observation", "action"],
             out_keys=["state_action_value"],
         )

@@ -27,6 +27,7 @@ RANKS = {
     "functional": 0,
     "noise_schedule": 0,
     "networks": 0,
+    "value_heads": 0,
     "critics": 0,
     "action_box": 1,
     "samplers": 1,

@@ -13,13 +13,22 @@ from tensordict import TensorDictBase, TensorDictParams
 from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
-from torchrl.objectives import LossModule, ValueEstimators, distance_loss
+from torchrl.objectives import LossModule, ValueEstimators
 from torchrl.objectives.utils import dispatch_value_estimator
 
 from qsm_rl import functional as F
 from qsm_rl.actor import DiffusionActor
 from qsm_rl.noise_schedule import Float32Buffers
-from qsm_rl.objectives.inputs import check_actor, check_choice, critic_list, entry, network_output
+from qsm_rl.objectives.inputs import (
+    check_actor,
+    check_choice,
+    critic_head,
+    critic_list,
+    critic_outputs,
+    entry,
+    live_entries,
+)
+from qsm_rl.value_heads import ScalarHead
 
 __all__ = ["DiffusionActorCriticLoss"]
 
@@ -93,6 +102,7 @@ class DiffusionActorCriticLoss(LossModule):
             raise ValueError(f"target_action_noise_std must be at least 0, got {target_action_noise_std!r}.")
         check_actor(actor_network)
         critics = critic_list(qvalue_network, num_qvalue_nets)
+        own_head = critic_head(critics, self.tensor_keys.state_action_value)
 
         self.convert_to_functional(actor_network, "actor_network", create_target_params=delay_actor)
         self._share_with_actor()
@@ -100,6 +110,7 @@ class DiffusionActorCriticLoss(LossModule):
             critics, "qvalue_network", expand_dim=len(critics), create_target_params=delay_qvalue
         )
         self.num_qvalue_nets = len(critics)
+        self.value_head = ScalarHead(loss_function) if own_head is None else own_head
         self.loss_function = loss_function
         self.target_aggregation = target_aggregation
         self.target_action_noise_std = target_action_noise_std
@@ -199,9 +210,10 @@ class DiffusionActorCriticLoss(LossModule):
         weights = self._weights(batch)
         action = self._action(batch)
         target_value, next_action = self._target_value(batch, initial_noise, step_noise, target_action_noise)
-        q_value = self._q_values(batch, action, self.qvalue_network_params)
+        outputs = self._critic_outputs(batch, action, self.qvalue_network_params)
+        q_value = self.value_head.value(outputs)
         target = target_value.expand_as(q_value)
-        losses = distance_loss(q_value, target, self.loss_function)
+        losses = self.value_head.td_loss(outputs, target)
         td_error = (q_value - target).detach().abs().amax(0)
         tensordict.set(self.tensor_keys.priority, td_error)
         live = ... if mask is None else mask
@@ -318,25 +330,29 @@ class DiffusionActorCriticLoss(LossModule):
 
     def _q_values(self, tensordict: TensorDictBase, action: Tensor, params: TensorDictBase) -> Tensor:
         """Q-values of every critic, ``(num_critics, *B)``, for actions in environment units."""
+        return self.value_head.value(self._critic_outputs(tensordict, action, params))
+
+    def _critic_outputs(self, tensordict: TensorDictBase, action: Tensor, params: TensorDictBase) -> Tensor:
+        """What the value head reads, of every critic: ``(num_critics, *B, num_outputs)``."""
         keys = self.tensor_keys
         entries = [key for key in self.qvalue_network.in_keys if unravel_key(key) != unravel_key(keys.action)]
         critic_input = tensordict.select(*entries, strict=False).set(keys.action, action)
 
         def critic(critic_input: TensorDictBase, critic_params: TensorDictBase) -> Tensor:
             with critic_params.to_module(self.qvalue_network, preserve_module_state=False):
-                return network_output(self.qvalue_network, critic_input, keys.state_action_value)
+                return critic_outputs(self.qvalue_network, critic_input, keys.state_action_value)
 
         if self.deactivate_vmap:
-            q_values = torch.stack([critic(critic_input.copy(), one) for one in params.unbind(0)])
+            outputs = torch.stack([critic(critic_input.copy(), one) for one in params.unbind(0)])
         else:
-            q_values = torch.vmap(critic, (None, 0), randomness=self.vmap_randomness)(critic_input, params)
-        expected = (self.num_qvalue_nets, *tensordict.batch_size, 1)
-        if q_values.shape != expected:
+            outputs = torch.vmap(critic, (None, 0), randomness=self.vmap_randomness)(critic_input, params)
+        expected = (self.num_qvalue_nets, *tensordict.batch_size, self.value_head.num_outputs)
+        if outputs.shape != expected:
             raise ValueError(
-                f"a critic returned shape {tuple(q_values.shape[1:])} for batch size {tuple(tensordict.batch_size)}, "
+                f"a critic returned shape {tuple(outputs.shape[1:])} for batch size {tuple(tensordict.batch_size)}, "
                 f"expected {tuple(expected[1:])}: one Q-value for each sample, as QValueMLP returns."
             )
-        return q_values.squeeze(-1)
+        return outputs
 
     def _action(self, batch: TensorDictBase) -> Tensor:
         """The replayed action, shape checked."""
@@ -364,21 +380,4 @@ class DiffusionActorCriticLoss(LossModule):
         return mask
 
     def _live_entries(self, tensordict: TensorDictBase, mask: Tensor | None) -> TensorDictBase:
-        """The batch with masked positions zeroed: what stands there, NaN included, reaches no loss and no gradient."""
-        if mask is None:
-            return tensordict
-        batch = tensordict.apply(
-            lambda x: (
-                torch.where(mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim)), x, torch.zeros_like(x))
-                if x.is_floating_point()
-                else x
-            )
-        )
-        # A trajectory ends before a masked position, so that multi-step estimators bootstrap there.
-        done_key = ("next", self.tensor_keys.done)
-        done = batch.get(done_key)
-        end = ~mask
-        if mask.ndim > 0:
-            end = end | torch.cat([end[..., 1:], torch.zeros_like(end[..., :1])], -1)
-        batch.set(done_key, done | end.unsqueeze(-1))
-        return batch
+        return live_entries(tensordict, mask, ("next", self.tensor_keys.done))

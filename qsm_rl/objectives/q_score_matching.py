@@ -43,7 +43,8 @@ class QScoreMatchingLoss(DiffusionActorCriticLoss):
         score_target: how dQ/da becomes the target of the predicted noise; default ``ScaledQScore(50.0)``, the authors'.
         score_critics: critics that the score target sees, ``"online"`` (the authors') or ``"target"`` (smoother).
         score_aggregation: over the critics in the score target, ``"mean"`` (the authors') or ``"min"`` (pessimistic).
-        loss_function: ``"l2"`` (the authors'), ``"l1"`` or ``"smooth_l1"``, for both losses.
+        loss_function: ``"l2"`` (the authors'), ``"l1"`` or ``"smooth_l1"``, for both losses; critics with a head of
+            their own, such as :class:`~qsm_rl.TwoHotHead`, bring their loss.
         target_aggregation: over the target critics in the TD target: ``"min"`` (the authors'), ``"mean"``, or a number
             rho for ``mean - rho std`` (see :func:`~qsm_rl.functional.aggregate_q_values`). The minimum grows more
             pessimistic with the number of critics; usual range of rho 0 to 1, more is more pessimistic.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -67,6 +68,21 @@ class QSMConfiguration(TrainingConfiguration):
     critic_layer_norm: bool = True
     """Whether the critics normalise before each activation. Keeps Q-values bounded away from the data."""
 
+    critic: Literal["mlp", "simba"] = "mlp"
+    """Network of the critics: mlp, or simba: residual blocks with layer norms, one for each of critic_hidden_dims, which
+    must be equal. A block is eight times the work of a layer; it bears wider critics and more updates per frame."""
+
+    critic_bins: int | None = None
+    """Points of a value support for critics that classify (two-hot cross-entropy) where the others regress; null
+    regresses. Steadier where returns are large or noisy; usual range 51 to 255."""
+
+    critic_support: tuple[float, float] = (-1000.0, 1000.0)
+    """Ends of the value support; targets beyond are clipped to them. Wide is safe, narrow is finer: all discounted
+    returns have to fit, which are at most 1 / (1 - gamma) times the reward of a frame."""
+
+    critic_symlog: bool = True
+    """Whether the value support is fine near 0 and coarse far out, for returns of unknown size; otherwise even."""
+
     num_critics: int = 2
     """Critics of the ensemble. More are steadier and cost time in proportion; usual range 2 to 10."""
 
@@ -112,6 +128,13 @@ class QSMConfiguration(TrainingConfiguration):
             self._check(name, getattr(self, name) > 0, "above 0")
         for name in ("num_critics", "best_of", "eval_best_of"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
+        if self.critic == "simba":
+            self._check(
+                "critic_hidden_dims", len(set(self.critic_hidden_dims)) == 1, "equal widths with --critic simba"
+            )
+        self._check("critic_bins", self.critic_bins is None or self.critic_bins >= 2, "null or at least 2")
+        low, high = self.critic_support
+        self._check("critic_support", -math.inf < low <= 0 <= high < math.inf and low < high, "two ends around 0")
         self._check("sampler_temperature", self.sampler_temperature >= 0, "0 or more")
         if self.sampler == "ddim":
             self._check(
@@ -139,6 +162,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "score_critics": "online",
         "score_aggregation": "mean",
         "critic_layer_norm": False,
+        "critic": "mlp",
+        "critic_bins": None,
         "num_critics": 2,
         "target_aggregation": "min",
         "actor_hidden_dims": (512, 512),

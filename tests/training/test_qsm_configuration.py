@@ -7,6 +7,7 @@ import pytest
 from qsm_rl.training import (
     PRESETS,
     QSMConfiguration,
+    UserError,
     parse_configuration,
     preset_values,
 )
@@ -27,6 +28,27 @@ def test_without_arguments_the_dataclass_defaults_hold():
 def test_paper_scale_depends_on_the_task(env, scale):
     assert parse("--preset", "paper", "--env", env).score_scale == scale
     assert parse("--preset", "paper", "--env", env, "--score_scale", "7").score_scale == 7.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"critic": "simba", "critic_hidden_dims": (256, 128)}, "--critic_hidden_dims must be equal widths"),
+        ({"critic_bins": 1}, "--critic_bins must be null or at least 2, got 1"),
+        ({"critic_support": (1.0, 2.0)}, r"--critic_support must be two ends around 0, got \(1.0, 2.0\)"),
+        ({"best_of": 0}, "--best_of must be at least 1, got 0"),
+        ({"sampler": "ddim", "sampler_temperature": 0.5}, "--sampler_temperature must be 1 with the ddim sampler"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        QSMConfiguration(**options)
+
+
+def test_settings_of_several_types_are_read_from_the_command_line():
+    config = parse("--target_aggregation", "0.5", "--critic_support", "[-5, 20]", "--critic_bins", "51")
+    assert (config.target_aggregation, config.critic_support, config.critic_bins) == (0.5, (-5.0, 20.0), 51)
+    assert parse("--target_aggregation", "mean").target_aggregation == "mean"
 
 
 def test_presets_name_only_fields_and_pass_the_checks():
