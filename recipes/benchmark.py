@@ -1,0 +1,380 @@
+"""Measures how fast the kit is, beside a hand-written loop and JAX: `python recipes/benchmark.py`.
+
+One update is a TD target at a sample of the whole chain, a step of the critics, dQ/da at the noised action, a step of
+the actor, and a Polyak step. Contenders take turns in one process and are compared by the median over turns, so what
+else the machine does hits all alike; run it alone all the same. Writes OUTPUT.json, OUTPUT.md and OUTPUT.png.
+
+python recipes/benchmark.py --parts update acting --jax_python ~/jax/bin/python
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import json
+import math
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    print("loading PyTorch, TorchRL and Lightning, some seconds", file=sys.stderr, flush=True)
+
+import gymnasium
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import Tensor, nn
+from torchrl.collectors import Collector
+from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer
+
+from qsm_rl import DiffusionActor, NoiseSchedule, PosteriorQScore, QScoreMatchingLoss, QValueMLP, ScoreMLP
+from qsm_rl import training as rl
+
+HERE = Path(__file__).parent
+OBSERVATION, ACTION = 24, 6
+SIZE = {"steps": 5, "batch": 256, "hidden": 512, "critics": 2, "particles": 0}
+GROWTH = {
+    "steps": (1, 2, 5, 10, 20, 50),
+    "batch": (64, 256, 1024, 4096),
+    "hidden": (128, 256, 512, 1024),
+    "critics": (1, 2, 4, 8),
+    "particles": (8, 32, 128),
+}
+PARTS = ("update", "acting", "frames", "growth", "start")
+Row = dict[str, Any]
+
+
+class HandWritten(nn.Module):
+    """The same update without any library around it, as one would write it in a single file of PyTorch."""
+
+    def __init__(self, size: dict[str, int], device: torch.device) -> None:
+        super().__init__()
+        hidden, self.steps = size["hidden"], size["steps"]
+        self.frequencies = nn.Parameter(0.2 * torch.randn(1, 32))
+        self.time = nn.Sequential(nn.Linear(64, 128), nn.Mish(), nn.Linear(128, 128))
+        self.denoiser = nn.Sequential(
+            *(nn.Linear(ACTION + OBSERVATION + 128, hidden), nn.Mish()),
+            *(nn.Linear(hidden, hidden), nn.Mish(), nn.Linear(hidden, ACTION)),
+        )
+        self.critics = nn.ModuleList(
+            nn.Sequential(
+                *(nn.Linear(OBSERVATION + ACTION, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()),
+                nn.Linear(hidden, 1),
+            )
+            for _ in range(size["critics"])
+        )
+        self.targets = copy.deepcopy(self.critics)
+        self.register_buffer("betas", NoiseSchedule.vp(self.steps).betas)
+        self.to(device)
+        self.cumprod = (1 - self.betas).cumprod(0)
+        self.coefficients = list(zip(self.betas.tolist(), self.cumprod.tolist(), strict=True))
+        actor = [self.frequencies, *self.time.parameters(), *self.denoiser.parameters()]
+        self.actor_adam = torch.optim.Adam(actor, lr=3e-4, fused=True)
+        self.critic_adam = torch.optim.Adam(self.critics.parameters(), lr=3e-4, fused=True)
+
+    def predict_noise(self, noisy: Tensor, observation: Tensor, t: Tensor) -> Tensor:
+        angles = 2 * math.pi * t[:, None] * self.frequencies
+        time_embedding = self.time(torch.cat([angles.cos(), angles.sin()], -1))
+        return self.denoiser(torch.cat([noisy, observation, time_embedding], -1))
+
+    @torch.no_grad()
+    def sample(self, observation: Tensor) -> Tensor:
+        x = torch.randn(observation.shape[0], ACTION, device=observation.device)
+        for t in reversed(range(self.steps)):
+            beta, share = self.coefficients[t]
+            noise = self.predict_noise(x, observation, x.new_full((x.shape[0],), float(t)))
+            x = (x - beta / math.sqrt(1 - share) * noise) / math.sqrt(1 - beta)
+            if t > 0:
+                x = x + math.sqrt(beta) * torch.randn_like(x)
+            x = x.clamp(-1, 1)
+        return x
+
+    def q_values(self, critics: nn.ModuleList, observation: Tensor, action: Tensor) -> Tensor:
+        inputs = torch.cat([observation, action], -1)
+        return torch.stack([critic(inputs) for critic in critics])
+
+    def update(self, batch: TensorDict) -> None:
+        observation, action, following = batch["observation"], batch["action"], batch["next", "observation"]
+        with torch.no_grad():
+            next_action = (self.sample(following) + 0.1 * torch.randn_like(action)).clamp(-1, 1)
+            future = self.q_values(self.targets, following, next_action).amin(0)
+            target = batch["next", "reward"] + 0.99 * (~batch["next", "terminated"]) * future
+        loss = ((self.q_values(self.critics, observation, action) - target) ** 2).mean((1, 2)).sum()
+        self.critic_adam.zero_grad()
+        loss.backward()
+        self.critic_adam.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.targets.parameters()), list(self.critics.parameters()), 0.005)
+        t = torch.randint(self.steps, action.shape[:1], device=action.device)
+        share = self.cumprod[t][:, None]
+        noisy = (share.sqrt() * action + (1 - share).sqrt() * torch.randn_like(action)).requires_grad_()
+        (score,) = torch.autograd.grad(self.q_values(self.critics, observation, noisy).mean(0).sum(), noisy)
+        loss = ((self.predict_noise(noisy.detach(), observation, t.float()) + 50 * score) ** 2).mean()
+        self.actor_adam.zero_grad()
+        loss.backward()
+        self.actor_adam.step()
+
+
+def make_actor(size: dict[str, int]) -> DiffusionActor:
+    return DiffusionActor(
+        ScoreMLP(OBSERVATION, ACTION, (size["hidden"],) * 2),
+        action_spec=Bounded(-1.0, 1.0, (ACTION,)),
+        noise_schedule=NoiseSchedule.vp(size["steps"]),
+    )
+
+
+def make_update(size: dict[str, int], device: torch.device, **options: Any) -> rl.QSMUpdate:
+    """The kit's update, as recipes/mujoco_qsm.py builds it."""
+    critics = [
+        TensorDictModule(
+            QValueMLP(OBSERVATION, ACTION, (size["hidden"],) * 2), ["observation", "action"], ["state_action_value"]
+        )
+        for _ in range(size["critics"])
+    ]
+    target = PosteriorQScore(1.0, size["particles"]) if size["particles"] else None
+    loss = QScoreMatchingLoss(make_actor(size), critics, score_target=target).to(device)
+    loss.make_value_estimator(gamma=0.99)
+    return rl.QSMUpdate(loss, actor_learning_rate=3e-4, critic_learning_rate=3e-4, tau=0.005, **options)
+
+
+def make_batch(size: int, device: torch.device) -> TensorDict:
+    following = {"observation": torch.randn(size, OBSERVATION), "reward": torch.randn(size, 1)}
+    following |= {name: torch.zeros(size, 1, dtype=torch.bool) for name in ("done", "terminated")}
+    entries = {"observation": torch.randn(size, OBSERVATION), "action": torch.rand(size, ACTION) * 2 - 1}
+    return TensorDict({**entries, "next": following}, [size]).to(device)
+
+
+def take_turns(contenders: dict[str, Callable[[], object]], seconds: float, device: torch.device) -> dict[str, float]:
+    """Calls per second of each contender: the median over turns of a few calls each."""
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    rates: dict[str, list[float]] = {name: [] for name in contenders}
+    calls = {}
+    for name, call in contenders.items():  # warm up, and let a turn last about a third of a second
+        for _ in range(3):
+            call()
+        synchronize()
+        begin = time.perf_counter()
+        call()
+        synchronize()
+        calls[name] = max(1, round(0.3 / (time.perf_counter() - begin)))
+    end = time.perf_counter() + seconds * len(contenders)
+    while time.perf_counter() < end or len(next(iter(rates.values()))) < 3:
+        for name, call in contenders.items():
+            begin = time.perf_counter()
+            for _ in range(calls[name]):
+                call()
+            synchronize()
+            rates[name].append(calls[name] / (time.perf_counter() - begin))
+    return {name: statistics.median(values) for name, values in rates.items()}
+
+
+def measure_update(seconds: float, device: torch.device, jax_python: str | None) -> list[Row]:
+    batch = make_batch(SIZE["batch"], device)
+    replay = TensorDictReplayBuffer(storage=LazyTensorStorage(100_000, device=device), batch_size=SIZE["batch"])
+    replay.extend(make_batch(100_000, device))
+    eager, with_replay = make_update(SIZE, device), make_update(SIZE, device)
+    best = rl.choose_arithmetic(rl.QSMConfiguration(), device)
+    fastest = make_update(SIZE, device, precision=best.precision, compile=best.compile)
+    floor = HandWritten(SIZE, device)
+    contenders = {
+        "hand-written PyTorch, float32": lambda: floor.update(batch),
+        "qsm_rl, float32": lambda: eager(batch.copy()),
+        "qsm_rl, float32, with replay sampling": lambda: with_replay(replay.sample()),
+        f"qsm_rl, {best.precision}{', compiled' if best.compile else ''}": lambda: fastest(batch.copy()),
+    }
+    peer = "JAX, one jitted function"
+    before = measure_jax(jax_python, seconds)
+    rates = take_turns(contenders, seconds, device)
+    if before is not None:
+        rates[peer] = statistics.mean([before, measure_jax(jax_python, seconds) or before])
+    floor_rate = rates["hand-written PyTorch, float32"]
+    rows = [
+        {"part": "update", "what": name, "per_second": rate, "ratio": rate / floor_rate} for name, rate in rates.items()
+    ]
+    if peer not in rates:
+        print("JAX is not compared: name a Python that has jax and optax, --jax_python PATH", file=sys.stderr)
+    return rows
+
+
+def measure_jax(python: str | None, seconds: float) -> float | None:
+    if python is None and importlib.util.find_spec("jax") is None:
+        return None
+    command = [python or sys.executable, str(HERE / "peers" / "jax_qsm.py"), "--seconds", str(seconds)]
+    command += [part for name in ("hidden", "steps", "batch") for part in (f"--{name}", str(SIZE[name]))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise rl.UserError(f"the JAX peer failed: {done.stderr.strip().splitlines()[-1]}")
+    return float(json.loads(done.stdout)["updates_per_second"])
+
+
+def measure_acting(seconds: float, device: torch.device) -> list[Row]:
+    actor, floor = make_actor(SIZE).to(device), HandWritten(SIZE, device)
+    rows = []
+    for count in (1, 64):
+        tensordict = make_batch(count, device).select("observation")
+        with torch.no_grad():
+            rates = take_turns(
+                {
+                    "hand-written chain": lambda td=tensordict: floor.sample(td["observation"]),
+                    "actor(td)": lambda td=tensordict: actor(td),
+                },
+                seconds,
+                device,
+            )
+        bare = rates["hand-written chain"]
+        rows += [
+            {"part": "acting", "what": f"{name}, {count} observations", "per_second": rate, "ratio": rate / bare}
+            for name, rate in rates.items()
+        ]
+    return rows
+
+
+def measure_frames(seconds: float, device: torch.device, env: str = "HalfCheetah-v5", count: int = 8) -> list[Row]:
+    """Collection alone, beside Gymnasium's own vectorised stepping with the same network."""
+    environment = rl.make_environment(env, num_envs=count, seed=0)
+    spec = environment.action_spec_unbatched
+    observation_dim = environment.observation_spec["observation"].shape[-1]
+    network = ScoreMLP(observation_dim, spec.shape[-1], (SIZE["hidden"],) * 2)
+    actor = DiffusionActor(network, action_spec=spec, noise_schedule=NoiseSchedule.vp(SIZE["steps"]))
+    collector = Collector(
+        environment,
+        actor,
+        frames_per_batch=count,
+        total_frames=-1,
+        track_traj_ids=False,
+        auto_register_policy_transforms=False,
+    )
+    batches = iter(collector)
+    plain = gymnasium.make_vec(env, count, vectorization_mode="sync")
+    state = {"observation": plain.reset(seed=0)[0]}
+
+    @torch.no_grad()
+    def step() -> None:
+        action = actor.sample(torch.as_tensor(state["observation"], dtype=torch.float32))
+        state["observation"] = plain.step(action.numpy())[0]
+
+    rates = take_turns({"gymnasium, vectorised": step, "collector": lambda: next(batches)}, seconds, device)
+    collector.shutdown()
+    plain.close()
+    bare = rates["gymnasium, vectorised"]
+    return [
+        {"part": "frames", "what": f"{name}, {count} x {env}", "per_second": rate * count, "ratio": rate / bare}
+        for name, rate in rates.items()
+    ]
+
+
+def measure_growth(seconds: float) -> list[Row]:
+    """Each point in a process of its own, which also knows its peak memory."""
+    rows = []
+    for axis, values in GROWTH.items():
+        for value in values:
+            arguments = [
+                sys.executable,
+                __file__,
+                "--point",
+                json.dumps({**SIZE, axis: value}),
+                "--seconds",
+                str(seconds),
+            ]
+            done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+            row = {"part": "growth", "what": f"{axis} {value}", "axis": axis, "value": value, **json.loads(done.stdout)}
+            rows.append(row)
+        first = rows[-len(values)]
+        for row in rows[-len(values) :]:
+            row["ratio"] = row["per_second"] / first["per_second"]
+    return rows
+
+
+def measure_point(size: dict[str, int], seconds: float) -> Row:
+    device = torch.device("cpu")
+    update, batch = make_update(size, device), make_batch(size["batch"], device)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    rate = take_turns({"": lambda: update(batch.copy())}, seconds, device)[""]
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux kibibytes
+    return {"per_second": rate, "peak_mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / unit}
+
+
+def measure_start() -> list[Row]:
+    rows = []
+    for module in ("torchrl.objectives, torchrl.collectors, torchrl.envs", "qsm_rl"):
+        times = []
+        for _ in range(3):
+            begin = time.perf_counter()
+            subprocess.run([sys.executable, "-c", f"import {module}"], check=True, capture_output=True)
+            times.append(time.perf_counter() - begin)
+        rows.append({"part": "start", "what": f"import {module}", "seconds": statistics.median(times)})
+    for row in rows:
+        row["ratio"] = row["seconds"] / rows[0]["seconds"]
+    return rows
+
+
+def write_report(rows: Sequence[Row], about: Row, output: Path) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.with_suffix(".json").write_text(json.dumps({**about, "rows": list(rows)}, indent=1) + "\n", encoding="utf-8")
+    lines = ["| part | what | per second | ratio | |", "|---|---|---|---|---|"]
+    for row in rows:
+        amount = f"{row['per_second']:.4g}" if "per_second" in row else f"{row['seconds']:.1f} s each"
+        memory = f"{row['peak_mib']:.0f} MiB" if "peak_mib" in row else ""
+        lines.append(f"| {row['part']} | {row['what']} | {amount} | {row['ratio']:.2f} | {memory} |")
+    text = "\n".join(lines) + "\n"
+    output.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(text)
+    growth = [row for row in rows if row["part"] == "growth"]
+    if not growth:
+        return
+    figure = Figure(figsize=(3 * len(GROWTH), 3.2), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, axis in zip(figure.subplots(1, len(GROWTH), squeeze=False)[0], GROWTH, strict=True):
+        points = [(row["value"], 1000 / row["per_second"]) for row in growth if row["axis"] == axis]
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3)
+        axes.set(xscale="log", yscale="log", xlabel=axis, ylabel="ms per update" if axis == "steps" else "")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(output.with_suffix(".png"))
+
+
+@rl.exit_on_error
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
+    parser.add_argument("--seconds", type=float, default=5.0, help="for each contender or point")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda; growth and start are measured on the CPU")
+    parser.add_argument("--jax_python", help="a Python with jax and optax, to compare with")
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmark"), help="files to write, without ending")
+    parser.add_argument("--point", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    device = rl.choose_device(options.device)
+    threads = rl.limit_threads(device)
+    torch.manual_seed(0)
+    if options.point:
+        print(json.dumps(measure_point(json.loads(options.point), options.seconds)))
+        return 0
+    measure: dict[str, Callable[[], list[Row]]] = {
+        "update": lambda: measure_update(options.seconds, device, options.jax_python),
+        "acting": lambda: measure_acting(options.seconds, device),
+        "frames": lambda: measure_frames(options.seconds, device),
+        "growth": lambda: measure_growth(options.seconds),
+        "start": measure_start,
+    }
+    rows = []
+    for part in options.parts:
+        print(f"measuring {part}", file=sys.stderr, flush=True)
+        rows += measure[part]()
+    about = {"torch": torch.__version__, "machine": platform.machine(), "cores": os.cpu_count(), "threads": threads}
+    write_report(rows, {**about, "device": str(device), "size": SIZE, "command": " ".join(sys.argv)}, options.output)
+    return 0
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
