@@ -5,6 +5,7 @@ from qsm_rl.action_box import ActionBox
 from qsm_rl.action_selection import BestOfN, GaussianExploration
 from qsm_rl.actor import DiffusionActor
 from qsm_rl.critics import QValueMLP, QValueSimBa
+from qsm_rl.entropy import EntropyBonus
 from qsm_rl.networks import ScoreMLP
 from qsm_rl.noise_schedule import NoiseSchedule
 from qsm_rl.objectives import QScoreMatchingLoss
@@ -20,6 +21,7 @@ __all__ = [
     "DDIMSampler",
     "DDPMSampler",
     "DiffusionActor",
+    "EntropyBonus",
     "GaussianExploration",
     "NoiseSchedule",
     "NormalizedQScore",

@@ -22,6 +22,7 @@ from qsm_rl import (
     DDIMSampler,
     DDPMSampler,
     DiffusionActor,
+    EntropyBonus,
     GaussianExploration,
     NoiseSchedule,
     NormalizedQScore,
@@ -100,6 +101,9 @@ def main(arguments: list[str] | None = None) -> int:
     }[config.score_target]()
 
     # Loss and update.
+    entropy_bonus = None
+    if config.entropy_temperature is not None:
+        entropy_bonus = EntropyBonus(config.entropy_temperature, config.entropy_samples)
     loss = QScoreMatchingLoss(
         actor,
         critics,
@@ -108,6 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
         score_aggregation=config.score_aggregation,
         target_aggregation=config.target_aggregation,
         target_action_noise_std=config.target_action_noise_std,
+        entropy_bonus=entropy_bonus,
     ).to(device)
     loss.make_value_estimator(gamma=config.gamma)
     update = rl.QSMUpdate(

@@ -18,6 +18,7 @@ from torchrl.objectives.utils import dispatch_value_estimator
 
 from qsm_rl import functional as F
 from qsm_rl.actor import DiffusionActor
+from qsm_rl.entropy import EntropyBonus
 from qsm_rl.noise_schedule import Float32Buffers
 from qsm_rl.objectives.inputs import (
     check_actor,
@@ -85,6 +86,7 @@ class DiffusionActorCriticLoss(LossModule):
         loss_function: Literal["l2", "l1", "smooth_l1"],
         target_aggregation: Literal["min", "mean"] | float,
         target_action_noise_std: float,
+        entropy_bonus: EntropyBonus | None,
         delay_actor: bool,
         delay_qvalue: bool,
         reduction: Literal["mean", "sum", "none"],
@@ -114,6 +116,7 @@ class DiffusionActorCriticLoss(LossModule):
         self.loss_function = loss_function
         self.target_aggregation = target_aggregation
         self.target_action_noise_std = target_action_noise_std
+        self.entropy_bonus = entropy_bonus
         self.delay_actor = delay_actor
         self.delay_qvalue = delay_qvalue
         self.reduction = reduction
@@ -203,13 +206,14 @@ class DiffusionActorCriticLoss(LossModule):
         Returns:
             The loss, and detached ``target_value`` ``(*B,)``, ``q_value`` ``(num_critics, *B)``, ``td_error`` ``(*B,)``
             (the largest over critics), ``critic_losses`` ``(num_critics,)``, ``next_action`` (the chain's sample before
-            the noise, box units, ``(*B, A)``); of a batch with a mask only the ``L`` live samples, ``(L,)``.
+            the noise, box units, ``(*B, A)``) and, where there is one, ``entropy_bonus`` ``(*B,)``; of a batch with a
+            mask only the ``L`` live samples, ``(L,)``.
         """
         mask = self._mask(tensordict)
         batch = self._live_entries(tensordict, mask)
         weights = self._weights(batch)
         action = self._action(batch)
-        target_value, next_action = self._target_value(batch, initial_noise, step_noise, target_action_noise)
+        target_value, next_info = self._target_value(batch, initial_noise, step_noise, target_action_noise)
         outputs = self._critic_outputs(batch, action, self.qvalue_network_params)
         q_value = self.value_head.value(outputs)
         target = target_value.expand_as(q_value)
@@ -222,7 +226,7 @@ class DiffusionActorCriticLoss(LossModule):
             "q_value": q_value.detach()[:, live],
             "td_error": td_error[live],
             "critic_losses": losses.detach()[:, live].reshape(self.num_qvalue_nets, -1).mean(1),
-            "next_action": next_action[live],
+            **{name: value[live] for name, value in next_info.items()},
         }
         return self._reduce_loss(losses.sum(0), batch, weights=weights), info
 
@@ -302,20 +306,25 @@ class DiffusionActorCriticLoss(LossModule):
         initial_noise: Tensor | None,
         step_noise: Tensor | None,
         target_action_noise: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """TD target ``(*B,)`` and the sampled next action ``(*B, A)``, box units, before noise."""
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """TD target ``(*B,)`` and what of the next state is reported: ``next_action``, box units, before noise."""
         keys = self.tensor_keys
         with torch.no_grad():
             following = batch.get("next")
             actor = self.actor_network
+            observation = actor.observation(following)
             with self._target_actor():
-                sample = actor.sample(actor.observation(following), initial_noise, step_noise)
+                sample = actor.sample(observation, initial_noise, step_noise)
                 if target_action_noise is None:
                     target_action_noise = self.target_action_noise_std * torch.randn_like(sample)
             next_action = actor.box.from_box((sample + target_action_noise).clamp(-1, 1))
             next_action = next_action.to(batch.get(keys.action).dtype)  # the chain runs in float32 or more
             q_values = self._q_values(following, next_action, self.target_qvalue_network_params)
             next_value = F.aggregate_q_values(q_values, self.target_aggregation).unsqueeze(-1)
+            info = {"next_action": sample}
+            if self.entropy_bonus is not None:
+                info["entropy_bonus"] = self._entropy_bonus(observation)
+                next_value = next_value + info["entropy_bonus"].unsqueeze(-1)
             reward = entry(batch, ("next", keys.reward))
             if reward.shape != next_value.shape:
                 raise ValueError(
@@ -326,7 +335,13 @@ class DiffusionActorCriticLoss(LossModule):
             terminated = entry(batch, ("next", keys.terminated))
             next_value = torch.where(terminated, torch.zeros_like(next_value), next_value)
             target_value = self.value_estimator.value_estimate(batch.copy(), next_value=next_value)
-        return target_value.squeeze(-1), sample
+        return target_value.squeeze(-1), info
+
+    def _entropy_bonus(self, observation: Tensor) -> Tensor:
+        """The bonus ``(*B,)`` of the actor at observations ``(*B, O)``, from samples of their own."""
+        many = observation.expand(self.entropy_bonus.num_samples, *observation.shape)
+        with self._target_actor():
+            return self.entropy_bonus(self.actor_network.sample(many)).to(observation.dtype)
 
     def _q_values(self, tensordict: TensorDictBase, action: Tensor, params: TensorDictBase) -> Tensor:
         """Q-values of every critic, ``(num_critics, *B)``, for actions in environment units."""

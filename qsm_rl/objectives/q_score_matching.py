@@ -13,6 +13,7 @@ from torchrl.objectives import distance_loss
 
 from qsm_rl import functional as F
 from qsm_rl.actor import DiffusionActor
+from qsm_rl.entropy import EntropyBonus
 from qsm_rl.objectives.diffusion_actor_critic import DiffusionActorCriticLoss
 from qsm_rl.objectives.inputs import check_choice
 from qsm_rl.score_targets import ScaledQScore, ScoreTarget
@@ -50,6 +51,8 @@ class QScoreMatchingLoss(DiffusionActorCriticLoss):
             pessimistic with the number of critics; usual range of rho 0 to 1, more is more pessimistic.
         target_action_noise_std: standard deviation, in box units, of the Gaussian noise added to the next action in the
             TD target before it is clipped, at least 0. More smooths the critic over actions. The authors take 0.1.
+        entropy_bonus: what the next state's value earns for the entropy of the policy there, see
+            :class:`~qsm_rl.EntropyBonus`; None (the authors') for nothing.
         delay_actor: whether the next action comes from a slowly following copy of the actor; the authors have none.
         delay_qvalue: whether the TD target comes from slowly following copies of the critics (needs an updater such as
             :class:`~torchrl.objectives.SoftUpdate`).
@@ -60,8 +63,9 @@ class QScoreMatchingLoss(DiffusionActorCriticLoss):
 
     Output entries: ``loss_actor``, ``loss_qvalue`` (summed over critics) and detached scalars: ``q_value`` and
     ``target_value`` (means), ``td_error`` (mean over samples of the largest over critics), ``predicted_noise_norm`` and
-    ``score_target_norm`` (mean Euclidean norms), and for each diagnostic of the score target its mean Euclidean norm
-    (``q_score_norm``) or mean. The priority entry ``"td_error"`` ``(*B,)`` is written to the input.
+    ``score_target_norm`` (mean Euclidean norms), ``entropy_bonus`` (mean, where there is one), and for each diagnostic
+    of the score target its mean Euclidean norm (``q_score_norm``) or mean. The priority entry ``"td_error"`` ``(*B,)``
+    is written to the input.
 
     Raises:
         TypeError: if the actor is not a :class:`~qsm_rl.DiffusionActor`, naming what it lacks.
@@ -116,6 +120,7 @@ class QScoreMatchingLoss(DiffusionActorCriticLoss):
         loss_function: Literal["l2", "l1", "smooth_l1"] = "l2",
         target_aggregation: Literal["min", "mean"] | float = "min",
         target_action_noise_std: float = 0.1,
+        entropy_bonus: EntropyBonus | None = None,
         delay_actor: bool = False,
         delay_qvalue: bool = True,
         reduction: Literal["mean", "sum", "none"] = "mean",
@@ -129,6 +134,7 @@ class QScoreMatchingLoss(DiffusionActorCriticLoss):
             loss_function=loss_function,
             target_aggregation=target_aggregation,
             target_action_noise_std=target_action_noise_std,
+            entropy_bonus=entropy_bonus,
             delay_actor=delay_actor,
             delay_qvalue=delay_qvalue,
             reduction=reduction,
@@ -153,6 +159,7 @@ class QScoreMatchingLoss(DiffusionActorCriticLoss):
                 "td_error",
                 "predicted_noise_norm",
                 "score_target_norm",
+                *(["entropy_bonus"] if self.entropy_bonus is not None else []),
                 *(_diagnostic_name(name) for name in self.score_target.info_keys),
             ]
         return self._out_keys
@@ -255,6 +262,8 @@ class QScoreMatchingLoss(DiffusionActorCriticLoss):
             "predicted_noise_norm": _mean_norm(actor_info["predicted_noise"]),
             "score_target_norm": _mean_norm(actor_info["score_target"]),
         }
+        if "entropy_bonus" in qvalue_info:
+            out["entropy_bonus"] = qvalue_info["entropy_bonus"].mean()
         for name in self.score_target.info_keys:
             value = actor_info[name]
             out[_diagnostic_name(name)] = _mean_norm(value) if name.endswith("_score") else value.mean()

@@ -69,8 +69,8 @@ class QSMConfiguration(TrainingConfiguration):
     """Whether the critics normalise before each activation. Keeps Q-values bounded away from the data."""
 
     critic: Literal["mlp", "simba"] = "mlp"
-    """Network of the critics: mlp, or simba: residual blocks with layer norms, one for each of critic_hidden_dims, which
-    must be equal. A block is eight times the work of a layer; it bears wider critics and more updates per frame."""
+    """Network of the critics: mlp, or simba: residual blocks with layer norms, one for each of critic_hidden_dims,
+    which must be equal. A block is eight times the work of a layer; it bears wider critics and more updates."""
 
     critic_bins: int | None = None
     """Points of a value support for critics that classify (two-hot cross-entropy) where the others regress; null
@@ -105,6 +105,15 @@ class QSMConfiguration(TrainingConfiguration):
     target_action_noise_std: float = 0.1
     """Gaussian noise added to the next action of the TD target, in units of half the action range, then clipped. More
     smooths Q over actions; usual range 0 to 0.2."""
+
+    entropy_temperature: float | None = None
+    """Weight of the policy's entropy in the TD target, in units of Q; null gives none. More keeps the policy wider.
+    exp(Q / temperature), which --score_target boltzmann aims at, is the soft-optimal policy only if this is the same
+    temperature; usual range 0.001 to 0.1 of the size of Q."""
+
+    entropy_samples: int = 16
+    """Actions sampled in each next state to estimate that entropy. More is less noisy and costs time in proportion;
+    usual range 8 to 64."""
 
     actor_learning_rate_decay: int | None = None
     """Updates over which the actor's learning rate falls to zero along a cosine; null keeps it. 2,000,000 is the
@@ -142,6 +151,9 @@ class QSMConfiguration(TrainingConfiguration):
             )
         for name in ("exploration_noise_std", "target_action_noise_std"):
             self._check(name, getattr(self, name) >= 0, "0 or more")
+        entropy = self.entropy_temperature
+        self._check("entropy_temperature", entropy is None or entropy > 0, "null or above 0")
+        self._check("entropy_samples", self.entropy_samples >= 2, "at least 2")
         decay = self.actor_learning_rate_decay
         self._check("actor_learning_rate_decay", decay is None or decay >= 1, "null or at least 1")
         self._check("actor_ema", self.actor_ema is None or 0 < self.actor_ema < 1, "null or between 0 and 1")
@@ -175,6 +187,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eval_best_of": 1,
         "exploration_noise_std": 0.1,
         "target_action_noise_std": 0.1,
+        "entropy_temperature": None,
         "batch_size": 256,
         "gamma": 0.99,
         "tau": 0.005,
