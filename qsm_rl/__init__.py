@@ -10,7 +10,14 @@ from qsm_rl.networks import ScoreMLP
 from qsm_rl.noise_schedule import NoiseSchedule
 from qsm_rl.objectives import QScoreMatchingLoss
 from qsm_rl.samplers import DDIMSampler, DDPMSampler
-from qsm_rl.score_targets import BoltzmannQScore, NormalizedQScore, PosteriorQScore, ScaledQScore, ScoreTarget
+from qsm_rl.score_targets import (
+    BoltzmannQScore,
+    NormalizedQScore,
+    PosteriorGradientQScore,
+    PosteriorQScore,
+    ScaledQScore,
+    ScoreTarget,
+)
 from qsm_rl.temperature import SpreadTuner
 from qsm_rl.value_heads import ScalarHead, TwoHotHead, ValueHead
 
@@ -25,6 +32,7 @@ __all__ = [
     "GaussianExploration",
     "NoiseSchedule",
     "NormalizedQScore",
+    "PosteriorGradientQScore",
     "PosteriorQScore",
     "QScoreMatchingLoss",
     "QValueMLP",

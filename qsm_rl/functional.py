@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ __all__ = [
     "linear_betas",
     "log_mixture_weight",
     "mean_absolute",
-    "mish",
+    "posterior_gradient_noise",
     "posterior_noise",
     "predict_clean",
     "scaled_q_score",
@@ -339,56 +339,30 @@ def posterior_noise(
     return noise, 1 / weights.square().sum(0)
 
 
-def _mish_by_sigmoid(x: Tensor) -> Tensor:
-    # With q = sigmoid(-x), tanh(softplus(x)) = (1 - q^2) / (1 + q^2): one transcendental function instead of three.
-    q = torch.sigmoid(-x)
-    q_squared = q * q
-    return torch.addcmul(x, x, q_squared, value=-1) / (q_squared + 1)
+def posterior_gradient_noise(
+    q_scores: Tensor, alphas_cumprod_t: Tensor, temperature: Tensor | float, log_weights: Tensor
+) -> Tensor:
+    """The gradient form of :func:`posterior_noise`.
 
+    ``-sigma_t E[dQ/da(a_0) | a_t] / (temperature sqrt(alphas_cumprod_t))``.
 
-class _Mish(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return _mish_by_sigmoid(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        q = torch.sigmoid(-x)
-        q_squared = q * q
-        one_plus = q_squared + 1
-        # d mish / dx = (1 - q^2 + 4 x q^2 (1 - q) / (1 + q^2)) / (1 + q^2)
-        slope = (4 * x * q_squared * (1 - q)).div(one_plus).sub(q_squared).add(1).div(one_plus)
-        return grad_output * slope
-
-
-def mish(x: Tensor) -> Tensor:
-    """``x tanh(softplus(x))`` (Misra 2020, arXiv 1908.08681), equal to torch's within 1e-6.
-
-    Float32 and compiled code on CPU take a form of their own with a single sigmoid, three to four times as fast as
-    torch's, whose share of an update would be a fifth. Elsewhere this is :func:`torch.nn.functional.mish`.
+    Integration by parts makes it of the posterior mean (target score identity, De Bortoli et al. 2024, arXiv
+    2402.08667), which leaves out the faces of the box: equal only where ``exp(Q / temperature)`` vanishes there.
 
     Args:
-        x: any shape.
+        q_scores: dQ/da at the particles, shape ``(K, *B, A)``.
+        alphas_cumprod_t: ``alphas_cumprod`` at each sample's timestep, shape ``(*B,)``.
+        temperature: temperature of the policy, in units of Q.
+        log_weights: as for :func:`posterior_noise`, shape ``(K, *B)``.
 
     Returns:
-        Same shape.
+        The noise, shape ``(*B, A)``.
 
     Example:
-        >>> mish(torch.tensor([-1.0, 0.0, 1.0]))
-        tensor([-0.3034,  0.0000,  0.8651])
+        >>> posterior_gradient_noise(torch.tensor([[3.0], [5.0]]), torch.tensor(0.64), 2.0, torch.tensor([0.0, 0.0]))
+        tensor([-1.5000])
     """
-    if x.device.type != "cpu":
-        return torch.nn.functional.mish(x)
-    if torch.compiler.is_compiling():  # one fused kernel, which holds its intermediate values in float32
-        half = x.dtype in (torch.bfloat16, torch.float16)
-        return _mish_by_sigmoid(x.float() if half else x).to(x.dtype)
-    if x.dtype != torch.float32 or x.numel() < 2048:  # few elements: one call of torch's costs less than six cheap ones
-        return torch.nn.functional.mish(x)
-    return _Mish.apply(x) if x.requires_grad and torch.is_grad_enabled() else _mish_by_sigmoid(x)
+    assert q_scores.shape[:-1] == log_weights.shape, (q_scores.shape, log_weights.shape)
+    q_score = (torch.softmax(log_weights, 0).unsqueeze(-1) * q_scores).sum(0)
+    alphas_cumprod_t = alphas_cumprod_t.unsqueeze(-1)
+    return -((1 - alphas_cumprod_t) / alphas_cumprod_t).sqrt() * q_score / temperature

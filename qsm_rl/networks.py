@@ -9,17 +9,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from qsm_rl import functional as F
+from qsm_rl.activations import mish
 
 __all__ = ["FourierTimeEmbedding", "ScoreMLP", "SinusoidalTimeEmbedding", "XavierLinear", "mlp"]
 
 
 class Mish(nn.Module):
-    """The activation :func:`qsm_rl.functional.mish`."""
+    """The activation :func:`qsm_rl.activations.mish`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Applies mish elementwise."""
-        return F.mish(x)
+        return mish(x)
 
 
 class XavierLinear(nn.Linear):

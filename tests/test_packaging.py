@@ -24,6 +24,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 # A part of the package imports only from parts of a lower rank, or from its neighbours of the same rank.
 RANKS = {
+    "activations": 0,
     "functional": 0,
     "noise_schedule": 0,
     "networks": 0,

@@ -3,7 +3,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qsm_rl import BoltzmannQScore, NoiseSchedule, NormalizedQScore, PosteriorQScore, ScaledQScore
+from qsm_rl import (
+    BoltzmannQScore,
+    NoiseSchedule,
+    NormalizedQScore,
+    PosteriorGradientQScore,
+    PosteriorQScore,
+    ScaledQScore,
+)
 from qsm_rl import functional as F
 
 SCHEDULE = NoiseSchedule([0.36, 0.99])  # sigmas 0.6 and sqrt(0.9936)
@@ -189,3 +196,28 @@ def test_normalized_target_without_sigma_by_hand():
         lambda a: (slopes * a).sum(-1), torch.zeros(2, 1), torch.tensor([0, 4]), schedule
     )
     torch.testing.assert_close(target, torch.tensor([[-4 / 3], [8 / 3]]))
+
+
+def test_gradient_form_agrees_inside_the_box_and_is_wrong_at_its_faces():
+    """A narrow Gaussian well inside the box: both forms give (a_t - sqrt(ab) E[a_0 | a_t]) / sigma_t in closed form."""
+    torch.manual_seed(0)
+    schedule, t = NoiseSchedule([0.3, 0.6]), torch.tensor([0, 1])
+    noisy, center, variance = torch.tensor([[0.4], [-0.2]]), 0.2, 0.01
+    cumprod = schedule.alphas_cumprod[t].unsqueeze(-1)
+    precision = 1 / variance + cumprod / (1 - cumprod)
+    clean = (center / variance + cumprod.sqrt() * noisy / (1 - cumprod)) / precision
+    expected = (noisy - cumprod.sqrt() * clean) / (1 - cumprod).sqrt()
+
+    def q(a):
+        return -((a.squeeze(-1) - center) ** 2) / (2 * variance)
+
+    for kind in (PosteriorQScore, PosteriorGradientQScore):
+        target, info = kind(1.0, 200_000, chunk_size=70_000)(q, noisy, t, schedule)
+        torch.testing.assert_close(target, expected, atol=0.01, rtol=0, msg=kind.__name__)
+        assert (info["effective_sample_size"] > 10_000).all()
+    for cumprod, biased in ((0.5, -4.0), (0.1, -12.0), (0.0064, -49.8)):
+        schedule = NoiseSchedule([1 - cumprod, 0.999])
+        target, _ = PosteriorGradientQScore(1.0, 10)(
+            lambda a: 4 * a.squeeze(-1), torch.zeros(1, 1), torch.tensor([0]), schedule
+        )
+        assert target.item() == pytest.approx(biased, rel=0.01)

@@ -16,7 +16,7 @@ from qsm_rl import (
     PosteriorQScore,
     ScaledQScore,
 )
-from qsm_rl import functional as F
+from qsm_rl.activations import mish
 from recipes.benchmark import SIZE, make_actor, make_batch, make_update
 
 pytestmark = pytest.mark.benchmark
@@ -79,7 +79,7 @@ def test_score_target(benchmark, target):
 @pytest.mark.parametrize("elements", [256, 256 * 512])
 def test_mish(benchmark, elements):
     x = torch.randn(elements)
-    benchmark(lambda: F.mish(x))
+    benchmark(lambda: mish(x))
 
 
 def test_replay_write_and_sample(benchmark, batch):
