@@ -32,6 +32,7 @@ from qsm_rl import (
     QValueSimBa,
     ScaledQScore,
     ScoreMLP,
+    SpreadTuner,
     TwoHotHead,
 )
 from qsm_rl import training as rl
@@ -110,6 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
         score_target=score_target,
         score_critics=config.score_critics,
         score_aggregation=config.score_aggregation,
+        bc_weight=config.bc_weight,
         target_aggregation=config.target_aggregation,
         target_action_noise_std=config.target_action_noise_std,
         entropy_bonus=entropy_bonus,
@@ -123,15 +125,16 @@ def main(arguments: list[str] | None = None) -> int:
         actor_learning_rate_decay=config.actor_learning_rate_decay,
         gradient_clipping=config.gradient_clipping,
         actor_ema=config.actor_ema,
+        spread_tuner=SpreadTuner(score_target, config.score_spread, rate=0.03) if config.score_spread else None,
         eval_best_of=config.eval_best_of,
         precision=config.precision,
         compile=config.compile,
     )
 
     # Acting: a sample of the policy, or the best of several by the critics as they train, with noise added.
-    acting = actor
+    acting = update.actor if config.actor_ema_acts else actor
     if config.best_of > 1:
-        acting = BestOfN(actor, loss.trained_critics(live=True), num_samples=config.best_of)
+        acting = BestOfN(acting, loss.trained_critics(live=True), num_samples=config.best_of)
     exploration = GaussianExploration(action_spec, std=config.exploration_noise_std).to(device)
 
     # Data: frames from the collector, transitions in the replay buffer.

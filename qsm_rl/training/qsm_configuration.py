@@ -55,6 +55,11 @@ class QSMConfiguration(TrainingConfiguration):
     """Whether the normalized target carries the factor sigma_t. Without it the pull towards high Q is the same at every
     noise level, as in the authors' target."""
 
+    score_spread: float | None = None
+    """Spread of the policy's actions that score_temperature tunes itself to: their standard deviation at one
+    observation, in units of half the action range; null keeps the temperature. Larger explores more; usual range 0.1 to
+    0.4 (uniformly random actions have 0.58). Not for the scaled target."""
+
     score_particles: int = 64
     """Actions at which the posterior target evaluates the critics. More is less noisy and costs time; usual range 32
     to 512."""
@@ -64,6 +69,10 @@ class QSMConfiguration(TrainingConfiguration):
 
     score_aggregation: Literal["mean", "min"] = "mean"
     """How the critics are joined for dQ/da. min is more cautious."""
+
+    bc_weight: float = 0.0
+    """Weight of behaviour cloning on the replayed actions beside the score target. More keeps the policy nearer to
+    them, for offline data and fine-tuning; usual range 0.1 to 10, 0 for none."""
 
     critic_layer_norm: bool = True
     """Whether the critics normalise before each activation. Keeps Q-values bounded away from the data."""
@@ -123,6 +132,9 @@ class QSMConfiguration(TrainingConfiguration):
     """Decay of an exponential moving average of the actor, used for evaluation and published; null uses the actor
     itself. Higher is smoother and lags more; usual range 0.99 to 0.9999."""
 
+    actor_ema_acts: bool = False
+    """Whether the averaged actor also collects the frames, steadier and later to change."""
+
     def __post_init__(self) -> None:
         """Checks every field.
 
@@ -133,6 +145,10 @@ class QSMConfiguration(TrainingConfiguration):
         self._check("preset", self.preset in PRESETS, f"one of {', '.join(PRESETS)}")
         self._check("num_steps", self.num_steps >= 1, "at least 1")
         self._check("score_particles", self.score_particles >= 2, "at least 2")
+        spread = self.score_spread
+        self._check("score_spread", spread is None or 0 < spread <= 1, "null, or above 0 and at most 1")
+        tunable = spread is None or self.score_target != "scaled"
+        self._check("score_spread", tunable, "null for the scaled target, which has no temperature")
         for name in ("score_scale", "score_temperature"):
             self._check(name, getattr(self, name) > 0, "above 0")
         for name in ("num_critics", "best_of", "eval_best_of"):
@@ -149,13 +165,15 @@ class QSMConfiguration(TrainingConfiguration):
             self._check(
                 "sampler_temperature", self.sampler_temperature == 1, "1 with the ddim sampler, which adds no noise"
             )
-        for name in ("exploration_noise_std", "target_action_noise_std"):
+        for name in ("bc_weight", "exploration_noise_std", "target_action_noise_std"):
             self._check(name, getattr(self, name) >= 0, "0 or more")
         entropy = self.entropy_temperature
         self._check("entropy_temperature", entropy is None or entropy > 0, "null or above 0")
         self._check("entropy_samples", self.entropy_samples >= 2, "at least 2")
         decay = self.actor_learning_rate_decay
         self._check("actor_learning_rate_decay", decay is None or decay >= 1, "null or at least 1")
+        if self.actor_ema is None:
+            self._check("actor_ema_acts", not self.actor_ema_acts, "false without --actor_ema")
         self._check("actor_ema", self.actor_ema is None or 0 < self.actor_ema < 1, "null or between 0 and 1")
 
 
@@ -173,6 +191,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "score_scale": 50.0,
         "score_critics": "online",
         "score_aggregation": "mean",
+        "bc_weight": 0.0,
         "critic_layer_norm": False,
         "critic": "mlp",
         "critic_bins": None,

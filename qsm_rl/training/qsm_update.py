@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 from torch.optim import Adam
@@ -13,9 +14,15 @@ from torchrl.objectives import SoftUpdate
 from qsm_rl.action_selection import BestOfN
 from qsm_rl.actor import DiffusionActor
 from qsm_rl.objectives import QScoreMatchingLoss
+from qsm_rl.temperature import SpreadTuner
+from qsm_rl.training.random_state import isolated_random_state
 from qsm_rl.training.updates import Update, accelerated, cosine_decay, gradient_step
 
 __all__ = ["QSMUpdate"]
+
+TUNING_PERIOD = 10
+SPREAD_SAMPLES = 8
+SPREAD_OBSERVATIONS = 32
 
 
 class QSMUpdate(Update):
@@ -31,6 +38,8 @@ class QSMUpdate(Update):
         actor_learning_rate_decay: updates over which the actor's rate falls to zero along a cosine; None keeps it.
         gradient_clipping: largest gradient norm, for actor and critics each; None clips nothing.
         actor_ema: decay of the moving average of the actor; None keeps none.
+        spread_tuner: moves the score target's temperature; None leaves it. It is asked every ``TUNING_PERIOD`` updates
+            with :data:`SPREAD_SAMPLES` actions for the batch's first :data:`SPREAD_OBSERVATIONS` observations.
         eval_best_of: N of the best of N samples by the mean of the critics that is evaluated; 1 is the actor itself.
         precision: arithmetic of the matrix products, ``"float32"`` or ``"bfloat16"``. With bfloat16 the losses run
             under ``torch.autocast``; weights, optimisers, Q-values, predicted noises and losses stay float32.
@@ -52,6 +61,7 @@ class QSMUpdate(Update):
         actor_learning_rate_decay: int | None = None,
         gradient_clipping: float | None = None,
         actor_ema: float | None = None,
+        spread_tuner: SpreadTuner | None = None,
         eval_best_of: int = 1,
         precision: Literal["float32", "bfloat16"] = "float32",
         compile: bool = False,
@@ -69,6 +79,7 @@ class QSMUpdate(Update):
         self.actor_learning_rate_decay = actor_learning_rate_decay
         self.eval_best_of = eval_best_of
         self.gradient_clipping = gradient_clipping
+        self._spread_tuner = (spread_tuner,)  # it holds the loss's score target: in a tuple, as the actor below
         self.target_updater = SoftUpdate(loss, tau=tau)
         # A view on the loss's parameters; in a tuple, so that they are not registered a second time.
         self._actor = (loss.get_stateful_net("actor_network"),)
@@ -78,6 +89,7 @@ class QSMUpdate(Update):
         self._qvalue_loss = accelerated(loss.qvalue_loss, precision, compile)
         self._actor_loss = accelerated(loss.actor_loss, precision, compile)
         self._infos: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
+        self._observation: Tensor | None = None
 
     @property
     def actor(self) -> DiffusionActor:
@@ -106,15 +118,29 @@ class QSMUpdate(Update):
 
         self.num_updates += 1
         self._infos = qvalue_info, actor_info
+        self._observation = self._actor[0].observation(batch)[:SPREAD_OBSERVATIONS]
+        (tuner,) = self._spread_tuner
+        if tuner is not None and self.num_updates % TUNING_PERIOD == 0:
+            tuner(self._samples())
         return {"qvalue": loss_qvalue.detach() / self.loss.num_qvalue_nets, "actor": loss_actor.detach()}
 
     def diagnostics(self) -> dict[str, Tensor]:
-        """Sizes of Q, dQ/da, the score target and the predicted noise, and the share of saturated actions."""
+        """Sizes of Q, dQ/da, the score target and the predicted noise, share of saturated actions, policy's spread."""
         if self._infos is None:
             return {}
         qvalue_info, actor_info = self._infos
-        saturated = (qvalue_info["next_action"].abs() > 0.999).float().mean()
-        return {**self.loss.diagnostics(qvalue_info, actor_info), "action_saturation": saturated}
+        out = self.loss.diagnostics(qvalue_info, actor_info)
+        out["action_saturation"] = (qvalue_info["next_action"].abs() > 0.999).float().mean()
+        with isolated_random_state(0):  # how often a row is written must not change the training
+            out["policy_spread"] = self._samples().std(0, correction=0).mean()
+        if hasattr(self.loss.score_target, "temperature"):
+            out["temperature"] = self.loss.score_target.temperature.clone()
+        return out
+
+    @torch.no_grad()
+    def _samples(self) -> Tensor:
+        """Actions of the policy in box units, ``(SPREAD_SAMPLES, SPREAD_OBSERVATIONS, A)``."""
+        return self._actor[0].sample(self._observation.expand(SPREAD_SAMPLES, *self._observation.shape))
 
     def _step(self, optimizer: str, name: str, loss: Tensor, parameters: list[Tensor]) -> None:
         gradient_step(name, loss, self.optimizers[optimizer], parameters, self.gradient_clipping)

@@ -94,8 +94,10 @@ class ScaledInput(nn.Module):
         return self.critic(observation, action / self.bound)
 
 
-def build(env: str, *, bound: float = 1.0, warmup: int = 20, total: int = 60, num_envs: int = 1, **update_options):
-    """A small QSM trainer on one of the environments above: data set and module."""
+def build(
+    env: str, *, bound: float = 1.0, warmup: int = 20, total: int = 60, num_envs: int = 1, score_target=None, **options
+):
+    """A small QSM trainer on one of the environments above: data set and module; the options are QSMUpdate's."""
     torch.manual_seed(0)
     environment = make_environment(env_id(env), num_envs=num_envs, seed=0)
     spec = environment.action_spec_unbatched
@@ -108,9 +110,9 @@ def build(env: str, *, bound: float = 1.0, warmup: int = 20, total: int = 60, nu
         )
         for _ in range(2)
     ]
-    loss = QScoreMatchingLoss(actor, critics)
+    loss = QScoreMatchingLoss(actor, critics, score_target=score_target)
     loss.make_value_estimator(gamma=0.9)
-    options = {"actor_learning_rate": 1e-3, "critic_learning_rate": 1e-3, "tau": 0.05, **update_options}
+    options = {"actor_learning_rate": 1e-3, "critic_learning_rate": 1e-3, "tau": 0.05, **options}
     update = QSMUpdate(loss, **options)
     replay = TensorDictReplayBuffer(storage=LazyTensorStorage(1000), batch_size=16)
     collector = Collector(

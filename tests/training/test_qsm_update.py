@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from qsm_rl import BestOfN
+from qsm_rl import BestOfN, NormalizedQScore, SpreadTuner
 from tests.training.small_trainer import WIDE, build, run
 
 
@@ -106,6 +106,28 @@ def test_bfloat16_updates_differ_by_rounding_only(batch):
             assert mine[name] != theirs[name]
             torch.testing.assert_close(mine[name], theirs[name], rtol=0.03, atol=0)
     assert all(value.dtype == torch.float32 for value in state.values() if value.is_floating_point())
+
+
+def test_the_temperature_follows_the_spread_of_the_policy(batch):
+    """Every tenth update multiplies it by (target / spread)^rate, with the spread that the log reports."""
+    target = NormalizedQScore(0.1)
+    _, module = build("Slide", score_target=target, spread_tuner=SpreadTuner(target, 0.2, rate=0.5))
+    temperatures, spreads = [], []
+    for _ in range(20):
+        torch.manual_seed(5)
+        module.update(batch.clone())
+        before = torch.get_rng_state()
+        row = module.update.diagnostics()
+        assert torch.equal(torch.get_rng_state(), before), "a row of the log drew random numbers"
+        temperatures.append(row["temperature"].item())
+        spreads.append(row["policy_spread"].item())
+    assert temperatures[:9] == pytest.approx([0.1] * 9)
+    for at, previous in ((9, 0.1), (19, temperatures[9])):
+        # the tuner sees other samples than the log: 8 x 16 x 2 of them know the spread to some percent
+        ratio = min(10, 0.2 / max(spreads[at], 1e-3))
+        assert temperatures[at] == pytest.approx(previous * ratio**0.5, rel=0.1)
+        assert abs(temperatures[at] - previous) > 0.1 * previous
+    assert temperatures[10:19] == pytest.approx([temperatures[9]] * 9)
 
 
 @pytest.mark.slow
