@@ -44,6 +44,12 @@ class QScoreMatchingLoss(DiffusionActorCriticLoss):
         score_target: how dQ/da becomes the target of the predicted noise; default ``ScaledQScore(50.0)``, the authors'.
         score_critics: critics that the score target sees, ``"online"`` (the authors') or ``"target"`` (smoother).
         score_aggregation: over the critics in the score target, ``"mean"`` (the authors') or ``"min"`` (pessimistic).
+        bc_weight: alpha of behaviour cloning beside the score target, at least 0. Adds ``alpha mean((predicted noise -
+            noise)^2)`` of the same noised replay actions (Ho et al. 2020, arXiv 2006.11239, equation 14; beside a
+            critic Wang et al. 2023, arXiv 2208.06193, equation 3). Under squared errors the prediction then regresses
+            onto ``(score target + alpha noise) / (1 + alpha)``, which keeps the policy near the data: for offline data
+            and fine-tuning. Usual range 0.1 to 10 for targets about as long as the noise. Above 0 it becomes a buffer,
+            so that it can be scheduled; 0 (the authors') computes nothing.
         loss_function: ``"l2"`` (the authors'), ``"l1"`` or ``"smooth_l1"``, for both losses; critics with a head of
             their own, such as :class:`~qsm_rl.TwoHotHead`, bring their loss.
         target_aggregation: over the target critics in the TD target: ``"min"`` (the authors'), ``"mean"``, or a number
@@ -63,9 +69,9 @@ class QScoreMatchingLoss(DiffusionActorCriticLoss):
 
     Output entries: ``loss_actor``, ``loss_qvalue`` (summed over critics) and detached scalars: ``q_value`` and
     ``target_value`` (means), ``td_error`` (mean over samples of the largest over critics), ``predicted_noise_norm`` and
-    ``score_target_norm`` (mean Euclidean norms), ``entropy_bonus`` (mean, where there is one), and for each diagnostic
-    of the score target its mean Euclidean norm (``q_score_norm``) or mean. The priority entry ``"td_error"`` ``(*B,)``
-    is written to the input.
+    ``score_target_norm`` (mean Euclidean norms), ``entropy_bonus`` and ``bc_error`` (means, where there is an entropy
+    bonus, or behaviour cloning), and for each diagnostic of the score target its mean Euclidean norm (``q_score_norm``)
+    or mean. The priority entry ``"td_error"`` ``(*B,)`` is written to the input.
 
     Raises:
         TypeError: if the actor is not a :class:`~qsm_rl.DiffusionActor`, naming what it lacks.
@@ -117,6 +123,7 @@ class QScoreMatchingLoss(DiffusionActorCriticLoss):
         score_target: ScoreTarget | None = None,
         score_critics: Literal["online", "target"] = "online",
         score_aggregation: Literal["mean", "min"] = "mean",
+        bc_weight: float = 0.0,
         loss_function: Literal["l2", "l1", "smooth_l1"] = "l2",
         target_aggregation: Literal["min", "mean"] | float = "min",
         target_action_noise_std: float = 0.1,
@@ -143,6 +150,9 @@ class QScoreMatchingLoss(DiffusionActorCriticLoss):
         )
         check_choice("score_critics", score_critics, ("online", "target"))
         check_choice("score_aggregation", score_aggregation, ("mean", "min"))
+        if not bc_weight >= 0:
+            raise ValueError(f"bc_weight must be at least 0, got {bc_weight!r}.")
+        self.register_buffer("bc_weight", torch.tensor(float(bc_weight)) if bc_weight > 0 else None)
         self.score_target = ScaledQScore() if score_target is None else score_target
         self.score_critics = score_critics
         self.score_aggregation = score_aggregation
@@ -160,6 +170,7 @@ class QScoreMatchingLoss(DiffusionActorCriticLoss):
                 "predicted_noise_norm",
                 "score_target_norm",
                 *(["entropy_bonus"] if self.entropy_bonus is not None else []),
+                *(["bc_error"] if self.bc_weight is not None else []),
                 *(_diagnostic_name(name) for name in self.score_target.info_keys),
             ]
         return self._out_keys
@@ -205,8 +216,8 @@ class QScoreMatchingLoss(DiffusionActorCriticLoss):
 
         Returns:
             The loss, and detached ``noisy_action``, ``score_target``, ``predicted_noise``, each ``(*B, A)`` in box
-            units, and the score target's own diagnostics (``q_score``, dQ/da in box units, for gradient targets); of a
-            batch with a mask only the ``L`` live samples, ``(L, A)``.
+            units, the score target's own diagnostics (``q_score``, dQ/da in box units, for gradient targets), and with
+            ``bc_weight`` ``bc_error`` ``(*B,)``; of a batch with a mask only the ``L`` live samples, ``(L, A)``.
         """
         mask = self._mask(tensordict)
         batch = self._live_entries(tensordict, mask)
@@ -222,9 +233,9 @@ class QScoreMatchingLoss(DiffusionActorCriticLoss):
         clean = box.to_box(action)
         if t is None:
             t = torch.randint(schedule.num_steps, clean.shape[:-1], device=clean.device)
-        noisy_action, _ = schedule.add_noise(clean, t, noise)
+        noisy_action, noise = schedule.add_noise(clean, t, noise)
         if mask is not None:  # a score target may depend on the whole batch: it sees the live samples only
-            batch, noisy_action, t = batch[mask], noisy_action[mask], t[mask]
+            batch, noisy_action, noise, t = batch[mask], noisy_action[mask], noise[mask], t[mask]
 
         def q_value(box_action: Tensor) -> Tensor:
             particles = batch.unsqueeze(0).expand(box_action.shape[0], *batch.batch_size)
@@ -235,6 +246,10 @@ class QScoreMatchingLoss(DiffusionActorCriticLoss):
         target = target.detach()
         predicted_noise = actor.predict_noise(noisy_action, actor.observation(batch), t)
         losses = distance_loss(predicted_noise, target.to(predicted_noise.dtype), self.loss_function).mean(-1)
+        if self.bc_weight is not None:
+            bc_errors = (predicted_noise - noise.to(predicted_noise.dtype)).square().mean(-1)
+            losses = losses + self.bc_weight * bc_errors
+            info = {**info, "bc_error": bc_errors.detach()}
         if mask is not None:
             losses = torch.zeros_like(mask, dtype=losses.dtype).masked_scatter(mask, losses)
         info = {
@@ -262,8 +277,9 @@ class QScoreMatchingLoss(DiffusionActorCriticLoss):
             "predicted_noise_norm": _mean_norm(actor_info["predicted_noise"]),
             "score_target_norm": _mean_norm(actor_info["score_target"]),
         }
-        if "entropy_bonus" in qvalue_info:
-            out["entropy_bonus"] = qvalue_info["entropy_bonus"].mean()
+        for name, info in (("entropy_bonus", qvalue_info), ("bc_error", actor_info)):
+            if name in info:
+                out[name] = info[name].mean()
         for name in self.score_target.info_keys:
             value = actor_info[name]
             out[_diagnostic_name(name)] = _mean_norm(value) if name.endswith("_score") else value.mean()

@@ -54,6 +54,7 @@ class TestContract(LossContract):
         ({"score_aggregation": "max"}, ValueError, "score_aggregation must be one of .* got 'max'"),
         ({"loss_function": "huber"}, ValueError, "loss_function must be one of .* got 'huber'"),
         ({"target_aggregation": "max"}, ValueError, "'min', 'mean' or a number rho, got 'max'"),
+        ({"bc_weight": -1.0}, ValueError, "bc_weight must be at least 0, got -1.0"),
         ({"reduction": "avg"}, ValueError, "reduction must be one of .* got 'avg'"),
         ({"target_action_noise_std": -0.1}, ValueError, "at least 0, got -0.1"),
         ({"target_action_noise_std": float("nan")}, ValueError, "at least 0, got nan"),
@@ -177,6 +178,49 @@ def test_actor_loss_of_linear_critics(low, high, q_score):
     target = -50 * q_score
     torch.testing.assert_close(value.item(), ((3 - target) ** 2 + (0 - target) ** 2) / 2)
     torch.testing.assert_close(loss.actor_network.score_network.gain.grad.item(), 3 - target)  # 2 (3 - target) / 2
+
+
+def test_behaviour_cloning_beside_the_score_target_by_hand():
+    # Noised actions 1 and 0.8 * -0.5 + 0.6 * 2 = 0.8, predicted noises 3 and 2.4 against the noises 1 and 2 and the
+    # targets -0.5 * dQ/da = -0.5 * 2.
+    loss = hand_loss(LinearCritic(2.0, 0.0), gain=3.0, score_target=ScaledQScore(0.5), bc_weight=0.25)
+    draws = {"t": torch.tensor([0, 0]), "noise": torch.tensor([[1.0], [2.0]])}
+    value, info = loss.actor_loss(hand_batch([0.5, -0.5]), **draws)
+    value.backward()
+    torch.testing.assert_close(info["bc_error"], torch.tensor([2.0**2, 0.4**2]))
+    torch.testing.assert_close(value.item(), (4.0**2 + 3.4**2) / 2 + 0.25 * (2.0**2 + 0.4**2) / 2)
+    gradient = (4.0 * 1.0 + 3.4 * 0.8) + 0.25 * (
+        2.0 * 1.0 + 0.4 * 0.8
+    )  # twice the error times the noised action, halved
+    torch.testing.assert_close(loss.actor_network.score_network.gain.grad.item(), gradient)
+    # It can be scheduled down to nothing.
+    loss.bc_weight.zero_()
+    torch.testing.assert_close(loss.actor_loss(hand_batch([0.5, -0.5]), **draws)[0].item(), (4.0**2 + 3.4**2) / 2)
+
+
+def test_behaviour_cloning_is_reported_where_it_is_on_and_costs_nothing_where_it_is_off():
+    on, off = (QScoreMatchingLoss(make_actor(), make_critics(), delay_qvalue=False, bc_weight=w) for w in (2.0, 0.0))
+    data = make_transitions((2, 4))
+    data["collector", "mask"] = torch.arange(4).expand(2, 4) < 3
+    assert list(evaluate(on, data).keys()) == on.out_keys and "bc_error" in on.out_keys
+    assert "bc_error" not in off.out_keys and not any("bc" in name for name in off.state_dict())
+    assert off.actor_loss(data)[1].keys() == on.actor_loss(data)[1].keys() - {"bc_error"}
+    assert on.actor_loss(data)[1]["bc_error"].shape == (6,)
+
+
+@pytest.mark.parametrize(("weight", "mean"), [(0.5, 0.1), (2.0, 0.2)])
+def test_what_is_learned_is_the_weighted_mean_of_target_and_noise(weight, mean):
+    """The data's noise is 0.3 and the critic is flat: (0 + weight * 0.3) / (1 + weight)."""
+    loss = hand_loss(LinearCritic(0.0, 0.0), bc_weight=weight)
+    predicted = nn.Parameter(torch.zeros(1))
+    loss.actor_network.score_network.forward = lambda noisy_action, observation, t: predicted.expand_as(noisy_action)
+    optimizer = torch.optim.SGD([predicted], 0.2)
+    draws = {"t": torch.zeros(8, dtype=torch.long), "noise": torch.full((8, 1), 0.3)}
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss.actor_loss(hand_batch([0.3] * 8), **draws)[0].backward()
+        optimizer.step()
+    assert predicted.item() == pytest.approx(mean, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ EVERYTHING = [
     ),
     *("--updates_per_frame", "0.7", "--sampler", "ddim", "--action_repeat", "2"),
     *("--entropy_temperature", "0.1", "--entropy_samples", "3"),
+    *("--bc_weight", "0.5", "--actor_ema_acts", "true"),
     *("--critic", "simba", "--critic_bins", "11"),
     *("--num_critics", "3", "--target_aggregation", "0.5", "--best_of", "3", "--eval_best_of", "2"),
 ]
