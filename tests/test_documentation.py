@@ -1,4 +1,4 @@
-"""Every Python block of the documentation runs, and every docstring example gives what it says."""
+"""Every Python block of the documentation runs, docstring examples give what they say, and no page is forgotten."""
 
 from __future__ import annotations
 
@@ -6,25 +6,54 @@ import doctest
 import importlib
 import pkgutil
 import re
+from collections import Counter
 from pathlib import Path
 
+import gymnasium
 import pytest
 import torch
 
 import qsm_rl
+from qsm_rl import training
 
 ROOT = Path(__file__).parent.parent
-PAGES = [page for page in sorted((ROOT / "docs").rglob("*.md")) if "```python" in page.read_text(encoding="utf-8")]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+# A block that cannot run here stands behind the line `<!-- not run: reason -->`.
+BLOCK = re.compile(r"(?:<!-- not run: (\S.*) -->\n)?```python\n(.*?)```", flags=re.S)
 MODULES = ["qsm_rl", *(module.name for module in pkgutil.walk_packages(qsm_rl.__path__, "qsm_rl."))]
+PUBLIC_NAMES = [
+    f"{module.__name__}.{name}" for module in (qsm_rl, qsm_rl.functional, training) for name in module.__all__
+]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def blocks(page: Path) -> list[str]:
+    return [code for reason, code in BLOCK.findall(page.read_text(encoding="utf-8")) if not reason]
+
+
+@pytest.fixture
+def environments_taken_back():
+    """A page may register an environment, whose name other tests must not meet."""
+    before = set(gymnasium.registry)
+    yield
+    for name in set(gymnasium.registry) - before:
+        del gymnasium.registry[name]
+
+
+@pytest.mark.usefixtures("environments_taken_back")
+@pytest.mark.filterwarnings("ignore:No target network updater:UserWarning", "ignore:.*InitTracker:FutureWarning")
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: str(page.relative_to(ROOT)))
 def test_python_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     scope: dict = {"__name__": "page"}
-    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S):
+    for block in blocks(page):
         exec(compile(block, str(page), "exec"), scope)
+
+
+def test_twenty_lines_are_twenty():
+    (program,) = blocks(DOCS / "index.md")
+    assert len([line for line in program.splitlines() if line.strip()]) == 20
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -37,3 +66,36 @@ def test_docstring_examples(name, tmp_path, monkeypatch):
 def test_every_public_name_has_a_docstring():
     undocumented = [name for name in qsm_rl.__all__ if not (getattr(qsm_rl, name).__doc__ or "").strip()]
     assert not undocumented
+
+
+def test_every_public_name_has_one_api_entry():
+    text = "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md"))
+    entries = Counter(re.findall(r"^::: ([\w.]+)$", text, flags=re.M))
+    missing = [name for name in PUBLIC_NAMES if entries[name] == 0]
+    assert not missing, f"give each an entry `::: NAME` on a page under docs/api: {missing}"
+    assert max(entries.values()) == 1, f"more than one entry: {[name for name in entries if entries[name] > 1]}"
+
+
+def test_every_api_entry_exists():
+    text = "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md"))
+    for path in re.findall(r"^::: ([\w.]+)$", text, flags=re.M):
+        module, _, name = path.rpartition(".")
+        assert path in MODULES or hasattr(importlib.import_module(module), name), f"{path} does not exist"
+
+
+def test_every_page_stands_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
+    listed = Counter(re.findall(r"([\w/.-]+\.md)$", navigation, flags=re.M))
+    there = {str(page.relative_to(DOCS)) for page in PAGES}
+    assert there == set(listed), f"only in one of docs/ and mkdocs.yml's nav: {sorted(there ^ set(listed))}"
+    assert max(listed.values()) == 1
+
+
+def test_every_figure_comes_from_the_script():
+    script = (DOCS / "figures" / "make_figures.py").read_text(encoding="utf-8")
+    pictures = sorted((DOCS / "figures").glob("*.png"))
+    assert pictures
+    for picture in pictures:
+        assert f'FOLDER / "{picture.name}"' in script, f"{picture.name} is made by no script"
+        assert picture.stat().st_size < 120_000, f"{picture.name} has {picture.stat().st_size:,} bytes"
+        assert any(picture.name in page.read_text(encoding="utf-8") for page in PAGES), f"{picture.name} is on no page"
