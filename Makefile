@@ -46,7 +46,7 @@ format: $(VENV)/.installed-dev
 	$(VENV_PYTHON) -m ruff format .
 
 docs: $(VENV)/.installed-docs
-	$(VENV_PYTHON) -m mkdocs serve
+	NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs serve $(ARGS)
 
 clean:
 	rm -rf build dist site .pytest_cache .ruff_cache .benchmarks
