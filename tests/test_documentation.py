@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
 import pkgutil
@@ -12,6 +13,7 @@ from pathlib import Path
 import gymnasium
 import pytest
 import torch
+from torchrl.objectives import common as torchrl_loss
 
 import qsm_rl
 from qsm_rl import training
@@ -99,3 +101,37 @@ def test_every_figure_comes_from_the_script():
         assert f'FOLDER / "{picture.name}"' in script, f"{picture.name} is made by no script"
         assert picture.stat().st_size < 120_000, f"{picture.name} has {picture.stat().st_size:,} bytes"
         assert any(picture.name in page.read_text(encoding="utf-8") for page in PAGES), f"{picture.name} is on no page"
+
+
+def messages(source: str) -> list[str]:
+    """The texts in a program, with ``...`` for what is filled in."""
+
+    def text(node: ast.expr) -> str:
+        return node.value if isinstance(node, ast.Constant) else "..."
+
+    nodes = list(ast.walk(ast.parse(source)))
+    filled_in = ["".join(map(text, node.values)) for node in nodes if isinstance(node, ast.JoinedStr)]
+    return filled_in + [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+
+
+def test_messages_in_the_headings_of_the_faq_are_in_the_code():
+    paths = [*(ROOT / "qsm_rl").rglob("*.py"), Path(torchrl_loss.__file__)]
+    known = [message for path in paths for message in messages(path.read_text(encoding="utf-8"))]
+    headings = re.findall(r"^### (.*`.*)$", (DOCS / "faq.md").read_text(encoding="utf-8"), flags=re.M)
+    quoted = [quote for heading in headings for quote in re.findall(r"`([^`]*\s[^`]*)`", heading)]
+    assert len(quoted) > 20
+
+    def stands_in_the_code(quote: str) -> bool:
+        # Values that the heading spells out, such as 'action', are filled in by the code.
+        parts = re.split(r"'\w+'|\bnan\b|\.\.\.", quote)
+        return any(in_order(parts, message) for message in known)
+
+    def in_order(parts: list[str], message: str) -> bool:
+        position = 0
+        for part in parts:
+            position = message.find(part, position)
+            if position < 0:
+                return False
+        return True
+
+    assert not [quote for quote in quoted if not stands_in_the_code(quote)]
