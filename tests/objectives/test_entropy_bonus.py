@@ -151,3 +151,21 @@ def test_layouts_masks_and_the_state_dict(batch_size):
         data["next", "observation"][~mask] = torch.nan
         out = evaluate(loss, data)
         assert all(value.isfinite().all() for value in out.values())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:Using lock_")  # TorchRL's own, while it is compiled
+def test_compiles_as_one_graph():
+    torch.manual_seed(0)
+    loss, data = (
+        QScoreMatchingLoss(make_actor(), make_critics(), entropy_bonus=EntropyBonus(0.3, 4)),
+        make_transitions((8,)),
+    )
+    SoftUpdate(loss, tau=0.5)
+    values = []
+    # The compiler's own generators draw other numbers than eager code; with this both draw the same.
+    with torch._inductor.config.patch(fallback_random=True):
+        for function in (loss.qvalue_loss, torch.compile(loss.qvalue_loss, fullgraph=True)):
+            torch.manual_seed(1)
+            values.append(function(data.clone())[0].detach())
+    torch.testing.assert_close(values[1], values[0], rtol=1e-4, atol=1e-5)

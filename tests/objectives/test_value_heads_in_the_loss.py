@@ -192,7 +192,8 @@ def test_state_dict_and_copies_keep_the_value():
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:Using lock_")  # TorchRL's own, while it is compiled
 @pytest.mark.parametrize("half", ["qvalue_loss", "actor_loss"])
 def test_both_halves_compile_as_one_graph(half):
-    loss, data = QScoreMatchingLoss(make_actor(), head_critics(3), target_aggregation=0.5), make_transitions((8,))
+    options = {"target_aggregation": 0.5, "bc_weight": 0.5}
+    loss, data = QScoreMatchingLoss(make_actor(), head_critics(3), **options), make_transitions((8,))
     SoftUpdate(loss, tau=0.1)
     arguments = {
         "qvalue_loss": (torch.randn(8, ACTION_DIM), torch.randn(5, 8, ACTION_DIM), torch.zeros(8, ACTION_DIM)),
