@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.workers < 1:
         raise rl.UserError(f"--workers must be at least 1, got {options.workers}.")
-    cells = rl.read_grid(options.grid)
+    cells = rl.read_grid(options.grid, options.runs)
     check(cells)
     options.output.mkdir(parents=True, exist_ok=True)
     table = rl.CellTable(options.output / "cells.csv")
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for cell in missing:
             print(f"missing: {cell.env}, {cell.variant}, seed {cell.seed}")
     else:
-        failures = rl.run_cells(cells, table, options.runs, Path(__file__).parent, workers=options.workers)
+        failures = rl.run_cells(cells, table, Path(__file__).parent, workers=options.workers)
     write_table(cells, table, options.output / "table.md")
     print(f"wrote {options.output / 'table.md'}")
     for failure in failures:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from functools import partial
+from pathlib import Path
 
 if __name__ == "__main__":
     print("loading PyTorch, TorchRL and Lightning, some seconds", file=sys.stderr, flush=True)
@@ -41,6 +42,8 @@ from qsm_rl import training as rl
 @rl.exit_on_error
 def main(arguments: list[str] | None = None) -> int:
     config = rl.parse_configuration(rl.QSMConfiguration, rl.preset_values, arguments, description=__doc__)
+    if config.seeds > 1:
+        return rl.run_seeds(config, Path(__file__))
     device = rl.choose_device(config.device)
     config = rl.choose_arithmetic(config, device)
     rl.limit_threads(device)

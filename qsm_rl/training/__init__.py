@@ -12,6 +12,7 @@ from qsm_rl.training.frames import FramesDataset
 from qsm_rl.training.grid import Cell, CellTable, read_grid, run_cells
 from qsm_rl.training.hardware import choose_arithmetic, choose_device, limit_threads
 from qsm_rl.training.loggers import read_metrics
+from qsm_rl.training.many_seeds import run_seeds
 from qsm_rl.training.module import OffPolicyModule
 from qsm_rl.training.plotting import plot_learning_curve
 from qsm_rl.training.qsm_configuration import PRESETS, QSMConfiguration, preset_values
@@ -63,6 +64,7 @@ __all__ = [
     "read_metrics",
     "restore_checkpoint",
     "run_cells",
+    "run_seeds",
     "seed_everything",
     "user_errors",
 ]

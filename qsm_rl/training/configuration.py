@@ -14,7 +14,7 @@ __all__ = ["TrainingConfiguration", "capped_warmup"]
 
 COUNTS = (
     *("total_frames", "eval_every", "eval_episodes", "checkpoint_every", "log_every"),
-    *("action_repeat", "num_envs", "frames_per_batch", "replay_size", "batch_size", "n_step"),
+    *("seeds", "action_repeat", "num_envs", "frames_per_batch", "replay_size", "batch_size", "n_step"),
 )
 
 
@@ -31,6 +31,10 @@ class TrainingConfiguration:
 
     seed: int = 0
     """Seed of everything random. Report at least three seeds."""
+
+    seeds: int = 1
+    """Independent runs with the seeds seed, seed + 1, ..., each a process of its own with one thread, in folders seed_N
+    of run_dir. The same command goes on with what was stopped."""
 
     device: str = "auto"
     """Where the networks and the replay buffer live: auto (a GPU when there is one), cpu, cuda, cuda:1."""

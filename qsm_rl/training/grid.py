@@ -43,6 +43,7 @@ class Cell:
         settings: flags of the recipe as sorted JSON, environment and seed apart; two cells with the same are the same.
         env: environment id.
         seed: seed of the run.
+        folder: folder of the run.
     """
 
     recipe: str
@@ -50,6 +51,7 @@ class Cell:
     settings: str
     env: str
     seed: int
+    folder: Path
 
     @property
     def flags(self) -> list[str]:
@@ -63,19 +65,15 @@ class Cell:
         """Frames of the run."""
         return int(json.loads(self.settings)["total_frames"])
 
-    def folder(self, runs: Path) -> Path:
-        """Folder of its run; cells with other settings have another one."""
-        digest = hashlib.sha256(f"{self.recipe} {self.settings}".encode()).hexdigest()[:8]
-        return runs / self.env.replace("/", "-") / f"{_file_name(self.variant)}-{digest}" / f"seed_{self.seed}"
 
-
-def read_grid(path: Path) -> list[Cell]:
+def read_grid(path: Path, runs: Path) -> list[Cell]:
     """The cells of a grid file, seed by seed, so that every variant has its first result early.
 
     Args:
         path: YAML with ``recipe``, ``seeds`` (a list), ``settings`` (flags of every cell), ``tasks`` (environment to
             its flags, ``total_frames`` at least) and ``variants`` (name to its flags). A variant's flags override a
             task's, which override the settings. A task may list the ``variants`` that run on it, and its ``seeds``.
+        runs: folder for the runs' folders; cells with other settings get another one.
 
     Raises:
         UserError: naming what the file lacks or holds too much of.
@@ -102,7 +100,9 @@ def read_grid(path: Path) -> list[Cell]:
             if "total_frames" not in settings:
                 raise UserError(f"{path}: the task {env} needs total_frames.")
             text = json.dumps(settings, sort_keys=True)
-            cells += [Cell(grid["recipe"], variant, text, env, seed) for seed in seeds]
+            digest = hashlib.sha256(f"{grid['recipe']} {text}".encode()).hexdigest()[:8]
+            folder = runs / env.replace("/", "-") / f"{_file_name(variant)}-{digest}"
+            cells += [Cell(grid["recipe"], variant, text, env, seed, folder / f"seed_{seed}") for seed in seeds]
     return sorted(cells, key=lambda cell: cell.seed)
 
 
@@ -131,14 +131,9 @@ class CellTable:
         key = (cell.env, cell.variant, str(cell.seed), cell.settings)
         return [row for row in self.rows if tuple(row[name] for name in ("env", "variant", "seed", "settings")) == key]
 
-    def add(self, cell: Cell, run: Path) -> None:
-        """Takes a finished run over, in place of the same cell with other settings.
-
-        Args:
-            cell: the cell.
-            run: its run folder.
-        """
-        columns = read_metrics(run / "metrics.csv")
+    def add(self, cell: Cell) -> None:
+        """Takes the results of a finished run over, in place of the same cell with other settings."""
+        columns = read_metrics(cell.folder / "metrics.csv")
         rates = sorted(rate for rate in columns["time/updates_per_second"] if rate > 0)
         key = (cell.env, cell.variant, str(cell.seed))
         self.rows = [row for row in self.rows if tuple(row[name] for name in ("env", "variant", "seed")) != key]
@@ -161,7 +156,7 @@ class CellTable:
             writer.writerows(self.rows)
 
 
-def run_cells(cells: Sequence[Cell], table: CellTable, runs: Path, recipes: Path, *, workers: int) -> list[str]:
+def run_cells(cells: Sequence[Cell], table: CellTable, recipes: Path, *, workers: int) -> list[str]:
     """Runs the cells that the table lacks, so many at a time, each with one thread.
 
     A cell that was begun goes on from its last checkpoint. Ctrl-C and SIGTERM stop every cell behind its step.
@@ -169,7 +164,6 @@ def run_cells(cells: Sequence[Cell], table: CellTable, runs: Path, recipes: Path
     Args:
         cells: what to run, in order.
         table: takes the results.
-        runs: folder of the run folders.
         recipes: folder of the recipes.
         workers: processes at a time.
 
@@ -191,7 +185,7 @@ def run_cells(cells: Sequence[Cell], table: CellTable, runs: Path, recipes: Path
             for worker in range(workers):
                 if worker not in running and waiting:
                     cell = waiting.pop(0)
-                    process = _start(cell, cell.folder(runs), recipes)
+                    process = _start(cell, recipes)
                     if workers <= len(cores):  # a core each: moving about costs a tenth
                         os.sched_setaffinity(process.pid, {cores[worker]})
                     running[worker] = cell, process
@@ -200,11 +194,11 @@ def run_cells(cells: Sequence[Cell], table: CellTable, runs: Path, recipes: Path
                 if process.poll() is not None:
                     del running[worker]
                     if process.returncode == 0:
-                        table.add(cell, cell.folder(runs))
+                        table.add(cell)
                     else:
-                        failures.append(f"{cell.env}, {cell.variant}, seed {cell.seed}: {_last_line(cell, runs)}")
+                        failures.append(f"{cell.env}, {cell.variant}, seed {cell.seed}: {_last_line(cell)}")
                     done += cell.total_frames
-            bar.n = done + sum(_frames(cell.folder(runs)) for cell, _ in running.values())
+            bar.n = done + sum(_frames(cell.folder) for cell, _ in running.values())
             bar.set_description(f"{len(waiting) + len(running)} of {len(cells)} cells left", refresh=True)
     except BaseException:
         _stop(process for _, process in running.values())
@@ -215,7 +209,8 @@ def run_cells(cells: Sequence[Cell], table: CellTable, runs: Path, recipes: Path
     return failures
 
 
-def _start(cell: Cell, folder: Path, recipes: Path) -> subprocess.Popen[bytes]:
+def _start(cell: Cell, recipes: Path) -> subprocess.Popen[bytes]:
+    folder = cell.folder
     script = recipes / f"{cell.recipe}.py"
     if any((folder / "checkpoints").glob("*.pt")):
         arguments = ["--resume", str(folder)]
@@ -260,8 +255,8 @@ def _log(folder: Path) -> Path:
     return folder.with_name(folder.name + ".log")
 
 
-def _last_line(cell: Cell, runs: Path) -> str:
-    path = _log(cell.folder(runs))
+def _last_line(cell: Cell) -> str:
+    path = _log(cell.folder)
     lines = path.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").strip().splitlines()
     return f"{lines[-1] if lines else 'no output'} (see {path})"
 

@@ -63,7 +63,7 @@ def grid(tmp_path):
 
 def run(folder: Path) -> list[str]:
     table = CellTable(folder / "cells.csv")
-    return run_cells(read_grid(folder / "grid.yaml"), table, folder / "runs", folder, workers=2)
+    return run_cells(read_grid(folder / "grid.yaml", folder / "runs"), table, folder, workers=2)
 
 
 def calls(folder: Path) -> list[dict[str, str]]:
@@ -76,7 +76,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 
 def test_cells_come_seed_by_seed_with_the_nearest_setting_winning(grid):
-    cells = read_grid(grid / "grid.yaml")
+    cells = read_grid(grid / "grid.yaml", grid)
     assert [(cell.env, cell.variant, cell.seed) for cell in cells] == [
         ("A-v0", "plain", 0),
         ("A-v0", "slow tau", 0),
@@ -88,7 +88,7 @@ def test_cells_come_seed_by_seed_with_the_nearest_setting_winning(grid):
     assert cells[0].flags == [
         *("--env", "A-v0", "--seed", "0", "--tau", "0.2", "--total_frames", "20", "--widths", "[4, 4]"),
     ]
-    assert len({cell.folder(grid) for cell in cells}) == 5
+    assert len({cell.folder for cell in cells}) == 5
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_a_wrong_grid_file_is_named(grid, old, new, words):
     path = grid / "grid.yaml"
     path.write_text(GRID.replace(old, new))
     with pytest.raises(UserError) as caught:
-        read_grid(path)
+        read_grid(path, grid)
     assert all(word in str(caught.value) for word in words), caught.value
 
 

@@ -1,0 +1,62 @@
+"""Many seeds at once: independent runs of one recipe, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from qsm_rl.training.command_line import NOT_SAVED
+from qsm_rl.training.configuration import TrainingConfiguration
+from qsm_rl.training.errors import UserError
+from qsm_rl.training.grid import Cell, CellTable, run_cells
+from qsm_rl.training.statistics import mean_interval
+
+__all__ = ["run_seeds"]
+
+
+def run_seeds(config: TrainingConfiguration, script: Path) -> int:
+    """Runs a recipe with ``config.seeds`` seeds, as many at a time as there are cores, and says how they did.
+
+    A run that was begun goes on from its last checkpoint, and a finished one is kept, so the same command with the same
+    ``run_dir`` goes on after a stop. ``run_dir/cells.csv`` holds every evaluation.
+
+    Args:
+        config: the settings; their seed is the first.
+        script: the recipe's file.
+
+    Returns:
+        The exit code: 1 if a run failed, else 0.
+
+    Raises:
+        UserError: if ``run_dir`` holds something else.
+    """
+    default = Path("runs") / script.stem / config.env / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.seeds}-seeds"
+    folder = default if config.run_dir is None else Path(config.run_dir)
+    if folder.exists() and any(not path.name.startswith(("seed_", "cells.csv")) for path in folder.iterdir()):
+        raise UserError(f"{folder} holds something other than runs of many seeds; choose a new folder as --run_dir.")
+    left_out = {*NOT_SAVED, "env", "seed", "seeds"}
+    settings = {name: value for name, value in asdict(config).items() if name not in left_out}
+    text = json.dumps(settings, sort_keys=True)
+    cells = [
+        Cell(script.stem, config.preset, text, config.env, seed, folder / f"seed_{seed}")
+        for seed in range(config.seed, config.seed + config.seeds)
+    ]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(cores, len(cells))
+    print(f"{len(cells)} seeds, {workers} at a time; runs in {folder}, what they print in seed_N.log", flush=True)
+    table = CellTable(folder / "cells.csv")
+    failures = run_cells(cells, table, script.parent, workers=workers)
+    for failure in failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    finished = [float(rows[-1]["return_mean"]) for cell in cells if (rows := table.rows_of(cell))]
+    if finished:
+        mean, low, high = mean_interval([[value] for value in finished])
+        returns = ", ".join(f"{value:.1f}" for value in finished)
+        interval = f"95 % interval {low:.1f} to {high:.1f}"
+        print(f"last evaluation of {len(finished)} seeds: mean {mean:.1f}, {interval} ({returns})")
+        print(f"curves: python recipes/plot.py {folder}/seed_*[0-9] --output {folder.with_suffix('')}-curves")
+    return 1 if failures else 0
