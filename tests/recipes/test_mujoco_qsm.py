@@ -116,6 +116,16 @@ def test_same_seed_gives_the_same_run_and_evaluation_has_no_part_in_it(finished,
     assert differences(one["training"], checkpoint(tmp_path / "other", 180)["training"]) != []
 
 
+def test_an_averaged_actor_changes_what_is_collected_only_where_it_acts(finished, tmp_path, capsys):
+    rows = [replay_rows(finished, checkpoint(finished, 180))]
+    for acts in ("false", "true"):
+        folder = tmp_path / acts
+        assert run(*SMALL, "--run_dir", folder, "--actor_ema", "0.99", "--actor_ema_acts", acts) == 0
+        rows.append(replay_rows(folder, checkpoint(folder, 180)))
+    plain, averaged, acting = (row["action"] for row in rows)
+    assert torch.equal(averaged, plain) and not torch.equal(acting, plain)
+
+
 @pytest.mark.parametrize(
     "options",
     [
