@@ -28,6 +28,7 @@ from qsm_rl.objectives.inputs import (
     critic_outputs,
     entry,
     live_entries,
+    stack_critics,
 )
 from qsm_rl.value_heads import ScalarHead
 
@@ -108,9 +109,7 @@ class DiffusionActorCriticLoss(LossModule):
 
         self.convert_to_functional(actor_network, "actor_network", create_target_params=delay_actor)
         self._share_with_actor()
-        self.convert_to_functional(
-            critics, "qvalue_network", expand_dim=len(critics), create_target_params=delay_qvalue
-        )
+        stack_critics(self, critics, delay_qvalue)
         self.num_qvalue_nets = len(critics)
         self.value_head = ScalarHead(loss_function) if own_head is None else own_head
         self.loss_function = loss_function

@@ -6,14 +6,24 @@ from collections.abc import Sequence
 from copy import deepcopy
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
+from torchrl.objectives import LossModule
 
 from qsm_rl.value_heads import ValueHead
 
-__all__ = ["check_actor", "check_choice", "critic_head", "critic_list", "critic_outputs", "entry", "live_entries"]
+__all__ = [
+    "check_actor",
+    "check_choice",
+    "critic_head",
+    "critic_list",
+    "critic_outputs",
+    "entry",
+    "live_entries",
+    "stack_critics",
+]
 
 
 def entry(batch: TensorDictBase, key: NestedKey) -> Tensor:
@@ -152,3 +162,24 @@ def critic_list(
 def check_initialized(name: str, network: nn.Module) -> None:
     if any(nn.parameter.is_lazy(parameter) for parameter in network.parameters()):
         raise ValueError(f"{name} has uninitialised lazy parameters; call it once on a batch before building the loss.")
+
+
+def stack_critics(loss: LossModule, critics: list[TensorDictModule], delay_qvalue: bool) -> None:
+    """Stacks the critics' weights into a loss's parameters ``(num_critics, ...)``, each critic keeping its own.
+
+    Args:
+        loss: gets ``qvalue_network`` and ``qvalue_network_params``, and target parameters.
+        critics: at least one, all alike.
+        delay_qvalue: whether the target parameters are copies.
+    """
+    options = {"expand_dim": len(critics), "create_target_params": delay_qvalue}
+    if len(critics) > 1:
+        loss.convert_to_functional(critics, "qvalue_network", **options)
+        return
+    # TorchRL expands a list of one where it stacks a longer one, which leaves no parameter to train. A single module
+    # gets parameters, but with weights drawn anew: it gets its own back.
+    weights = TensorDict.from_module(critics[0]).data.clone().unsqueeze(0)
+    loss.convert_to_functional(critics[0], "qvalue_network", **options)
+    loss.qvalue_network_params.data.update_(weights)
+    if delay_qvalue:
+        loss._modules["target_qvalue_network_params"].data.update_(weights)

@@ -553,3 +553,27 @@ def test_a_state_dict_of_another_schedule_is_refused_before_anything_is_loaded()
             loss.load_state_dict(build(other).state_dict())
     for name, value in loss.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("delay_qvalue", [True, False])
+@pytest.mark.parametrize("given", ["list", "module"])
+def test_a_single_critic_keeps_its_weights_and_trains(given, delay_qvalue):
+    """TorchRL would expand a list of one and leave nothing to train."""
+    critic = make_critics(count=1)[0]
+    weights = [parameter.detach().clone() for parameter in critic.parameters()]
+    options = {"num_qvalue_nets": 1} if given == "module" else {}
+    loss = QScoreMatchingLoss(
+        make_actor(), critic if given == "module" else [critic], delay_qvalue=delay_qvalue, **options
+    )
+    parameters = list(loss.qvalue_network_params.parameters())
+    assert len(parameters) == len(weights)
+    for mine, theirs in zip(loss.trained_critics()[0].parameters(), weights, strict=True):
+        assert torch.equal(mine, theirs)
+    if delay_qvalue:
+        for key, value in loss.target_qvalue_network_params.items(True, True):
+            assert torch.equal(value, loss.qvalue_network_params.data.get(key))
+    optimizer = torch.optim.Adam(parameters)
+    loss.qvalue_loss(make_transitions([8]))[0].backward()
+    optimizer.step()
+    moved = list(loss.trained_critics()[0].parameters())
+    assert not any(torch.equal(mine, theirs) for mine, theirs in zip(moved, weights, strict=True))
