@@ -275,7 +275,7 @@ def measure_frames(seconds: float, device: torch.device, env: str = "HalfCheetah
 
 
 def measure_growth(seconds: float) -> list[Row]:
-    """Each point in a process of its own, which also knows its peak memory."""
+    """Each point in a process of its own, which also knows its peak memory, libraries included."""
     rows = []
     for axis, values in GROWTH.items():
         for value in values:
@@ -299,10 +299,9 @@ def measure_growth(seconds: float) -> list[Row]:
 def measure_point(size: dict[str, int], seconds: float) -> Row:
     device = torch.device("cpu")
     update, batch = make_update(size, device), make_batch(size["batch"], device)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     rate = take_turns({"": lambda: update(batch.copy())}, seconds, device)[""]
     unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux kibibytes
-    return {"per_second": rate, "peak_mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / unit}
+    return {"per_second": rate, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
 
 
 def measure_start() -> list[Row]:

@@ -77,7 +77,7 @@ def test_growth_is_in_ratio_to_its_axis_first_value(monkeypatch, tmp_path, capsy
     one, two = report["rows"]
     assert (one["what"], two["what"], one["ratio"]) == ("steps 1", "steps 2", 1.0)
     assert two["ratio"] == pytest.approx(two["per_second"] / one["per_second"])
-    assert one["peak_mib"] >= 0
+    assert 100 < one["peak_mib"] < 100_000  # PyTorch alone takes some hundred
     assert report["size"]["hidden"] == 32
     assert "| growth | steps 2 |" in output.with_suffix(".md").read_text()
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,244 @@
+"""Several goals of unequal worth: who keeps all of them? `python recipes/multigoal.py`.
+
+A point moves in the plane from the middle; four goals lie around it, worth 1, 0.9, 0.8 and 0.7 (the QSM paper's
+continuous gridworld, with unequal goals). Q-score matching with several targets and TorchRL's SAC, whose policy is one
+Gaussian, are trained online with real steps, the same sizes of networks, replay buffer and number of updates. Writes
+the trajectories as a figure, and the share of each goal and the spread of the first action as a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+if __name__ == "__main__":
+    print("loading PyTorch and TorchRL, some seconds", file=sys.stderr, flush=True)
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium.spaces import Box
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle
+from tensordict import TensorDictBase
+from tensordict.nn import NormalParamExtractor, TensorDictModule
+from torch import Tensor, nn
+from torchrl.collectors import Collector
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.envs import EnvBase, ExplorationType, set_exploration_type
+from torchrl.modules import ProbabilisticActor, TanhNormal
+from torchrl.objectives import SACLoss, SoftUpdate
+from tqdm import tqdm
+
+from qsm_rl import (
+    DDPMSampler,
+    DiffusionActor,
+    NoiseSchedule,
+    NormalizedQScore,
+    PosteriorQScore,
+    QScoreMatchingLoss,
+    QValueMLP,
+    ScaledQScore,
+    ScoreMLP,
+    ScoreTarget,
+)
+from qsm_rl import training as rl
+
+GOALS = np.array([[0.8, 0.0], [0.0, 0.8], [-0.8, 0.0], [0.0, -0.8]])
+REWARDS = np.array([1.0, 0.9, 0.8, 0.7])
+RADIUS = 0.2
+SPEED = 0.25
+GAMMA = 0.6  # a far-sighted agent may turn round at any time, and hardly minds where it goes first
+HIDDEN = (64, 64)
+EPISODES = 200
+TARGETS: dict[str, Callable[[], ScoreTarget]] = {
+    "posterior": lambda: PosteriorQScore(0.5, 32, normalize=True),
+    "normalized": lambda: NormalizedQScore(0.1),
+    "scaled": lambda: ScaledQScore(50.0),
+}
+
+
+class MultiGoal(gymnasium.Env):
+    """A point in [-1, 1]^2 that starts near the middle and ends at the first goal it comes near to."""
+
+    observation_space = Box(-1, 1, (2,), np.float32)
+    action_space = Box(-1, 1, (2,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.place = self.np_random.normal(0, 0.05, 2)
+        return self.place.astype(np.float32), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        push = np.asarray(action, np.float64)
+        push = push / max(1.0, np.linalg.norm(push))  # the same speed in every direction
+        self.place = np.clip(self.place + SPEED * push, -1, 1)
+        goal = nearest_goal(self.place)
+        reward = 0.0 if goal is None else float(REWARDS[goal])
+        return self.place.astype(np.float32), reward, goal is not None, False, {}
+
+
+def nearest_goal(place: np.ndarray) -> int | None:
+    """The goal within reach."""
+    distances = np.linalg.norm(GOALS - place, axis=1)
+    return int(distances.argmin()) if distances.min() < RADIUS else None
+
+
+gymnasium.register("qsm_rl/MultiGoal-v0", MultiGoal, max_episode_steps=50)
+
+
+def make_critics() -> list[TensorDictModule]:
+    return [
+        TensorDictModule(QValueMLP(2, 2, HIDDEN), ["observation", "action"], ["state_action_value"]) for _ in range(2)
+    ]
+
+
+def make_qsm(environment: EnvBase, target: str) -> tuple[nn.Module, Callable[[TensorDictBase], object]]:
+    """A diffusion policy and its update."""
+    actor = DiffusionActor(
+        ScoreMLP(2, 2, HIDDEN),
+        action_spec=environment.action_spec_unbatched,
+        noise_schedule=NoiseSchedule.cosine(10),
+        sampler=DDPMSampler(clip="clean"),
+    )
+    loss = QScoreMatchingLoss(actor, make_critics(), score_target=TARGETS[target]())
+    loss.make_value_estimator(gamma=GAMMA)
+    return actor, rl.QSMUpdate(loss, actor_learning_rate=1e-3, critic_learning_rate=1e-3, tau=0.01)
+
+
+def make_sac(environment: EnvBase) -> tuple[nn.Module, Callable[[TensorDictBase], object]]:
+    """TorchRL's SAC with its own temperature tuning."""
+    spec = environment.action_spec_unbatched
+    network = nn.Sequential(
+        *(nn.Linear(2, HIDDEN[0]), nn.ReLU(), nn.Linear(*HIDDEN), nn.ReLU()),
+        *(nn.Linear(HIDDEN[1], 4), NormalParamExtractor()),
+    )
+    actor = ProbabilisticActor(
+        TensorDictModule(network, ["observation"], ["loc", "scale"]),
+        spec=spec,
+        in_keys=["loc", "scale"],
+        distribution_class=TanhNormal,
+        return_log_prob=False,
+    )
+    loss = SACLoss(actor, make_critics(), target_entropy=-2.0, action_spec=spec, loss_function="l2")
+    loss.make_value_estimator(gamma=GAMMA)
+    optimizer = torch.optim.Adam(loss.parameters(), lr=1e-3)
+    targets = SoftUpdate(loss, tau=0.01)
+
+    def update(batch: TensorDictBase) -> None:
+        losses = loss(batch)
+        optimizer.zero_grad()
+        sum(losses[name] for name in ("loss_actor", "loss_qvalue", "loss_alpha")).backward()
+        optimizer.step()
+        targets.step()
+
+    return actor, update
+
+
+def train(name: str, frames: int, seed: int) -> tuple[nn.Module, np.ndarray]:
+    """Trains online, one update for each frame behind the first thousand; returns the policy and its episodes."""
+    torch.manual_seed(seed)
+    environment = rl.make_environment("qsm_rl/MultiGoal-v0", seed=seed)
+    policy, update = make_sac(environment) if name == "sac" else make_qsm(environment, name)
+    replay = TensorDictReplayBuffer(storage=LazyTensorStorage(frames), batch_size=128)
+    collector = Collector(
+        environment,
+        policy,
+        frames_per_batch=10,
+        total_frames=frames,
+        init_random_frames=min(2_000, frames // 3),
+        track_traj_ids=False,
+        auto_register_policy_transforms=False,
+        exploration_type=ExplorationType.RANDOM,
+    )
+    bar = tqdm(total=frames, desc=name, unit=" frames")
+    for batch in collector:
+        replay.extend(batch.reshape(-1))
+        if len(replay) > min(2_000, frames // 3):
+            for _ in range(batch.numel()):
+                update(replay.sample())
+        bar.update(batch.numel())
+    bar.close()
+    return policy, roll_out(policy, seed)
+
+
+@torch.no_grad()
+def roll_out(policy: nn.Module, seed: int) -> np.ndarray:
+    """Places of :data:`EPISODES` episodes, ``(episodes, steps, 2)``; NaN behind the end."""
+    environment = rl.make_environment("qsm_rl/MultiGoal-v0", num_envs=EPISODES, seed=seed + 1_000)
+    with set_exploration_type(ExplorationType.RANDOM):
+        rollout = environment.rollout(50, policy, break_when_any_done=False, auto_reset=True)
+    places = torch.cat([rollout["observation"][:, :1], rollout["next", "observation"]], 1).double().numpy()
+    for episode, done in zip(places, rollout["next", "done"].squeeze(-1), strict=True):
+        if done.any():
+            episode[int(done.int().argmax()) + 2 :] = np.nan
+    environment.close()
+    return places
+
+
+@torch.no_grad()
+def measure(policy: nn.Module, places: np.ndarray) -> dict[str, float]:
+    """Share of each goal, mean return, and spread of the action in the middle (0.58 for uniform actions)."""
+    ends = [episode[~np.isnan(episode[:, 0])][-1] for episode in places]
+    goals = [nearest_goal(end) for end in ends]
+    shares = [goals.count(goal) / len(goals) for goal in range(len(GOALS))]
+    with set_exploration_type(ExplorationType.RANDOM):
+        action = policy(observation=torch.zeros(1_000, 2))
+    action = action if isinstance(action, Tensor) else action[-1]
+    entropy = -sum(share * math.log(share) for share in shares if share > 0)
+    return {
+        **{f"goal worth {reward}": share for reward, share in zip(REWARDS, shares, strict=True)},
+        "none": goals.count(None) / len(goals),
+        "mean reward": float(np.dot(shares, REWARDS)),
+        "goals kept": math.exp(entropy),
+        "spread of the first action": action.std(0).mean().item(),
+    }
+
+
+def draw(episodes: dict[str, np.ndarray], picture: Path) -> None:
+    figure = Figure(figsize=(3.2 * len(episodes), 3.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (name, places) in zip(figure.subplots(1, len(episodes), squeeze=False)[0], episodes.items(), strict=True):
+        for episode in places[:100]:
+            axes.plot(episode[:, 0], episode[:, 1], color="C0", alpha=0.25, linewidth=0.8)
+        for goal, reward in zip(GOALS, REWARDS, strict=True):
+            axes.add_patch(Circle(tuple(goal), RADIUS, facecolor="C1", alpha=0.5, edgecolor="none"))
+            axes.annotate(f"{reward:g}", goal, ha="center", va="center", fontsize=9)
+        axes.set(title=name, xlim=(-1.1, 1.1), ylim=(-1.1, 1.1), aspect="equal", xticks=[], yticks=[])
+    figure.savefig(picture)
+
+
+@rl.exit_on_error
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [*TARGETS, "sac"]
+    parser.add_argument("--policies", nargs="+", choices=names, default=names, help="what to train")
+    parser.add_argument("--frames", type=int, default=6_000, help="frames for each")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    parser.add_argument("--output", type=Path, default=Path("multigoal"), help="folder of table and figure")
+    options = parser.parse_args(arguments)
+    if options.frames < 100:
+        raise rl.UserError(f"--frames must be at least 100, got {options.frames}.")
+    rl.limit_threads(torch.device("cpu"))
+    options.output.mkdir(parents=True, exist_ok=True)
+    episodes, rows = {}, []
+    for name in options.policies:
+        policy, episodes[name] = train(name, options.frames, options.seed)
+        rows.append({"policy": name, **{key: f"{value:.2f}" for key, value in measure(policy, episodes[name]).items()}})
+        print(rows[-1], flush=True)
+    with (options.output / "table.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    draw(episodes, options.output / "trajectories.png")
+    print(f"wrote {options.output / 'table.csv'} and {options.output / 'trajectories.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

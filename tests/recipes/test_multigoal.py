@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from tensordict.nn import TensorDictModule
+from torch import nn
+
+from recipes import multigoal
+
+
+def test_the_point_moves_equally_fast_in_every_direction_and_ends_at_a_goal():
+    environment = multigoal.MultiGoal()
+    environment.reset(seed=0)
+    for action in ([1.0, 1.0], [1.0, 0.0], [-0.6, 0.8]):
+        before = environment.place.copy()
+        environment.step(np.array(action, np.float32))
+        assert np.linalg.norm(environment.place - before) == pytest.approx(multigoal.SPEED, rel=1e-5)
+    environment.place = np.array([0.0, -0.55])
+    observation, reward, terminated, truncated, _ = environment.step(np.array([0.0, -0.2], np.float32))
+    assert (reward, terminated, truncated) == (pytest.approx(0.7), True, False)
+    assert observation == pytest.approx([0.0, -0.6])
+    environment.place = np.array([0.3, 0.3])
+    assert environment.step(np.zeros(2, np.float32))[1:3] == (0.0, False)
+
+
+class TwoWays(nn.Module):
+    """Half of its actions go to the right, half up."""
+
+    def forward(self, observation):
+        right = torch.arange(observation[..., 0].numel()).reshape(observation.shape[:-1]) % 2
+        return torch.stack([right, 1 - right], -1).float()
+
+
+def test_shares_and_spread_by_hand():
+    policy = TensorDictModule(TwoWays(), ["observation"], ["action"])
+    places = multigoal.roll_out(policy, seed=0)
+    assert places.shape[0] == multigoal.EPISODES
+    row = multigoal.measure(policy, places)
+    assert row["goal worth 1.0"] == row["goal worth 0.9"] == 0.5
+    assert row["none"] == row["goal worth 0.8"] == 0
+    assert row["mean reward"] == pytest.approx(0.95)
+    assert row["goals kept"] == pytest.approx(2)
+    assert row["spread of the first action"] == pytest.approx(0.5, abs=1e-3)
+    # From the middle to a goal's rim at 0.6 takes three steps of 0.25, so places 4 and later are no more.
+    assert np.isnan(places[:, 5:]).all()
+    assert not math.isnan(places[0, 2, 0])
+
+
+@pytest.mark.parametrize("name", ["posterior", "sac"])
+def test_every_policy_trains(name):
+    policy, places = multigoal.train(name, 120, seed=0)
+    assert np.abs(places[~np.isnan(places)]).max() <= 1
+    assert 0 < multigoal.measure(policy, places)["spread of the first action"] <= 1
