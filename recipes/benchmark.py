@@ -32,6 +32,7 @@ import gymnasium
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, ScalarFormatter
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
@@ -334,10 +335,15 @@ def write_report(rows: Sequence[Row], about: Row, output: Path) -> None:
         return
     figure = Figure(figsize=(3 * len(GROWTH), 3.2), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, axis in zip(figure.subplots(1, len(GROWTH), squeeze=False)[0], GROWTH, strict=True):
+    panels = figure.subplots(1, len(GROWTH), squeeze=False, sharey=True)[0]
+    for axes, axis in zip(panels, GROWTH, strict=True):
         points = [(row["value"], 1000 / row["per_second"]) for row in growth if row["axis"] == axis]
         axes.plot(*zip(*points, strict=True), marker="o", markersize=3)
-        axes.set(xscale="log", yscale="log", xlabel=axis, ylabel="ms per update" if axis == "steps" else "")
+        axes.set(xscale="log", yscale="log", xlabel=axis, ylabel="ms for an update" if axes is panels[0] else "")
+        axes.set_xticks(GROWTH[axis], labels=[str(value) for value in GROWTH[axis]])
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(output.with_suffix(".png"))
