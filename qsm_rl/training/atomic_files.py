@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-__all__ = ["sweep_temporaries", "write_atomically"]
+__all__ = ["sweep_temporaries", "write_atomically", "write_csv_atomically"]
 
 SUFFIX = ".incomplete"
 
@@ -38,6 +40,18 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         os.fsync(directory)  # the new name must survive a power cut as well
     finally:
         os.close(directory)
+
+
+def write_csv_atomically(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes a CSV file with a header as :func:`write_atomically` does; what a row lacks stays empty."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write_atomically(path, write)
 
 
 def sweep_temporaries(folder: Path) -> None:

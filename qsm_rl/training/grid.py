@@ -11,19 +11,19 @@ import json
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 from tqdm import tqdm
 
-from qsm_rl.training.atomic_files import write_atomically
-from qsm_rl.training.errors import TrainingError, UserError
+from qsm_rl.training.atomic_files import write_csv_atomically
+from qsm_rl.training.errors import UserError
 from qsm_rl.training.loggers import read_metrics
 
 __all__ = ["Cell", "CellTable", "read_grid", "run_cells"]
@@ -134,7 +134,7 @@ class CellTable:
     def add(self, cell: Cell) -> None:
         """Takes the results of a finished run over, in place of the same cell with other settings."""
         columns = read_metrics(cell.folder / "metrics.csv")
-        rates = sorted(rate for rate in columns["time/updates_per_second"] if rate > 0)
+        rates = [rate for rate in columns["time/updates_per_second"] if rate > 0]
         key = (cell.env, cell.variant, str(cell.seed))
         self.rows = [row for row in self.rows if tuple(row[name] for name in ("env", "variant", "seed")) != key]
         points = zip(columns["frames"], columns["eval/return_mean"], columns["eval/return_std"], strict=True)
@@ -142,18 +142,12 @@ class CellTable:
             if mean == mean:  # rows without an evaluation hold NaN
                 values = (
                     *(*key, str(int(frames)), f"{mean:.2f}", f"{std:.2f}"),
-                    *(f"{rates[len(rates) // 2]:.1f}" if rates else "", cell.settings),
+                    *(f"{statistics.median_high(rates):.1f}" if rates else "", cell.settings),
                 )
                 self.rows.append(dict(zip(COLUMNS, values, strict=True)))
         self.rows.sort(key=lambda row: (row["env"], row["variant"], int(row["seed"]), int(row["frames"])))
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path, self._write)
-
-    def _write(self, path: Path) -> None:
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows)
+        write_csv_atomically(self.path, COLUMNS, self.rows)
 
 
 def run_cells(cells: Sequence[Cell], table: CellTable, recipes: Path, *, workers: int) -> list[str]:
@@ -245,8 +239,8 @@ def _stop(processes: Iterable[subprocess.Popen[bytes]]) -> None:
 def _frames(folder: Path) -> int:
     """Frames that a run has logged so far."""
     try:
-        columns: dict[str, list[Any]] = read_metrics(folder / "metrics.csv")
-    except (OSError, ValueError, IndexError, UserError, TrainingError):
+        columns = read_metrics(folder / "metrics.csv")
+    except (OSError, ValueError):
         return 0  # not begun, or in the middle of writing
     return int(max(columns.get("frames", [0]), default=0))
 

@@ -12,7 +12,7 @@ import torch
 from qsm_rl.training.configuration import TrainingConfiguration
 from qsm_rl.training.errors import UserError
 
-__all__ = ["choose_arithmetic", "choose_device", "limit_threads"]
+__all__ = ["available_cores", "choose_arithmetic", "choose_device", "limit_threads"]
 
 MOST_THREADS = 4
 UPDATES_WORTH_COMPILING = 5_000
@@ -41,6 +41,11 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def available_cores() -> int:
+    """Cores that this process may use, which can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def limit_threads(device: torch.device) -> int:
     """Limits PyTorch's threads to what small networks can use: one beside a GPU, at most four on the CPU.
 
@@ -50,8 +55,7 @@ def limit_threads(device: torch.device) -> int:
         The number of threads.
     """
     if "OMP_NUM_THREADS" not in os.environ:
-        available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(1 if device.type != "cpu" else min(MOST_THREADS, available))
+        torch.set_num_threads(1 if device.type != "cpu" else min(MOST_THREADS, available_cores()))
     return torch.get_num_threads()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from qsm_rl.training.atomic_files import write_atomically
+from qsm_rl.training.atomic_files import write_csv_atomically
 
 __all__ = ["MetricsTable", "read_metrics"]
 
@@ -71,13 +71,7 @@ class MetricsTable(Logger):
         """Nothing: config.yaml holds them."""
 
     def _rewrite(self) -> None:
-        def write(path: Path) -> None:
-            with path.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, self._columns, restval="", lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(self._rows)
-
-        write_atomically(self.path, write)
+        write_csv_atomically(self.path, self._columns, self._rows)
 
 
 def read_metrics(path: Path) -> dict[str, list[float]]:

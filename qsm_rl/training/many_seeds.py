@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from dataclasses import asdict
@@ -13,6 +12,7 @@ from qsm_rl.training.command_line import NOT_SAVED
 from qsm_rl.training.configuration import TrainingConfiguration
 from qsm_rl.training.errors import UserError
 from qsm_rl.training.grid import Cell, CellTable, run_cells
+from qsm_rl.training.hardware import available_cores
 from qsm_rl.training.statistics import mean_interval
 
 __all__ = ["run_seeds"]
@@ -45,8 +45,7 @@ def run_seeds(config: TrainingConfiguration, script: Path) -> int:
         Cell(script.stem, config.preset, text, config.env, seed, folder / f"seed_{seed}")
         for seed in range(config.seed, config.seed + config.seeds)
     ]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(cores, len(cells))
+    workers = min(available_cores(), len(cells))
     print(f"{len(cells)} seeds, {workers} at a time; runs in {folder}, what they print in seed_N.log", flush=True)
     table = CellTable(folder / "cells.csv")
     failures = run_cells(cells, table, script.parent, workers=workers)
