@@ -17,7 +17,7 @@ from pathlib import Path
 
 from qsm_rl import training as rl
 
-RECIPES = {"mujoco_qsm": (rl.QSMConfiguration, rl.preset_values)}
+RECIPES = {"mujoco_qsm": rl.QSMConfiguration}
 
 
 def check(cells: Sequence[rl.Cell]) -> None:
@@ -26,7 +26,7 @@ def check(cells: Sequence[rl.Cell]) -> None:
         if cell.recipe not in RECIPES:
             raise rl.UserError(f"unknown recipe {cell.recipe!r}; there are {', '.join(RECIPES)}.")
         try:
-            rl.parse_configuration(*RECIPES[cell.recipe], cell.flags)
+            rl.parse_configuration(RECIPES[cell.recipe], cell.flags)
         except rl.UserError as error:
             raise rl.UserError(f"{cell.variant} on {cell.env}: {error}") from error
     with rl.user_errors(ValueError, ImportError):

@@ -12,10 +12,7 @@ from pathlib import Path
 if __name__ == "__main__":
     print("loading PyTorch, TorchRL and Lightning, some seconds", file=sys.stderr, flush=True)
 
-from lightning.pytorch import Trainer
 from tensordict.nn import TensorDictModule, TensorDictSequential
-from torchrl.collectors import Collector
-from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
 from qsm_rl import (
     BestOfN,
@@ -41,31 +38,12 @@ from qsm_rl import training as rl
 
 @rl.exit_on_error
 def main(arguments: list[str] | None = None) -> int:
-    config = rl.parse_configuration(rl.QSMConfiguration, rl.preset_values, arguments, description=__doc__)
+    config = rl.parse_configuration(rl.QSMConfiguration, arguments, description=__doc__)
     if config.seeds > 1:
         return rl.run_seeds(config, Path(__file__))
-    device = rl.choose_device(config.device)
-    config = rl.choose_arithmetic(config, device)
-    rl.limit_threads(device)
-    rl.seed_everything(config.seed)
-    warmup_frames = rl.capped_warmup(config.warmup_frames, config.total_frames)
-
-    # Environments: one batch to train in, one to evaluate in with an environment for each episode.
-    make_environment = partial(
-        rl.make_environment,
-        config.env,
-        action_repeat=config.action_repeat,
-        normalize_observation=config.normalize_observation,
-    )
-    with rl.user_errors(ValueError, ImportError):
-        environment = make_environment(num_envs=config.num_envs, seed=config.seed)
-    action_spec = environment.action_spec_unbatched
-    observation_dim, action_dim = environment.observation_spec["observation"].shape[-1], action_spec.shape[-1]
-
-    folder = rl.RunFolder.open(config, recipe="mujoco_qsm")
-    checkpoint = rl.CheckpointFolder(folder.checkpoints).newest() if folder.resumed else None
-    first_frame = checkpoint["frames"] if checkpoint else 0
-    rl.print_summary(config, folder, environment, device, first_frame=first_frame)
+    run = rl.TrainingRun.begin(config, recipe=__file__)
+    config, device, action_spec = run.config, run.device, run.action_spec
+    observation_dim, action_dim = run.observation_dim, run.action_dim
 
     # Policy: a network that predicts the noise in an action, a noise schedule, and a sampler that walks it back.
     clip = None if config.clip == "none" else config.clip
@@ -140,62 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
         acting = BestOfN(acting, loss.trained_critics(live=True), num_samples=config.best_of)
     exploration = GaussianExploration(action_spec, std=config.exploration_noise_std).to(device)
 
-    # Data: frames from the collector, transitions in the replay buffer.
-    storage = LazyTensorStorage(config.replay_size, device=device)
-    replay = TensorDictReplayBuffer(storage=storage, batch_size=config.batch_size)
-    archive = rl.ReplayArchive(folder.checkpoints / "replay")
-    collector = Collector(
-        environment,
-        TensorDictSequential(acting, exploration),
-        frames_per_batch=config.frames_per_batch,
-        init_random_frames=max(0, warmup_frames - first_frame),
-        env_device="cpu",
-        policy_device=device,
-        storing_device="cpu",
-        track_traj_ids=False,
-        auto_register_policy_transforms=False,
-    )
-    frames = rl.FramesDataset(
-        collector,
-        seed=config.seed,
-        total_frames=config.total_frames,
-        checkpoint_every=config.checkpoint_every,
-        first_frame=first_frame,
-    )
-
-    # Training: one step for each batch of frames.
-    module = rl.OffPolicyModule(
-        update,
-        rl.TransitionWriter(replay, n_step=config.n_step, gamma=config.gamma),
-        env=config.env,
-        warmup_frames=warmup_frames,
-        updates_per_frame=config.updates_per_frame,
-    )
-    if checkpoint:
-        rl.restore_checkpoint(checkpoint, module, frames, archive)
-
-    trainer = Trainer(
-        accelerator=device.type,
-        devices=[device.index] if device.type == "cuda" else 1,
-        max_epochs=1,
-        logger=rl.make_loggers(folder, first_frame=first_frame),
-        callbacks=rl.make_callbacks(config, folder, frames, archive, make_environment),
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=0,  # the callbacks log, by frames
-    )
-    trainer.fit(module, frames)
-
-    rl.publish_actor(
-        folder.actor,
-        update.actor,
-        hidden_dims=config.actor_hidden_dims,
-        environment=environment,
-        env=config.env,
-        action_repeat=config.action_repeat,
-    )
-    return rl.finish_run(trainer, module, frames, folder)
+    return run.train(update, TensorDictSequential(acting, exploration))
 
 
 if __name__ == "__main__":

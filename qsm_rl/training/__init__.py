@@ -15,13 +15,14 @@ from qsm_rl.training.loggers import read_metrics
 from qsm_rl.training.many_seeds import run_seeds
 from qsm_rl.training.module import OffPolicyModule
 from qsm_rl.training.plotting import plot_learning_curve
-from qsm_rl.training.qsm_configuration import PRESETS, QSMConfiguration, preset_values
+from qsm_rl.training.qsm_configuration import PRESETS, QSMConfiguration
 from qsm_rl.training.qsm_update import QSMUpdate
 from qsm_rl.training.random_state import derived_seed, seed_everything
 from qsm_rl.training.replay import ReplayArchive, TransitionWriter
 from qsm_rl.training.run_folder import RunFolder
 from qsm_rl.training.running import finish_run, make_callbacks, make_loggers, print_summary
 from qsm_rl.training.statistics import mean_interval
+from qsm_rl.training.training_run import TrainingRun
 from qsm_rl.training.updates import Update
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "RunFolder",
     "TrainingConfiguration",
     "TrainingError",
+    "TrainingRun",
     "TransitionWriter",
     "Update",
     "UserError",
@@ -57,7 +59,6 @@ __all__ = [
     "mean_interval",
     "parse_configuration",
     "plot_learning_curve",
-    "preset_values",
     "print_summary",
     "publish_actor",
     "read_grid",

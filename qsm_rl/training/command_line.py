@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +26,6 @@ Configuration = TypeVar("Configuration", bound=TrainingConfiguration)
 
 def parse_configuration(
     configuration_class: type[Configuration],
-    preset_values: Callable[[str, str], dict[str, Any]],
     arguments: Sequence[str] | None = None,
     *,
     description: str | None = None,
@@ -37,8 +36,7 @@ def parse_configuration(
     not smaller than before.
 
     Args:
-        configuration_class: the dataclass whose fields are the flags.
-        preset_values: ``(preset, env)`` to the values that the preset fills in.
+        configuration_class: the dataclass whose fields are the flags, with its presets.
         arguments: the command line; ``sys.argv[1:]`` when not given.
         description: what ``--help`` says first.
 
@@ -54,7 +52,7 @@ def parse_configuration(
         return _resumed(parser, configuration_class, given)
     preset = given.get("preset", _default(configuration_class, "preset"))
     env = given.get("env", _default(configuration_class, "env"))
-    return configuration_class(**{**preset_values(preset, env), **given})
+    return configuration_class(**{**configuration_class.preset_values(preset, env), **given})
 
 
 def saved_text(configuration: TrainingConfiguration) -> str:

@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from qsm_rl.training.errors import UserError
 
@@ -20,7 +20,12 @@ COUNTS = (
 
 @dataclass(kw_only=True)
 class TrainingConfiguration:
-    """Settings shared by all off-policy recipes. A frame is one decision of the agent, one transition."""
+    """Settings shared by all off-policy recipes. A frame is one decision of the agent, one transition.
+
+    A recipe's own settings are a dataclass derived from this one, which also names its :attr:`presets`.
+    """
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"default": {}}
 
     env: str = "HalfCheetah-v5"
     """Environment: a Gymnasium MuJoCo id such as Hopper-v5, or dm_control/DOMAIN-TASK such as dm_control/walker-walk
@@ -48,8 +53,7 @@ class TrainingConfiguration:
     C++ compiler, if at least 5,000 updates follow."""
 
     preset: str = "default"
-    """Named set of values for everything not given otherwise: default (what works best) or paper (the authors'
-    settings)."""
+    """Named set of values for everything not given otherwise."""
 
     run_dir: Path | None = None
     """Folder of the run; null makes runs/RECIPE/ENV/TIME-sSEED. A folder that holds anything is refused."""
@@ -134,6 +138,7 @@ class TrainingConfiguration:
         Raises:
             UserError: naming the field, its value and what was expected.
         """
+        self._check("preset", self.preset in self.presets, f"one of {', '.join(self.presets)}")
         for name in COUNTS:
             self._check(name, getattr(self, name) >= 1, "at least 1")
         self._check("seed", 0 <= self.seed < 2**32, "from 0 to 4294967295")
@@ -155,6 +160,19 @@ class TrainingConfiguration:
         self._check(
             "device", re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device) is not None, "auto, cpu, cuda or cuda:N"
         )
+
+    @classmethod
+    def preset_values(cls, preset: str, env: str) -> dict[str, Any]:
+        """The values that a preset fills in on an environment.
+
+        Args:
+            preset: a key of :attr:`presets`; nothing is filled in for another one, which the checks refuse.
+            env: environment id, for presets that depend on it.
+
+        Returns:
+            Field names and their values.
+        """
+        return dict(cls.presets.get(preset, {}))
 
     def _check(self, name: str, valid: bool, expected: str) -> None:
         if not valid:

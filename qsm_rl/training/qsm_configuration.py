@@ -4,16 +4,67 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from qsm_rl.training.configuration import TrainingConfiguration
 
-__all__ = ["PRESETS", "QSMConfiguration", "preset_values"]
+__all__ = ["PRESETS", "QSMConfiguration"]
+
+# The fields' own defaults are the preset `default`. `paper` says where the authors' settings differ; what neither names
+# is the same in both. Read in the official code, settings of the environment included.
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {
+        "schedule": "vp",
+        "num_steps": 5,
+        "sampler": "ddpm",
+        "clip": "sample",
+        "sampler_temperature": 1.0,
+        "score_target": "scaled",
+        "score_scale": 50.0,
+        "score_critics": "online",
+        "score_aggregation": "mean",
+        "bc_weight": 0.0,
+        "critic_layer_norm": False,
+        "critic": "mlp",
+        "critic_bins": None,
+        "num_critics": 2,
+        "target_aggregation": "min",
+        "actor_hidden_dims": (512, 512),
+        "critic_hidden_dims": (512, 512),
+        "actor_learning_rate": 3e-4,
+        "actor_learning_rate_decay": 2_000_000,
+        "critic_learning_rate": 3e-4,
+        "best_of": 1,
+        "eval_best_of": 1,
+        "exploration_noise_std": 0.1,
+        "target_action_noise_std": 0.1,
+        "entropy_temperature": None,
+        "batch_size": 256,
+        "gamma": 0.99,
+        "tau": 0.005,
+        "n_step": 1,
+        "warmup_frames": 10_000,
+        "updates_per_frame": 1.0,
+        "num_envs": 1,
+        "frames_per_batch": 1,
+        "replay_size": 1_000_000,
+        "action_repeat": 1,
+        "normalize_observation": False,
+        "gradient_clipping": None,
+        "actor_ema": None,
+        "eval_episodes": 5,
+    },
+}
+
+PAPER_SCORE_SCALES = {"dm_control/quadruped-walk": 120.0, "dm_control/humanoid-walk": 120.0}
 
 
 @dataclass(kw_only=True)
 class QSMConfiguration(TrainingConfiguration):
     """Settings of Q-score matching."""
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = PRESETS
 
     preset: Literal["default", "paper"] = "default"
     """Named set of values for everything not given otherwise: default (what works best) or paper (the authors'
@@ -135,6 +186,19 @@ class QSMConfiguration(TrainingConfiguration):
     actor_ema_acts: bool = False
     """Whether the averaged actor also collects the frames, steadier and later to change."""
 
+    @classmethod
+    def preset_values(cls, preset: str, env: str) -> dict[str, Any]:
+        """The values that a preset fills in; the authors advise another ``score_scale`` on two tasks.
+
+        Example:
+            >>> QSMConfiguration.preset_values("paper", "dm_control/humanoid-walk")["score_scale"]
+            120.0
+        """
+        values = super().preset_values(preset, env)
+        if preset == "paper" and env in PAPER_SCORE_SCALES:
+            values["score_scale"] = PAPER_SCORE_SCALES[env]
+        return values
+
     def __post_init__(self) -> None:
         """Checks every field.
 
@@ -142,7 +206,6 @@ class QSMConfiguration(TrainingConfiguration):
             UserError: naming the field, its value and what was expected.
         """
         super().__post_init__()
-        self._check("preset", self.preset in PRESETS, f"one of {', '.join(PRESETS)}")
         self._check("num_steps", self.num_steps >= 1, "at least 1")
         self._check("score_particles", self.score_particles >= 2, "at least 2")
         spread = self.score_spread
@@ -175,73 +238,3 @@ class QSMConfiguration(TrainingConfiguration):
         if self.actor_ema is None:
             self._check("actor_ema_acts", not self.actor_ema_acts, "false without --actor_ema")
         self._check("actor_ema", self.actor_ema is None or 0 < self.actor_ema < 1, "null or between 0 and 1")
-
-
-# The fields' own defaults are the preset `default`. `paper` says where the authors' settings differ; what neither names
-# is the same in both. Read in the official code, settings of the environment included.
-PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "paper": {
-        "schedule": "vp",
-        "num_steps": 5,
-        "sampler": "ddpm",
-        "clip": "sample",
-        "sampler_temperature": 1.0,
-        "score_target": "scaled",
-        "score_scale": 50.0,
-        "score_critics": "online",
-        "score_aggregation": "mean",
-        "bc_weight": 0.0,
-        "critic_layer_norm": False,
-        "critic": "mlp",
-        "critic_bins": None,
-        "num_critics": 2,
-        "target_aggregation": "min",
-        "actor_hidden_dims": (512, 512),
-        "critic_hidden_dims": (512, 512),
-        "actor_learning_rate": 3e-4,
-        "actor_learning_rate_decay": 2_000_000,
-        "critic_learning_rate": 3e-4,
-        "best_of": 1,
-        "eval_best_of": 1,
-        "exploration_noise_std": 0.1,
-        "target_action_noise_std": 0.1,
-        "entropy_temperature": None,
-        "batch_size": 256,
-        "gamma": 0.99,
-        "tau": 0.005,
-        "n_step": 1,
-        "warmup_frames": 10_000,
-        "updates_per_frame": 1.0,
-        "num_envs": 1,
-        "frames_per_batch": 1,
-        "replay_size": 1_000_000,
-        "action_repeat": 1,
-        "normalize_observation": False,
-        "gradient_clipping": None,
-        "actor_ema": None,
-        "eval_episodes": 5,
-    },
-}
-
-PAPER_SCORE_SCALES = {"dm_control/quadruped-walk": 120.0, "dm_control/humanoid-walk": 120.0}
-
-
-def preset_values(preset: str, env: str) -> dict[str, Any]:
-    """The values a preset fills in on an environment.
-
-    Args:
-        preset: a key of :data:`PRESETS`.
-        env: environment id; the authors advise another ``score_scale`` on two tasks.
-
-    Returns:
-        Field names and their values.
-
-    Example:
-        >>> preset_values("paper", "dm_control/humanoid-walk")["score_scale"]
-        120.0
-    """
-    values = dict(PRESETS[preset])
-    if preset == "paper" and env in PAPER_SCORE_SCALES:
-        values["score_scale"] = PAPER_SCORE_SCALES[env]
-    return values

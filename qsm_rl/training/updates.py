@@ -27,7 +27,7 @@ class NonFiniteLossError(TrainingError):
 class Update(nn.Module):
     """One update of an algorithm on a replay batch: every loss, every optimiser step, every target network.
 
-    A subclass overrides :meth:`forward` and :attr:`policy`. The training module calls it, logs what it returns, and
+    A subclass overrides :meth:`forward` and :attr:`actor`. The training module calls it, logs what it returns, and
     stores its state.
 
     Args:
@@ -42,9 +42,14 @@ class Update(nn.Module):
         self.num_updates = 0
 
     @property
-    def policy(self) -> TensorDictModuleBase:
-        """What is evaluated and published."""
+    def actor(self) -> TensorDictModuleBase:
+        """What is published."""
         raise NotImplementedError
+
+    @property
+    def policy(self) -> TensorDictModuleBase:
+        """What is evaluated; :attr:`actor` where a subclass says nothing else."""
+        return self.actor
 
     def forward(self, batch: TensorDictBase) -> dict[str, Tensor]:
         """Updates once.

@@ -10,13 +10,12 @@ from qsm_rl.training import (
     RunFolder,
     UserError,
     parse_configuration,
-    preset_values,
 )
 from qsm_rl.training.command_line import saved_text
 
 
 def parse(*arguments: str) -> QSMConfiguration:
-    return parse_configuration(QSMConfiguration, preset_values, arguments)
+    return parse_configuration(QSMConfiguration, arguments)
 
 
 def test_preset_fills_only_what_neither_flags_nor_yaml_give(tmp_path):

@@ -4,15 +4,15 @@ import pytest
 
 from qsm_rl.training import (
     QSMConfiguration,
+    TrainingConfiguration,
     UserError,
     capped_warmup,
     parse_configuration,
-    preset_values,
 )
 
 
 def parse(*arguments: str) -> QSMConfiguration:
-    return parse_configuration(QSMConfiguration, preset_values, arguments)
+    return parse_configuration(QSMConfiguration, arguments)
 
 
 @pytest.mark.parametrize(
@@ -51,3 +51,9 @@ def test_bad_values_are_named_with_what_was_expected(arguments, words):
 @pytest.mark.parametrize(("asked", "total", "warmup"), [(10_000, 50_000, 10_000), (10_000, 49_999, 9_999), (10, 3, 0)])
 def test_warmup_is_at_most_a_fifth(asked, total, warmup):
     assert capped_warmup(asked, total) == warmup
+
+
+def test_a_configuration_without_presets_has_the_default_alone():
+    assert TrainingConfiguration.preset_values("default", "Hopper-v5") == {}
+    with pytest.raises(UserError, match="--preset must be one of default, got 'paper'"):
+        TrainingConfiguration(preset="paper")

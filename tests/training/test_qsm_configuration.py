@@ -9,12 +9,11 @@ from qsm_rl.training import (
     QSMConfiguration,
     UserError,
     parse_configuration,
-    preset_values,
 )
 
 
 def parse(*arguments: str) -> QSMConfiguration:
-    return parse_configuration(QSMConfiguration, preset_values, arguments)
+    return parse_configuration(QSMConfiguration, arguments)
 
 
 def test_without_arguments_the_dataclass_defaults_hold():

@@ -9,12 +9,11 @@ from qsm_rl.training import (
     RunFolder,
     UserError,
     parse_configuration,
-    preset_values,
 )
 
 
 def parse(*arguments: str) -> QSMConfiguration:
-    return parse_configuration(QSMConfiguration, preset_values, arguments)
+    return parse_configuration(QSMConfiguration, arguments)
 
 
 def test_run_folder_is_made_once_and_used_by_one_process(tmp_path, monkeypatch):

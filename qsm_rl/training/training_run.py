@@ -1,0 +1,189 @@
+"""What every recipe does around its algorithm: everything before the networks are built, and everything after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from lightning.pytorch import Trainer
+from tensordict.nn import TensorDictModuleBase
+from torchrl.collectors import Collector
+from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.envs import TransformedEnv
+
+from qsm_rl.training.actor_files import publish_actor
+from qsm_rl.training.callbacks import restore_checkpoint
+from qsm_rl.training.checkpoints import CheckpointFolder
+from qsm_rl.training.configuration import TrainingConfiguration, capped_warmup
+from qsm_rl.training.environments import make_environment
+from qsm_rl.training.errors import user_errors
+from qsm_rl.training.frames import FramesDataset
+from qsm_rl.training.hardware import choose_arithmetic, choose_device, limit_threads
+from qsm_rl.training.module import OffPolicyModule
+from qsm_rl.training.random_state import seed_everything
+from qsm_rl.training.replay import ReplayArchive, TransitionWriter
+from qsm_rl.training.run_folder import RunFolder
+from qsm_rl.training.running import finish_run, make_callbacks, make_loggers, print_summary
+from qsm_rl.training.updates import Update
+
+__all__ = ["TrainingRun"]
+
+Configuration = TypeVar("Configuration", bound=TrainingConfiguration)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRun(Generic[Configuration]):
+    """One run of an off-policy recipe: :meth:`begin` it, build policy, critics, loss and update, and :meth:`train`.
+
+    Attributes:
+        config: the settings, ``compile`` and ``precision`` decided.
+        device: device of the networks and the replay buffer.
+        environment: the training environments, ``num_envs`` stepped together.
+        make_environment: makes another one, called with ``seed`` (and ``num_envs``), as evaluations need it.
+        folder: the run's folder.
+        checkpoint: where the run goes on; None for a new one.
+    """
+
+    config: Configuration
+    device: torch.device
+    environment: TransformedEnv
+    make_environment: Callable[..., TransformedEnv]
+    folder: RunFolder
+    checkpoint: dict[str, Any] | None
+
+    @classmethod
+    def begin(cls, config: Configuration, recipe: Path | str) -> TrainingRun[Configuration]:
+        """Chooses device and arithmetic, seeds everything, makes environments and folder, and says what will run.
+
+        Args:
+            config: the settings as given; with ``resume`` the run there goes on.
+            recipe: the recipe's file, whose name the folder gets.
+
+        Raises:
+            UserError: if device, environment or folder cannot be had; nothing has been written then.
+        """
+        device = choose_device(config.device)
+        config = choose_arithmetic(config, device)
+        limit_threads(device)
+        seed_everything(config.seed)
+        make = partial(
+            make_environment,
+            config.env,
+            action_repeat=config.action_repeat,
+            normalize_observation=config.normalize_observation,
+        )
+        with user_errors(ValueError, ImportError):
+            environment = make(num_envs=config.num_envs, seed=config.seed)
+        folder = RunFolder.open(config, recipe=Path(recipe).stem)
+        checkpoint = CheckpointFolder(folder.checkpoints).newest() if folder.resumed else None
+        run = cls(
+            config=config,
+            device=device,
+            environment=environment,
+            make_environment=make,
+            folder=folder,
+            checkpoint=checkpoint,
+        )
+        print_summary(config, folder, environment, device, first_frame=run.first_frame)
+        return run
+
+    @property
+    def first_frame(self) -> int:
+        """Frames that earlier processes have collected."""
+        return self.checkpoint["frames"] if self.checkpoint else 0
+
+    @property
+    def warmup_frames(self) -> int:
+        """Frames of random actions before the first update."""
+        return capped_warmup(self.config.warmup_frames, self.config.total_frames)
+
+    @property
+    def action_spec(self) -> Bounded:
+        """The actions of one environment, shape ``(A,)``."""
+        return self.environment.action_spec_unbatched
+
+    @property
+    def action_dim(self) -> int:
+        """A, numbers of an action."""
+        return self.action_spec.shape[-1]
+
+    @property
+    def observation_dim(self) -> int:
+        """O, numbers of an observation."""
+        return self.environment.observation_spec["observation"].shape[-1]
+
+    def train(self, update: Update, acting: TensorDictModuleBase) -> int:
+        """Collects, updates, evaluates, logs and writes checkpoints to the end of the run, and publishes the actor.
+
+        Args:
+            update: the algorithm's update, on :attr:`device`.
+            acting: the policy that collects, exploration included; reads ``observation``, writes ``action``.
+
+        Returns:
+            The exit code: 0, or 128 plus the signal that ended the run.
+
+        Raises:
+            UserError: if the checkpoint does not fit the networks.
+            TrainingError: if training cannot go on.
+        """
+        config, folder = self.config, self.folder
+
+        # Data: frames from the collector, transitions in the replay buffer.
+        storage = LazyTensorStorage(config.replay_size, device=self.device)
+        replay = TensorDictReplayBuffer(storage=storage, batch_size=config.batch_size)
+        archive = ReplayArchive(folder.checkpoints / "replay")
+        collector = Collector(
+            self.environment,
+            acting,
+            frames_per_batch=config.frames_per_batch,
+            init_random_frames=max(0, self.warmup_frames - self.first_frame),
+            env_device="cpu",
+            policy_device=self.device,
+            storing_device="cpu",
+            track_traj_ids=False,
+            auto_register_policy_transforms=False,
+        )
+        frames = FramesDataset(
+            collector,
+            seed=config.seed,
+            total_frames=config.total_frames,
+            checkpoint_every=config.checkpoint_every,
+            first_frame=self.first_frame,
+        )
+
+        # Training: one step for each batch of frames.
+        module = OffPolicyModule(
+            update,
+            TransitionWriter(replay, n_step=config.n_step, gamma=config.gamma),
+            env=config.env,
+            warmup_frames=self.warmup_frames,
+            updates_per_frame=config.updates_per_frame,
+        )
+        if self.checkpoint:
+            restore_checkpoint(self.checkpoint, module, frames, archive)
+        trainer = Trainer(
+            accelerator=self.device.type,
+            devices=[self.device.index] if self.device.type == "cuda" else 1,
+            max_epochs=1,
+            logger=make_loggers(folder, first_frame=self.first_frame),
+            callbacks=make_callbacks(config, folder, frames, archive, self.make_environment),
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            log_every_n_steps=0,  # the callbacks log, by frames
+        )
+        trainer.fit(module, frames)
+
+        publish_actor(
+            folder.actor,
+            update.actor,
+            hidden_dims=config.actor_hidden_dims,
+            environment=self.environment,
+            env=config.env,
+            action_repeat=config.action_repeat,
+        )
+        return finish_run(trainer, module, frames, folder)
