@@ -10,7 +10,7 @@ PYTEST = OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help train test test-slow lint format docs clean
+.PHONY: help train test test-slow lint types format docs clean
 
 help:
 	@echo 'make train        train on HalfCheetah-v5 for about 15 minutes: recipes/configs/quickstart.yaml'
@@ -19,6 +19,7 @@ help:
 	@echo 'make test         run the tests, without the slow ones; ARGS="-k schedule" goes on to pytest'
 	@echo 'make test-slow    run the slow tests'
 	@echo 'make lint         check style and formatting'
+	@echo 'make types        check the types of the package'
 	@echo 'make format       mend style and formatting'
 	@echo 'make docs         serve the documentation at http://127.0.0.1:8000'
 	@echo 'make clean        remove caches and build products (not $(VENV), not runs/)'
@@ -41,6 +42,9 @@ lint: $(VENV)/.installed-dev
 	$(VENV_PYTHON) -m ruff check .
 	$(VENV_PYTHON) -m ruff format --check .
 
+types: $(VENV)/.installed-dev
+	$(VENV_PYTHON) -m mypy
+
 format: $(VENV)/.installed-dev
 	$(VENV_PYTHON) -m ruff check --fix .
 	$(VENV_PYTHON) -m ruff format .
@@ -49,7 +53,7 @@ docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs serve $(ARGS)
 
 clean:
-	rm -rf build dist site .pytest_cache .ruff_cache .benchmarks
+	rm -rf build dist site .pytest_cache .ruff_cache .mypy_cache .benchmarks
 	find qsm_rl recipes tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp for each extra, written last: an interrupted install leaves none, so the next call installs again.

@@ -66,14 +66,15 @@ class BestOfN(TensorDictModuleBase):
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples!r}.")
         self.actor = actor
-        self.critics = nn.ModuleList([critics] if isinstance(critics, nn.Module) else critics)
-        if not self.critics:
+        critics = [critics] if isinstance(critics, nn.Module) else list(critics)
+        if not critics:
             raise ValueError("critics is empty; give at least one critic.")
+        self.critics = nn.ModuleList(critics)
         self.num_samples = num_samples
         self.aggregation = aggregation
         self.value_key = value_key
         self.action_key = actor.out_keys[0]
-        read = [*actor.in_keys, *(key for critic in self.critics for key in critic.in_keys)]
+        read = [*actor.in_keys, *(key for critic in critics for key in critic.in_keys)]
         self.in_keys = list(dict.fromkeys(key for key in map(unravel_key, read) if key != unravel_key(self.action_key)))
         self.out_keys = [self.action_key]
 

@@ -71,8 +71,9 @@ class DiffusionPolicy(nn.Module):
         """Noise prediction at each reverse step; a network's own ``reverse_chain`` shares work."""
         timesteps = [step.t for step in self.steps]
         network = self.score_network.network
-        if hasattr(network, "reverse_chain"):
-            predict = network.reverse_chain(observation, timesteps)
+        reverse_chain = getattr(network, "reverse_chain", None)
+        if reverse_chain is not None:
+            predict = reverse_chain(observation, timesteps)
             return lambda index, noisy: predict(index, noisy.to(observation.dtype)).to(noisy.dtype)
         times = torch.tensor(timesteps, dtype=observation.dtype, device=observation.device)
         return lambda index, noisy: self.predict_noise(noisy, observation, times[index].expand(noisy.shape[:-1]))

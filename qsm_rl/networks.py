@@ -158,6 +158,8 @@ class SinusoidalTimeEmbedding(nn.Module):
         torch.Size([5, 64])
     """
 
+    frequencies: Tensor
+
     def __init__(self, num_features: int = 64, max_period: float = 10_000.0) -> None:
         super().__init__()
         _even(num_features)
@@ -251,6 +253,7 @@ class ScoreMLP(nn.Module):
             noisy_action = observation.new_zeros(*observation.shape[:-1], self.action_dim)
             self(noisy_action, observation, observation.new_zeros(observation.shape[:-1]))
         first, rest = self.mlp[0], self.mlp[1:]
+        assert isinstance(first, nn.Linear)
         time = self.time_mlp(torch.tensor(timesteps, dtype=first.weight.dtype, device=observation.device))
         sizes = (self.action_dim, observation.shape[-1], time.shape[-1])
         action_weight, observation_weight, time_weight = first.weight.split(sizes, 1)

@@ -24,7 +24,7 @@ class Float32Buffers(nn.Module):
         super()._apply(fn, recurse)
         for name, old in before.items():
             new = self._buffers[name]
-            if old is not None and old.dtype == torch.float32 and new.dtype != torch.float32:
+            if old is not None and new is not None and old.dtype == torch.float32 and new.dtype != torch.float32:
                 self._buffers[name] = old.to(new.device)
         return self
 

@@ -63,5 +63,5 @@ class SpreadTuner(nn.Module):
         spread = actions.std(0, correction=0).mean()
         # A policy that has collapsed to a point would otherwise ask for an infinite step.
         ratio = (self.target_spread / spread.clamp_min(1e-3)).clamp(0.1, 10)
-        self.score_target.temperature.mul_(ratio**self.rate)
+        self.score_target.get_buffer("temperature").mul_(ratio**self.rate)
         return spread

@@ -59,13 +59,12 @@ def two_hot(values: Tensor, support: Tensor) -> Tensor:
 
 
 class ValueHead:
-    """Base of the value heads. A critic with one has a method ``outputs(*inputs) -> (*B, num_outputs)``.
+    """Base of the value heads. A critic with one has a method ``outputs(*inputs) -> (*B, num_outputs)``."""
 
-    Attributes:
-        num_outputs: outputs of the critic that the head reads.
-    """
-
-    num_outputs: int
+    @property
+    def num_outputs(self) -> int:
+        """Outputs of the critic that the head reads."""
+        raise NotImplementedError
 
     def initial_outputs(self) -> Tensor:
         """What a new critic puts out for every input, shape ``(num_outputs,)``."""

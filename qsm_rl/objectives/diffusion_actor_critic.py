@@ -322,7 +322,7 @@ class DiffusionActorCriticLoss(LossModule):
             next_value = F.aggregate_q_values(q_values, self.target_aggregation).unsqueeze(-1)
             info = {"next_action": sample}
             if self.entropy_bonus is not None:
-                info["entropy_bonus"] = self._entropy_bonus(observation)
+                info["entropy_bonus"] = self._entropy_bonus(self.entropy_bonus, observation)
                 next_value = next_value + info["entropy_bonus"].unsqueeze(-1)
             reward = entry(batch, ("next", keys.reward))
             if reward.shape != next_value.shape:
@@ -336,11 +336,11 @@ class DiffusionActorCriticLoss(LossModule):
             target_value = self.value_estimator.value_estimate(batch.copy(), next_value=next_value)
         return target_value.squeeze(-1), info
 
-    def _entropy_bonus(self, observation: Tensor) -> Tensor:
+    def _entropy_bonus(self, bonus: EntropyBonus, observation: Tensor) -> Tensor:
         """The bonus ``(*B,)`` of the actor at observations ``(*B, O)``, from samples of their own."""
-        many = observation.expand(self.entropy_bonus.num_samples, *observation.shape)
+        many = observation.expand(bonus.num_samples, *observation.shape)
         with self._target_actor():
-            return self.entropy_bonus(self.actor_network.sample(many)).to(observation.dtype)
+            return bonus(self.actor_network.sample(many)).to(observation.dtype)
 
     def _q_values(self, tensordict: TensorDictBase, action: Tensor, params: TensorDictBase) -> Tensor:
         """Q-values of every critic, ``(num_critics, *B)``, for actions in environment units."""

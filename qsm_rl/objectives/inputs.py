@@ -117,7 +117,7 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}.")
 
 
-def check_actor(actor_network: object) -> None:
+def check_actor(actor_network: nn.Module) -> None:
     """Raises TypeError for an actor without the methods of DiffusionActor, ValueError for a lazy one."""
     needed = ("in_keys", "out_keys", "observation", "sample", "predict_noise", "noise_schedule", "box")
     missing = [name for name in needed if not hasattr(actor_network, name)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -53,15 +52,15 @@ def publish_actor(
     for norm in norms:
         tensors.update({NORM + name: value.contiguous() for name, value in norm.state_dict().items()})
     action_dim = actor.box.action_dim
-    first = actor.score_network.mlp[0].in_features
+    network: Any = actor.score_network  # a ScoreMLP, whose layers are known
     config = {
         "format": FORMAT,
         "env": env,
         "action_repeat": action_repeat,
-        "observation_dim": first - action_dim - actor.score_network.time_mlp[-1].out_features,
+        "observation_dim": network.mlp[0].in_features - action_dim - network.time_mlp[-1].out_features,
         "action_dim": action_dim,
         "hidden_dims": list(hidden_dims),
-        "sampler": {"name": type(actor.sampler).__name__, **asdict(actor.sampler)},
+        "sampler": {"name": type(actor.sampler).__name__, **vars(actor.sampler)},
         "normalize_observation": bool(norms),
     }
     folder.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ __all__ = ["sweep_temporaries", "write_atomically", "write_csv_atomically"]
 SUFFIX = ".incomplete"
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Writes a file beside its target, flushes it to the disk, and puts it in place in one step.
 
     Args:

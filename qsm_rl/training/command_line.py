@@ -83,7 +83,9 @@ def _parse(parser: ArgumentParser, arguments: list[str]) -> dict[str, Any]:
 
 def _config_first(arguments: list[str]) -> list[str]:
     """Moves ``--config FILE`` to the front: later arguments win, and flags are to win wherever they stand."""
-    front, rest, position = [], [], 0
+    front: list[str] = []
+    rest: list[str] = []
+    position = 0
     while position < len(arguments):
         argument = arguments[position]
         width = 2 if argument == "--config" else 1

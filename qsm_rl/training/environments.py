@@ -97,7 +97,8 @@ def make_environment(
     vector_env = _SeededVectorEnv([make_one] * num_envs, autoreset_mode=AutoresetMode.DISABLED)
     transforms = [RewardSum(), StepCounter()]
     if normalize_observation:
-        transforms.append(RunningObservationNorm(vector_env.single_observation_space.shape[0]))
+        (observation_dim,) = vector_env.single_observation_space.shape or ()
+        transforms.append(RunningObservationNorm(observation_dim))
     environment = TransformedEnv(GymWrapper(vector_env, device="cpu"), Compose(*transforms))
     if seed is not None:
         environment.set_seed(seed)
@@ -239,8 +240,12 @@ def _find_observation_norm(environment: EnvBase) -> RunningObservationNorm | Non
 class _SeededVectorEnv(SyncVectorEnv):
     """Gymnasium's vector environment with independent seeds for its environments."""
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
-        return super().reset(seed=None if seed is None else sub_environment_seeds(seed, self.num_envs), options=options)
+    def reset(
+        self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        if seed is not None and not isinstance(seed, list):
+            seed = [*sub_environment_seeds(seed, self.num_envs)]
+        return super().reset(seed=seed, options=options)
 
 
 class _ActionRepeat(gymnasium.Wrapper):

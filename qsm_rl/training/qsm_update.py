@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
-from torch.optim import Adam
+from torch.optim import Adam, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchrl.objectives import SoftUpdate
 
@@ -68,7 +68,7 @@ class QSMUpdate(Update):
     ) -> None:
         actor_parameters = list(loss.actor_network_params.parameters())
         critic_parameters = list(loss.qvalue_network_params.parameters())
-        optimizers = {
+        optimizers: dict[str, Optimizer] = {
             "actor": Adam(actor_parameters, lr=actor_learning_rate, fused=True),
             "critic": Adam(critic_parameters, lr=critic_learning_rate, fused=True),
         }
@@ -94,7 +94,7 @@ class QSMUpdate(Update):
     @property
     def actor(self) -> DiffusionActor:
         """What is published: the averaged actor if there is one, else the actor itself."""
-        return self._actor[0] if self.ema is None else self.ema.module
+        return self._actor[0] if self.ema is None else cast(DiffusionActor, self.ema.module)
 
     @property
     def policy(self) -> DiffusionActor | BestOfN:
@@ -134,12 +134,13 @@ class QSMUpdate(Update):
         with isolated_random_state(0):  # how often a row is written must not change the training
             out["policy_spread"] = self._samples().std(0, correction=0).mean()
         if hasattr(self.loss.score_target, "temperature"):
-            out["temperature"] = self.loss.score_target.temperature.clone()
+            out["temperature"] = self.loss.score_target.get_buffer("temperature").clone()
         return out
 
     @torch.no_grad()
     def _samples(self) -> Tensor:
         """Actions of the policy in box units, ``(SPREAD_SAMPLES, SPREAD_OBSERVATIONS, A)``."""
+        assert self._observation is not None, "asked before the first update"
         return self._actor[0].sample(self._observation.expand(SPREAD_SAMPLES, *self._observation.shape))
 
     def _step(self, optimizer: str, name: str, loss: Tensor, parameters: list[Tensor]) -> None:

@@ -155,4 +155,4 @@ def finish_run(trainer: Trainer, module: OffPolicyModule, frames: FramesDataset,
 
 
 def _callback(trainer: Trainer, kind: type[CallbackType]) -> CallbackType:
-    return next(callback for callback in trainer.callbacks if isinstance(callback, kind))
+    return next(callback for callback in trainer.callbacks if isinstance(callback, kind))  # type: ignore[attr-defined]
