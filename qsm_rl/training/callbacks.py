@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
+from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import EnvBase
 
 from qsm_rl.training.checkpoints import CheckpointFolder
@@ -111,17 +112,18 @@ class StopSignals(Callback):
 
 
 class Evaluation(PeriodicCallback):
-    """Evaluates the policy and adds ``eval/...`` to the next row of the log.
+    """Evaluates every policy of the update and adds ``eval/...`` to the next row of the log.
 
     Args:
         frames: the data set.
         every: frames between evaluations.
         make_environment: makes an evaluation's environment, which takes over the training environments' statistics.
-        episodes: episodes of an evaluation.
+        episodes: episodes of an evaluation, for each way of acting.
         stop: asks for evaluations to be left.
+        deterministic: whether the actor is also evaluated under deterministic exploration.
 
     Attributes:
-        last: the last result.
+        results: the last results by the way of acting: ``""`` is the actor as it samples.
     """
 
     def __init__(
@@ -131,25 +133,42 @@ class Evaluation(PeriodicCallback):
         make_environment: Callable[..., EnvBase],
         episodes: int,
         stop: StopSignals,
+        deterministic: bool = False,
     ) -> None:
         super().__init__(frames, every)
         self.make_environment = make_environment
         self.episodes = episodes
         self.stop = stop
-        self.last: EvaluationResult | None = None
+        self.deterministic = deterministic
+        self.results: dict[str, EvaluationResult] = {}
+
+    @property
+    def last(self) -> EvaluationResult | None:
+        """The last result of the actor as it samples."""
+        return self.results.get("")
 
     def run(self, trainer: Trainer, module: OffPolicyModule) -> None:
         """Evaluates, unless the process is to stop."""
         begin = time.perf_counter()
         try:
             with self.stop.interruptible():
-                seed = derived_seed(self.frames.seed, "evaluation", module.env_frames)
-                environment = self.make_environment(seed=seed)
-                copy_observation_statistics(self.frames.collector.env, environment)
-                self.last = evaluate_policy(environment, module.update.policy, episodes=self.episodes, seed=seed)
+                results = {way: self._evaluate(policy, module) for way, policy in module.update.policies.items()}
+                if self.deterministic:
+                    results["deterministic"] = self._evaluate(module.update.actor, module, deterministic=True)
         except StopRequested:
             return
-        module.window.add({**self.last.metrics(), "time/evaluation_seconds": time.perf_counter() - begin})
+        self.results = results
+        metrics = {name: value for way, result in results.items() for name, value in result.metrics(way).items()}
+        module.window.add({**metrics, "time/evaluation_seconds": time.perf_counter() - begin})
+
+    def _evaluate(
+        self, policy: TensorDictModuleBase, module: OffPolicyModule, deterministic: bool = False
+    ) -> EvaluationResult:
+        # One seed for all ways of acting: what is evaluated beside the actor does not change the actor's result.
+        seed = derived_seed(self.frames.seed, "evaluation", module.env_frames)
+        environment = self.make_environment(seed=seed)
+        copy_observation_statistics(self.frames.collector.env, environment)
+        return evaluate_policy(environment, policy, episodes=self.episodes, seed=seed, deterministic=deterministic)
 
 
 class MetricRows(PeriodicCallback):

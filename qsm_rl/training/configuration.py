@@ -67,6 +67,10 @@ class TrainingConfiguration:
     eval_episodes: int = 5
     """Episodes of one evaluation. More make the mean less noisy (5 to 20 are usual) and cost time."""
 
+    eval_deterministic: bool = False
+    """Whether each evaluation also runs eval_episodes episodes of the deterministic policy, logged apart as
+    eval/deterministic/return_mean. It begins as the sampling one does, and costs its time again."""
+
     checkpoint_every: int = 5_000
     """Frames between checkpoints, from which --resume continues to the bit. All environments are reset there, in
     every run: keep it well above num_envs times the length of an episode. At most this many frames are lost by a

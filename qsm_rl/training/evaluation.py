@@ -32,25 +32,34 @@ class EvaluationResult:
     returns: tuple[float, ...]
     lengths: tuple[int, ...]
 
-    def metrics(self) -> dict[str, float]:
-        """Mean and spread of the returns (over episodes, as of a population), extremes, and mean length."""
+    def metrics(self, way: str = "") -> dict[str, float]:
+        """Mean and spread of the returns (over episodes, as of a population), extremes, and mean length.
+
+        Args:
+            way: how the policy acted, which becomes a part of the names: ``eval/WAY/return_mean``.
+
+        Returns:
+            Names as they are logged, and values.
+        """
+        prefix = f"eval/{way}/" if way else "eval/"
         returns = torch.tensor(self.returns, dtype=torch.float64)
         return {
-            "eval/return_mean": returns.mean().item(),
-            "eval/return_std": returns.std(correction=0).item(),
-            "eval/return_min": returns.min().item(),
-            "eval/return_max": returns.max().item(),
-            "eval/episode_length": sum(self.lengths) / len(self.lengths),
+            f"{prefix}return_mean": returns.mean().item(),
+            f"{prefix}return_std": returns.std(correction=0).item(),
+            f"{prefix}return_min": returns.min().item(),
+            f"{prefix}return_max": returns.max().item(),
+            f"{prefix}episode_length": sum(self.lengths) / len(self.lengths),
         }
 
 
 def evaluate_policy(
-    environment: EnvBase, policy: TensorDictModuleBase, *, episodes: int, seed: int
+    environment: EnvBase, policy: TensorDictModuleBase, *, episodes: int, seed: int, deterministic: bool = False
 ) -> EvaluationResult:
     """Runs complete episodes of a policy, one after another, with TorchRL's Evaluator.
 
     The policy samples (RANDOM exploration), as the QSM authors evaluate; add no exploration noise to it. Episodes run
-    in one environment: of several stepped together the first episodes to end would be the short ones.
+    in one environment: of several stepped together the first episodes to end would be the short ones. With the same
+    seed every policy starts its first episode in the same state, so comparisons are less noisy than their parts.
 
     Args:
         environment: just made, with ``num_envs=1``; it is seeded, and closed behind the evaluation. A used one would
@@ -58,6 +67,8 @@ def evaluate_policy(
         policy: reads the observation, writes the action.
         episodes: how many, at least 1.
         seed: seed of environment and policy. The caller's random generators are left as they were.
+        deterministic: whether the policy acts under DETERMINISTIC exploration in place of RANDOM: a
+            :class:`~qsm_rl.DiffusionActor` then follows the mean of each reverse step from zero noise.
 
     Returns:
         Returns and lengths in the order of the episodes.
@@ -80,7 +91,7 @@ def evaluate_policy(
             environment,
             _WatchedPolicy(policy),
             num_trajectories=episodes,
-            exploration_type=ExplorationType.RANDOM,
+            exploration_type=ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM,
             frames_per_batch=FRAMES_PER_BATCH,
             device=device,
             metrics_fn=keep,

@@ -156,7 +156,8 @@ class QSMConfiguration(TrainingConfiguration):
     leans on the critics; 1 is the policy itself, usual range 1 to 16."""
 
     eval_best_of: int = 1
-    """The same for evaluation. The published actor is without it; usual range 1 to 64."""
+    """The same for evaluation, beside that of the policy itself and logged apart as eval/best_of_N/return_mean;
+    eval/return_mean and the published actor are without it. 1 for none; usual range 4 to 64."""
 
     exploration_noise_std: float = 0.1
     """Gaussian noise added to actions while collecting, in units of half the action range, then clipped. More explores

@@ -6,6 +6,7 @@ from typing import Literal, cast
 
 import torch
 from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -40,7 +41,8 @@ class QSMUpdate(Update):
         actor_ema: decay of the moving average of the actor; None keeps none.
         spread_tuner: moves the score target's temperature; None leaves it. It is asked every ``TUNING_PERIOD`` updates
             with :data:`SPREAD_SAMPLES` actions for the batch's first :data:`SPREAD_OBSERVATIONS` observations.
-        eval_best_of: N of the best of N samples by the mean of the critics that is evaluated; 1 is the actor itself.
+        eval_best_of: N of the best of N samples by the mean of the critics that is evaluated beside the actor; 1 for
+            none.
         precision: arithmetic of the matrix products, ``"float32"`` or ``"bfloat16"``. With bfloat16 the losses run
             under ``torch.autocast``; weights, optimisers, Q-values, predicted noises and losses stay float32.
         compile: whether the losses go through ``torch.compile``; their first call then takes about a minute.
@@ -97,11 +99,13 @@ class QSMUpdate(Update):
         return self._actor[0] if self.ema is None else cast(DiffusionActor, self.ema.module)
 
     @property
-    def policy(self) -> DiffusionActor | BestOfN:
-        """What is evaluated: :attr:`actor`, or its best of ``eval_best_of`` samples by the critics as they are now."""
-        if self.eval_best_of == 1:
-            return self.actor
-        return BestOfN(self.actor, self.loss.trained_critics(live=True), num_samples=self.eval_best_of)
+    def policies(self) -> dict[str, TensorDictModuleBase]:
+        """:attr:`actor`, and where asked for its best of ``eval_best_of`` samples by the critics as they are now."""
+        policies = super().policies
+        if self.eval_best_of > 1:
+            critics = self.loss.trained_critics(live=True)
+            policies[f"best_of_{self.eval_best_of}"] = BestOfN(self.actor, critics, num_samples=self.eval_best_of)
+        return policies
 
     def forward(self, batch: TensorDictBase) -> dict[str, Tensor]:
         """See :meth:`Update.forward`; returns ``qvalue`` (mean over critics) and ``actor``."""

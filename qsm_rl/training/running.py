@@ -101,7 +101,9 @@ def make_callbacks(
         make_environment: makes an environment from a seed, for evaluations.
     """
     stop = StopSignals()
-    evaluation = Evaluation(frames, config.eval_every, make_environment, config.eval_episodes, stop)
+    evaluation = Evaluation(
+        frames, config.eval_every, make_environment, config.eval_episodes, stop, config.eval_deterministic
+    )
     title = f"{folder.recipe} on {config.env}, preset {config.preset}, seed {config.seed}"
     return [
         evaluation,
@@ -139,11 +141,11 @@ def finish_run(trainer: Trainer, module: OffPolicyModule, frames: FramesDataset,
         else:
             print(f"go on from the checkpoint at frame {last_checkpoint:,}: {script} --resume {folder.path}")
         return stop.exit_code
-    if evaluation.last is not None:
-        metrics = evaluation.last.metrics()
+    for way, result in evaluation.results.items():
+        metrics = result.metrics()
         print(
-            f"evaluation at frame {module.env_frames:,}: return {metrics['eval/return_mean']:.1f} "
-            f"± {metrics['eval/return_std']:.1f} over {len(evaluation.last.returns)} episodes"
+            f"evaluation at frame {module.env_frames:,}{way and ', ' + way}: return {metrics['eval/return_mean']:.1f} "
+            f"± {metrics['eval/return_std']:.1f} over {len(result.returns)} episodes"
         )
     print(f"learning curve: {folder.learning_curve}")
     print(f"actor: {folder.actor}")

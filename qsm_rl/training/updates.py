@@ -47,9 +47,9 @@ class Update(nn.Module):
         raise NotImplementedError
 
     @property
-    def policy(self) -> TensorDictModuleBase:
-        """What is evaluated; :attr:`actor` where a subclass says nothing else."""
-        return self.actor
+    def policies(self) -> dict[str, TensorDictModuleBase]:
+        """What is evaluated, each apart: ``""`` is :attr:`actor`, logged as ``eval/...``, NAME as ``eval/NAME/...``."""
+        return {"": self.actor}
 
     def forward(self, batch: TensorDictBase) -> dict[str, Tensor]:
         """Updates once.

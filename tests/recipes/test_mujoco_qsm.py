@@ -104,7 +104,14 @@ def test_a_run_leaves_everything_it_promises(finished, capsys):
 
 
 def test_same_seed_gives_the_same_run_and_evaluation_has_no_part_in_it(finished, tmp_path, capsys):
-    assert run(*SMALL, "--run_dir", tmp_path / "again", "--eval_every", "90", "--eval_episodes", "1") == 0
+    other_ways = ["--eval_every", "90", "--eval_deterministic", "true", "--eval_best_of", "2"]
+    assert run(*SMALL, "--run_dir", tmp_path / "again", *other_ways) == 0
+    printed = capsys.readouterr().out
+    assert "frame 180: return" in printed and "frame 180, deterministic: return" in printed
+    last, other_last = metrics(finished)[-1], metrics(tmp_path / "again")[-1]
+    ways = {f"eval/{way}/return_mean" for way in ("deterministic", "best_of_2")}
+    assert ways <= other_last.keys() and not ways & last.keys()
+    assert {name: other_last[name] for name in last} == last
     one, other = checkpoint(finished, 180), checkpoint(tmp_path / "again", 180)
     assert differences(one["training"], other["training"]) == []
     assert differences(replay_rows(finished, one), replay_rows(tmp_path / "again", other)) == []

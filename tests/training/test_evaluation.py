@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from qsm_rl import DiffusionActor, NoiseSchedule, ScoreMLP
 from qsm_rl.training import UserError, evaluate_policy, make_environment
@@ -21,8 +22,8 @@ def make_evaluator(name, episodes):
         noise_schedule=NoiseSchedule.vp(3),
     )
 
-    def evaluate(seed):
-        return evaluate_policy(make_environment(env_id(name)), actor, episodes=episodes, seed=seed)
+    def evaluate(seed, **options):
+        return evaluate_policy(make_environment(env_id(name)), actor, episodes=episodes, seed=seed, **options)
 
     return evaluate, actor
 
@@ -47,6 +48,21 @@ def test_evaluation_uses_the_weights_as_they_are():
             parameter.add_(1.0)
     assert evaluate(1) != before
     assert all(parameter.requires_grad for parameter in actor.parameters())
+
+
+def test_the_deterministic_policy_runs_through_the_same_states():
+    """Against the steps written out; the collector resets once before it begins."""
+    evaluate, actor = make_evaluator("Slide", 1)
+    environment = make_environment(env_id("Slide"))
+    environment.set_seed(5)
+    environment.reset()
+    with set_exploration_type(ExplorationType.DETERMINISTIC), torch.no_grad():
+        rollout = environment.rollout(100, actor)
+    result = evaluate(5, deterministic=True)
+    assert result.returns == pytest.approx([rollout["next", "reward"].sum().item()])
+    assert result.lengths == (rollout.numel(),)
+    assert evaluate(5).returns != pytest.approx(result.returns)
+    assert result.metrics("deterministic")["eval/deterministic/return_mean"] == pytest.approx(result.returns[0])
 
 
 def test_every_episode_counts_however_long():

@@ -62,17 +62,19 @@ def test_averaged_actor_is_what_is_evaluated_and_does_not_train():
         live = [parameter.detach().clone() for parameter in module.update.actor_parameters]
         # the first call takes the actor over, as torch's AveragedModel does
         average = live if step == 0 else [0.75 * a + 0.25 * b for a, b in zip(average, live, strict=True)]
-    mine = list(module.update.policy.parameters())
+    mine = list(module.update.policies[""].parameters())
     assert len(mine) == len(average)
     for a, b in zip(mine, average, strict=True):
         torch.testing.assert_close(a.detach(), b)
     assert not torch.equal(mine[0], live[0])
 
 
-def test_the_best_of_several_is_evaluated_and_the_actor_published(batch):
+def test_the_best_of_several_is_evaluated_beside_the_actor(batch):
     _, module = build("Slide", eval_best_of=3, actor_ema=0.9)
     module.update(batch)
-    policy = module.update.policy
+    assert module.update.policies.keys() == {"", "best_of_3"}
+    assert module.update.policies[""] is module.update.actor
+    policy = module.update.policies["best_of_3"]
     assert isinstance(policy, BestOfN) and policy.num_samples == 3
     assert policy.actor is module.update.actor is module.update.ema.module
     for mine, trained in zip(policy.critics, module.update.loss.trained_critics(), strict=True):
