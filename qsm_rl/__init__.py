@@ -4,7 +4,8 @@ from qsm_rl import functional
 from qsm_rl.action_box import ActionBox
 from qsm_rl.action_selection import BestOfN, GaussianExploration
 from qsm_rl.actor import DiffusionActor
-from qsm_rl.critics import QValueMLP, QValueSimBa
+from qsm_rl.batch_renorm import BatchRenorm
+from qsm_rl.critics import QValueCrossQ, QValueMLP, QValueSimBa
 from qsm_rl.entropy import EntropyBonus
 from qsm_rl.networks import ScoreMLP
 from qsm_rl.noise_schedule import NoiseSchedule
@@ -23,6 +24,7 @@ from qsm_rl.value_heads import ScalarHead, TwoHotHead, ValueHead
 
 __all__ = [
     "ActionBox",
+    "BatchRenorm",
     "BestOfN",
     "BoltzmannQScore",
     "DDIMSampler",
@@ -35,6 +37,7 @@ __all__ = [
     "PosteriorGradientQScore",
     "PosteriorQScore",
     "QScoreMatchingLoss",
+    "QValueCrossQ",
     "QValueMLP",
     "QValueSimBa",
     "ScalarHead",

@@ -26,6 +26,7 @@ from qsm_rl import (
     NormalizedQScore,
     PosteriorQScore,
     QScoreMatchingLoss,
+    QValueCrossQ,
     QValueMLP,
     QValueSimBa,
     ScaledQScore,
@@ -66,6 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     make_critic = {
         "mlp": partial(QValueMLP, hidden_dims=widths, layer_norm=config.critic_layer_norm),
         "simba": partial(QValueSimBa, width=widths[0], num_blocks=len(widths)),
+        "crossq": partial(QValueCrossQ, hidden_dims=widths),
     }[config.critic]
     critics = [
         TensorDictModule(
@@ -86,6 +88,9 @@ def main(arguments: list[str] | None = None) -> int:
     entropy_bonus = None
     if config.entropy_temperature is not None:
         entropy_bonus = EntropyBonus(config.entropy_temperature, config.entropy_samples)
+    has_targets = config.critic != "crossq"
+    if not has_targets and config.score_critics == "target":
+        print("crossq has no target critics: dQ/da comes from the critics themselves, as with --score_critics online")
     loss = QScoreMatchingLoss(
         actor,
         critics,
@@ -96,6 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
         target_aggregation=config.target_aggregation,
         target_action_noise_std=config.target_action_noise_std,
         entropy_bonus=entropy_bonus,
+        delay_qvalue=has_targets,
     ).to(device)
     loss.make_value_estimator(gamma=config.gamma)
     update = rl.QSMUpdate(
@@ -103,6 +109,8 @@ def main(arguments: list[str] | None = None) -> int:
         actor_learning_rate=config.actor_learning_rate,
         critic_learning_rate=config.critic_learning_rate,
         tau=config.tau,
+        critic_adam_beta1=config.critic_adam_beta1,
+        policy_delay=config.policy_delay,
         actor_learning_rate_decay=config.actor_learning_rate_decay,
         gradient_clipping=config.gradient_clipping,
         actor_ema=config.actor_ema,

@@ -28,6 +28,7 @@ RANKS = {
     "functional": 0,
     "noise_schedule": 0,
     "networks": 0,
+    "batch_renorm": 0,
     "value_heads": 0,
     "entropy": 0,
     "critics": 0,

@@ -2,40 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from tensordict import TensorDictBase, TensorDictParams
 from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor
-from torchrl.objectives import LossModule, ValueEstimators
+from torchrl.objectives import ValueEstimators
 from torchrl.objectives.utils import dispatch_value_estimator
 
 from qsm_rl import functional as F
 from qsm_rl.actor import DiffusionActor
 from qsm_rl.entropy import EntropyBonus
-from qsm_rl.noise_schedule import Float32Buffers
-from qsm_rl.objectives.inputs import (
-    check_actor,
-    check_choice,
+from qsm_rl.objectives.ensembles import (
+    batch_normalizers,
     critic_head,
     critic_list,
-    critic_outputs,
-    entry,
-    live_entries,
+    ensemble_outputs,
+    joint_outputs,
     stack_critics,
 )
+from qsm_rl.objectives.inputs import check_actor, check_choice, entry, live_entries
+from qsm_rl.objectives.shared_actor import SharedActorLoss
 from qsm_rl.value_heads import ScalarHead
 
 __all__ = ["DiffusionActorCriticLoss"]
 
 
-class DiffusionActorCriticLoss(LossModule):
+class DiffusionActorCriticLoss(SharedActorLoss):
     """Base of the losses that train critics by temporal differences at samples of a diffusion actor.
 
     A loss adds its ``actor_loss``, ``forward`` and ``out_keys``. The arguments are those of
@@ -71,11 +69,8 @@ class DiffusionActorCriticLoss(LossModule):
     default_value_estimator = ValueEstimators.TD0
     SUPPORTED_VALUE_ESTIMATORS = (ValueEstimators.TD0, ValueEstimators.TD1, ValueEstimators.TDLambda)
 
-    actor_network: DiffusionActor
     qvalue_network: TensorDictModule
-    actor_network_params: TensorDictParams
     qvalue_network_params: TensorDictParams
-    target_actor_network_params: TensorDictParams
     target_qvalue_network_params: TensorDictParams
 
     def __init__(
@@ -110,6 +105,7 @@ class DiffusionActorCriticLoss(LossModule):
         self.convert_to_functional(actor_network, "actor_network", create_target_params=delay_actor)
         self._share_with_actor()
         stack_critics(self, critics, delay_qvalue)
+        self._batch_normalizers = (batch_normalizers(self.qvalue_network, delay_qvalue),)  # not a module of the loss
         self.num_qvalue_nets = len(critics)
         self.value_head = ScalarHead(loss_function) if own_head is None else own_head
         self.loss_function = loss_function
@@ -212,8 +208,9 @@ class DiffusionActorCriticLoss(LossModule):
         batch = self._live_entries(tensordict, mask)
         weights = self._weights(batch)
         action = self._action(batch)
-        target_value, next_info = self._target_value(batch, initial_noise, step_noise, target_action_noise)
-        outputs = self._critic_outputs(batch, action, self.qvalue_network_params)
+        next_action, next_info = self._next_action(batch, initial_noise, step_noise, target_action_noise)
+        outputs, next_outputs = self._both_outputs(batch, action, next_action, mask)
+        target_value = self._target_value(batch, next_outputs, next_info)
         q_value = self.value_head.value(outputs)
         target = target_value.expand_as(q_value)
         losses = self.value_head.td_loss(outputs, target)
@@ -258,83 +255,47 @@ class DiffusionActorCriticLoss(LossModule):
             if target is not None:
                 target.data.update_(self._modules[f"{name}_params"].data)
 
-    # --- one actor, inside and outside the loss ---
-
-    def _share_with_actor(self) -> None:
-        """Makes the actor's parameters and buffers those of ``actor_network_params``, so that they move together."""
-        self.actor_network_params.to_module(self.actor_network, preserve_module_state=False)
-
-    def _target_actor(self) -> AbstractContextManager:
-        """In this block ``actor_network`` holds the weights that the TD target samples with."""
-        if not self.delay_actor:
-            return nullcontext()  # its own, see _share_with_actor
-        return self.target_actor_network_params.to_module(self.actor_network, preserve_module_state=False)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        copy = self.__new__(type(self))
-        memo[id(self)] = copy
-        copy.__dict__.update(deepcopy(self.__dict__, memo))
-        copy._share_with_actor()  # a TensorDictParams copies itself without regard to the memo
-        return copy
-
-    def _apply(self, fn: Callable[[Tensor], Tensor]) -> Self:
-        constants = [
-            (buffer, buffer.data)
-            for module in self.actor_network.modules()
-            if isinstance(module, Float32Buffers)
-            for buffer in module.buffers(recurse=False)
-        ]
-        super()._apply(fn)
-        for buffer, data in constants:
-            buffer.data = data.to(buffer.device)
-        return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        schedule_prefix = f"{prefix}actor_network_params.module.noise_schedule."
-        errors: list[str] = []
-        self.actor_network.noise_schedule._load_from_state_dict(state_dict, schedule_prefix, {}, False, [], [], errors)
-        if errors:
-            raise RuntimeError(errors[0])
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
     # --- parts ---
 
-    def _target_value(
+    @torch.no_grad()
+    def _next_action(
         self,
         batch: TensorDictBase,
         initial_noise: Tensor | None,
         step_noise: Tensor | None,
         target_action_noise: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """TD target ``(*B,)`` and what of the next state is reported: ``next_action``, box units, before noise."""
+        """The next action ``(*B, A)``, environment units, and what is reported: the sample in the box before noise."""
+        actor = self.actor_network
+        observation = actor.observation(batch.get("next"))
+        with self._target_actor():
+            sample = actor.sample(observation, initial_noise, step_noise)
+            if target_action_noise is None:
+                target_action_noise = self.target_action_noise_std * torch.randn_like(sample)
+        info = {"next_action": sample}
+        if self.entropy_bonus is not None:
+            info["entropy_bonus"] = self._entropy_bonus(self.entropy_bonus, observation)
+        next_action = actor.box.from_box((sample + target_action_noise).clamp(-1, 1))
+        return next_action.to(batch.get(self.tensor_keys.action).dtype), info  # the chain runs in float32 or more
+
+    @torch.no_grad()
+    def _target_value(self, batch: TensorDictBase, next_outputs: Tensor, next_info: dict[str, Tensor]) -> Tensor:
+        """TD target ``(*B,)`` from the critics' outputs ``(num_critics, *B, num_outputs)`` at the next action."""
         keys = self.tensor_keys
-        with torch.no_grad():
-            following = batch.get("next")
-            actor = self.actor_network
-            observation = actor.observation(following)
-            with self._target_actor():
-                sample = actor.sample(observation, initial_noise, step_noise)
-                if target_action_noise is None:
-                    target_action_noise = self.target_action_noise_std * torch.randn_like(sample)
-            next_action = actor.box.from_box((sample + target_action_noise).clamp(-1, 1))
-            next_action = next_action.to(batch.get(keys.action).dtype)  # the chain runs in float32 or more
-            q_values = self._q_values(following, next_action, self.target_qvalue_network_params)
-            next_value = F.aggregate_q_values(q_values, self.target_aggregation).unsqueeze(-1)
-            info = {"next_action": sample}
-            if self.entropy_bonus is not None:
-                info["entropy_bonus"] = self._entropy_bonus(self.entropy_bonus, observation)
-                next_value = next_value + info["entropy_bonus"].unsqueeze(-1)
-            reward = entry(batch, ("next", keys.reward))
-            if reward.shape != next_value.shape:
-                raise ValueError(
-                    f"the batch's ('next', {keys.reward!r}) has shape {tuple(reward.shape)}, expected "
-                    f"{tuple(next_value.shape)}: the batch size and a last dimension of 1, as the critics return."
-                )
-            # A terminated step has no future: whatever its next observation holds, NaN included, counts for nothing.
-            terminated = entry(batch, ("next", keys.terminated))
-            next_value = torch.where(terminated, torch.zeros_like(next_value), next_value)
-            target_value = self.value_estimator.value_estimate(batch.copy(), next_value=next_value)
-        return target_value.squeeze(-1), info
+        q_values = self.value_head.value(next_outputs)
+        next_value = F.aggregate_q_values(q_values, self.target_aggregation).unsqueeze(-1)
+        if self.entropy_bonus is not None:
+            next_value = next_value + next_info["entropy_bonus"].unsqueeze(-1)
+        reward = entry(batch, ("next", keys.reward))
+        if reward.shape != next_value.shape:
+            raise ValueError(
+                f"the batch's ('next', {keys.reward!r}) has shape {tuple(reward.shape)}, expected "
+                f"{tuple(next_value.shape)}: the batch size and a last dimension of 1, as the critics return."
+            )
+        # A terminated step has no future: whatever its next observation holds, NaN included, counts for nothing.
+        terminated = entry(batch, ("next", keys.terminated))
+        next_value = torch.where(terminated, torch.zeros_like(next_value), next_value)
+        return self.value_estimator.value_estimate(batch.copy(), next_value=next_value).squeeze(-1)
 
     def _entropy_bonus(self, bonus: EntropyBonus, observation: Tensor) -> Tensor:
         """The bonus ``(*B,)`` of the actor at observations ``(*B, O)``, from samples of their own."""
@@ -348,25 +309,45 @@ class DiffusionActorCriticLoss(LossModule):
 
     def _critic_outputs(self, tensordict: TensorDictBase, action: Tensor, params: TensorDictBase) -> Tensor:
         """What the value head reads, of every critic: ``(num_critics, *B, num_outputs)``."""
+        critic_input, key = self._critic_input(tensordict, action), self.tensor_keys.state_action_value
+        vmap = None if self.deactivate_vmap else self.vmap_randomness
+        outputs = ensemble_outputs(self.qvalue_network, critic_input, params, key, vmap)
+        self._check_outputs(outputs, tensordict.batch_size)
+        return outputs
+
+    def _both_outputs(
+        self, batch: TensorDictBase, action: Tensor, next_action: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The critics' outputs for the TD loss, and those of the target critics for the TD target, without gradient."""
+        following, params = batch.get("next"), self.qvalue_network_params
+        (layers,) = self._batch_normalizers
+        if not layers:
+            with torch.no_grad():
+                next_outputs = self._critic_outputs(following, next_action, self.target_qvalue_network_params)
+            return self._critic_outputs(batch, action, params), next_outputs
+        now, then = self._critic_input(batch, action), self._critic_input(following, next_action)
+        # What follows a terminated step counts for nothing, and must not reach the statistics.
+        end = entry(batch, ("next", self.tensor_keys.terminated)).squeeze(-1)
+        then = torch.where(end, now, then)
+        outputs = joint_outputs(
+            self.qvalue_network, layers, (now, then), params, self.tensor_keys.state_action_value, mask
+        )
+        self._check_outputs(outputs, (2, *batch.batch_size))
+        return outputs[:, 0], outputs[:, 1].detach()
+
+    def _critic_input(self, tensordict: TensorDictBase, action: Tensor) -> TensorDictBase:
+        """What the critics read, the action replaced."""
         keys = self.tensor_keys
         entries = [key for key in self.qvalue_network.in_keys if unravel_key(key) != unravel_key(keys.action)]
-        critic_input = tensordict.select(*entries, strict=False).set(keys.action, action)
+        return tensordict.select(*entries, strict=False).set(keys.action, action)
 
-        def critic(critic_input: TensorDictBase, critic_params: TensorDictBase) -> Tensor:
-            with critic_params.to_module(self.qvalue_network, preserve_module_state=False):
-                return critic_outputs(self.qvalue_network, critic_input, keys.state_action_value)
-
-        if self.deactivate_vmap:
-            outputs = torch.stack([critic(critic_input.copy(), one) for one in params.unbind(0)])
-        else:
-            outputs = torch.vmap(critic, (None, 0), randomness=self.vmap_randomness)(critic_input, params)
-        expected = (self.num_qvalue_nets, *tensordict.batch_size, self.value_head.num_outputs)
+    def _check_outputs(self, outputs: Tensor, batch_size: Sequence[int]) -> None:
+        expected = (self.num_qvalue_nets, *batch_size, self.value_head.num_outputs)
         if outputs.shape != expected:
             raise ValueError(
-                f"a critic returned shape {tuple(outputs.shape[1:])} for batch size {tuple(tensordict.batch_size)}, "
+                f"a critic returned shape {tuple(outputs.shape[1:])} for batch size {tuple(batch_size)}, "
                 f"expected {tuple(expected[1:])}: one Q-value for each sample, as QValueMLP returns."
             )
-        return outputs
 
     def _action(self, batch: TensorDictBase) -> Tensor:
         """The replayed action, shape checked."""

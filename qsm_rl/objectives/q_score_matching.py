@@ -42,7 +42,8 @@ class QScoreMatchingLoss(DiffusionActorCriticLoss):
     Keyword Args:
         num_qvalue_nets: number of critics made of a single module, at least 1; for a list its length. Default 2.
         score_target: how dQ/da becomes the target of the predicted noise; default ``ScaledQScore(50.0)``, the authors'.
-        score_critics: critics that the score target sees, ``"online"`` (the authors') or ``"target"`` (smoother).
+        score_critics: critics that the score target sees, ``"online"`` (the authors') or ``"target"`` (smoother); the
+            same without ``delay_qvalue``.
         score_aggregation: over the critics in the score target, ``"mean"`` (the authors') or ``"min"`` (pessimistic).
         bc_weight: alpha of behaviour cloning beside the score target, at least 0. Adds ``alpha mean((predicted noise -
             noise)^2)`` of the same noised replay actions (Ho et al. 2020, arXiv 2006.11239, equation 14; beside a
@@ -61,7 +62,9 @@ class QScoreMatchingLoss(DiffusionActorCriticLoss):
             :class:`~qsm_rl.EntropyBonus`; None (the authors') for nothing.
         delay_actor: whether the next action comes from a slowly following copy of the actor; the authors have none.
         delay_qvalue: whether the TD target comes from slowly following copies of the critics (needs an updater such as
-            :class:`~torchrl.objectives.SoftUpdate`).
+            :class:`~torchrl.objectives.SoftUpdate`). False for critics that normalise over the batch, such as
+            :class:`~qsm_rl.QValueCrossQ`: replayed and next state-action pairs then share one forward and its
+            statistics, and the running statistics serve everywhere else.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` over the batch.
         deactivate_vmap: whether the critics run one after another in a loop, which also compiles, rather than under
             vmap.

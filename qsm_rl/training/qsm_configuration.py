@@ -35,6 +35,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "actor_learning_rate": 3e-4,
         "actor_learning_rate_decay": 2_000_000,
         "critic_learning_rate": 3e-4,
+        "critic_adam_beta1": 0.9,
+        "policy_delay": 1,
         "best_of": 1,
         "eval_best_of": 1,
         "exploration_noise_std": 0.1,
@@ -126,11 +128,20 @@ class QSMConfiguration(TrainingConfiguration):
     them, for offline data and fine-tuning; usual range 0.1 to 10, 0 for none."""
 
     critic_layer_norm: bool = True
-    """Whether the critics normalise before each activation. Keeps Q-values bounded away from the data."""
+    """Whether mlp critics normalise before each activation. Keeps Q-values bounded away from the data."""
 
-    critic: Literal["mlp", "simba"] = "mlp"
-    """Network of the critics: mlp, or simba: residual blocks with layer norms, one for each of critic_hidden_dims,
-    which must be equal. A block is eight times the work of a layer; it bears wider critics and more updates."""
+    critic: Literal["mlp", "simba", "crossq"] = "mlp"
+    """Network of the critics. mlp; simba: residual blocks with layer norms, one for each of critic_hidden_dims, which
+    must be equal, each eight times the work of a layer, bears wider critics and more updates; crossq: batch
+    renormalisation in place of target critics (tau and score_critics then mean nothing), learns faster and wants wide
+    layers. Its authors take critic_hidden_dims [2048, 2048], critic_learning_rate 0.001, critic_adam_beta1 0.5 and
+    policy_delay 3."""
+
+    critic_adam_beta1: float = 0.9
+    """Decay of the critics' momentum in Adam. Lower follows moving targets faster; 0.5 is CrossQ's."""
+
+    policy_delay: int = 1
+    """Critic updates for each update of the actor. More saves time and lets the critics settle; usual range 1 to 3."""
 
     critic_bins: int | None = None
     """Points of a value support for critics that classify (two-hot cross-entropy) where the others regress; null
@@ -215,7 +226,8 @@ class QSMConfiguration(TrainingConfiguration):
         self._check("score_spread", tunable, "null for the scaled target, which has no temperature")
         for name in ("score_scale", "score_temperature"):
             self._check(name, getattr(self, name) > 0, "above 0")
-        for name in ("num_critics", "best_of", "eval_best_of"):
+        self._check("critic_adam_beta1", 0 <= self.critic_adam_beta1 < 1, "0 or more and below 1")
+        for name in ("num_critics", "policy_delay", "best_of", "eval_best_of"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
         if self.critic == "simba":
             self._check(

@@ -29,14 +29,16 @@ SPREAD_OBSERVATIONS = 32
 class QSMUpdate(Update):
     """Critics first, then their targets, then the actor with the critics just updated.
 
-    ``qvalue_loss``, critic step, Polyak step of the target critics, ``actor_loss``, actor step.
+    ``qvalue_loss``, critic step, Polyak step of the target networks where the loss has any, ``actor_loss``, actor step.
 
     Args:
         loss: the loss, with its value estimator made and on its device.
         actor_learning_rate: Adam's step size for the actor.
         critic_learning_rate: Adam's step size for the critics.
-        tau: share of the critics that the target critics take over.
-        actor_learning_rate_decay: updates over which the actor's rate falls to zero along a cosine; None keeps it.
+        tau: share of the critics that the target critics take over, if there are any.
+        critic_adam_beta1: decay of the critics' momentum in Adam, in [0, 1).
+        policy_delay: critic updates for each of the actor's, at least 1.
+        actor_learning_rate_decay: its updates over which the actor's rate falls to zero along a cosine; None keeps it.
         gradient_clipping: largest gradient norm, for actor and critics each; None clips nothing.
         actor_ema: decay of the moving average of the actor; None keeps none.
         spread_tuner: moves the score target's temperature; None leaves it. It is asked every ``TUNING_PERIOD`` updates
@@ -60,6 +62,8 @@ class QSMUpdate(Update):
         actor_learning_rate: float,
         critic_learning_rate: float,
         tau: float,
+        critic_adam_beta1: float = 0.9,
+        policy_delay: int = 1,
         actor_learning_rate_decay: int | None = None,
         gradient_clipping: float | None = None,
         actor_ema: float | None = None,
@@ -72,17 +76,19 @@ class QSMUpdate(Update):
         critic_parameters = list(loss.qvalue_network_params.parameters())
         optimizers: dict[str, Optimizer] = {
             "actor": Adam(actor_parameters, lr=actor_learning_rate, fused=True),
-            "critic": Adam(critic_parameters, lr=critic_learning_rate, fused=True),
+            "critic": Adam(critic_parameters, lr=critic_learning_rate, betas=(critic_adam_beta1, 0.999), fused=True),
         }
         super().__init__(loss, optimizers)
         self.actor_parameters = actor_parameters
         self.critic_parameters = critic_parameters
+        self.policy_delay = policy_delay
         self.actor_learning_rate = actor_learning_rate
         self.actor_learning_rate_decay = actor_learning_rate_decay
         self.eval_best_of = eval_best_of
         self.gradient_clipping = gradient_clipping
         self._spread_tuner = (spread_tuner,)  # it holds the loss's score target: in a tuple, as the actor below
-        self.target_updater = SoftUpdate(loss, tau=tau)
+        has_targets = loss.delay_actor or loss.delay_qvalue
+        self.target_updater = SoftUpdate(loss, tau=tau) if has_targets else None
         # A view on the loss's parameters; in a tuple, so that they are not registered a second time.
         self._actor = (loss.get_stateful_net("actor_network"),)
         self.ema: AveragedModel | None = None
@@ -90,7 +96,8 @@ class QSMUpdate(Update):
             self.ema = AveragedModel(self._actor[0], multi_avg_fn=get_ema_multi_avg_fn(actor_ema))
         self._qvalue_loss = accelerated(loss.qvalue_loss, precision, compile)
         self._actor_loss = accelerated(loss.actor_loss, precision, compile)
-        self._infos: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
+        self._qvalue_info: dict[str, Tensor] | None = None
+        self._actor_info: dict[str, Tensor] | None = None
         self._observation: Tensor | None = None
 
     @property
@@ -108,31 +115,37 @@ class QSMUpdate(Update):
         return policies
 
     def forward(self, batch: TensorDictBase) -> dict[str, Tensor]:
-        """See :meth:`Update.forward`; returns ``qvalue`` (mean over critics) and ``actor``."""
-        loss_qvalue, qvalue_info = self._qvalue_loss(batch)
+        """See :meth:`Update.forward`; returns ``qvalue`` (mean over critics) and, where it is its turn, ``actor``."""
+        loss_qvalue, self._qvalue_info = self._qvalue_loss(batch)
         self._step("critic", "loss_qvalue", loss_qvalue, self.critic_parameters)
-        self.target_updater.step()
-
-        loss_actor, actor_info = self._actor_loss(batch)
-        rate = self.actor_learning_rate * cosine_decay(self.num_updates, self.actor_learning_rate_decay)
-        self.optimizers["actor"].param_groups[0]["lr"] = rate
-        self._step("actor", "loss_actor", loss_actor, self.actor_parameters)
-        if self.ema is not None:
-            self.ema.update_parameters(self._actor[0])
+        if self.target_updater is not None:
+            self.target_updater.step()
+        losses = {"qvalue": loss_qvalue.detach() / self.loss.num_qvalue_nets}
 
         self.num_updates += 1
-        self._infos = qvalue_info, actor_info
+        if self.num_updates % self.policy_delay == 0:
+            losses["actor"] = self._update_actor(batch)
         self._observation = self._actor[0].observation(batch)[:SPREAD_OBSERVATIONS]
         (tuner,) = self._spread_tuner
         if tuner is not None and self.num_updates % TUNING_PERIOD == 0:
             tuner(self._samples())
-        return {"qvalue": loss_qvalue.detach() / self.loss.num_qvalue_nets, "actor": loss_actor.detach()}
+        return losses
+
+    def _update_actor(self, batch: TensorDictBase) -> Tensor:
+        loss_actor, self._actor_info = self._actor_loss(batch)
+        steps = self.num_updates // self.policy_delay - 1
+        rate = self.actor_learning_rate * cosine_decay(steps, self.actor_learning_rate_decay)
+        self.optimizers["actor"].param_groups[0]["lr"] = rate
+        self._step("actor", "loss_actor", loss_actor, self.actor_parameters)
+        if self.ema is not None:
+            self.ema.update_parameters(self._actor[0])
+        return loss_actor.detach()
 
     def diagnostics(self) -> dict[str, Tensor]:
         """Sizes of Q, dQ/da, the score target and the predicted noise, share of saturated actions, policy's spread."""
-        if self._infos is None:
+        qvalue_info, actor_info = self._qvalue_info, self._actor_info
+        if qvalue_info is None or actor_info is None:
             return {}
-        qvalue_info, actor_info = self._infos
         out = self.loss.diagnostics(qvalue_info, actor_info)
         out["action_saturation"] = (qvalue_info["next_action"].abs() > 0.999).float().mean()
         with isolated_random_state(0):  # how often a row is written must not change the training

@@ -50,6 +50,23 @@ def test_the_actor_learns_from_the_critics_just_updated():
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6, msg=name)
 
 
+def test_the_actor_waits_for_its_turn():
+    """Of seven updates with a delay of 3 the third and the sixth move the actor, at the decay's steps 0 and 1."""
+    _, module = build("Slide", policy_delay=3, actor_learning_rate_decay=4, critic_adam_beta1=0.5)
+    batch = replayed(module)
+    assert module.update.optimizers["critic"].param_groups[0]["betas"] == (0.5, 0.999)
+    moved, rates = [], []
+    for _ in range(7):
+        before = [parameter.detach().clone() for parameter in module.update.actor_parameters]
+        losses = module.update(batch.clone())
+        moved.append(not torch.equal(before[0], module.update.actor_parameters[0]))
+        assert ("actor" in losses) == moved[-1] and "qvalue" in losses
+        assert bool(module.update.diagnostics()) == any(moved)
+        rates.append(module.update.optimizers["actor"].param_groups[0]["lr"])
+    assert moved == [False, False, True, False, False, True, False]
+    assert rates[2] == pytest.approx(1e-3) and rates[5] == pytest.approx(1e-3 * (1 + 0.5**0.5) / 2)
+
+
 def test_averaged_actor_is_what_is_evaluated_and_does_not_train():
     _, module = build("Slide", actor_ema=0.75)
     live = [parameter.detach().clone() for parameter in module.update.actor_parameters]
@@ -90,12 +107,16 @@ def trained_for(updates: int, batch, **options):
     return losses, module.update.loss.state_dict()
 
 
-@pytest.fixture
-def batch():
-    frames, module = build("Slide", total=40)
-    for part in frames:
+def replayed(module):
+    """A batch from the replay buffer of a module."""
+    for part in build("Slide", total=40)[0]:
         module.writer.write(part)
     return module.writer.replay.sample()
+
+
+@pytest.fixture
+def batch():
+    return replayed(build("Slide")[1])
 
 
 def test_bfloat16_updates_differ_by_rounding_only(batch):

@@ -1,0 +1,170 @@
+"""The critics of a loss: stacked into one set of parameters, run together, with or without batch statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModule, TensorDictModuleBase
+from tensordict.utils import NestedKey
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchrl.objectives import LossModule
+
+from qsm_rl.batch_renorm import BatchRenorm
+from qsm_rl.objectives.inputs import check_initialized, entry, is_plain, network_output
+from qsm_rl.value_heads import ValueHead
+
+__all__ = ["batch_normalizers", "critic_head", "critic_list", "ensemble_outputs", "joint_outputs", "stack_critics"]
+
+
+def critic_list(
+    qvalue_network: TensorDictModule | Sequence[TensorDictModule], num_qvalue_nets: int | None
+) -> list[TensorDictModule]:
+    """The critics of an ensemble, each with weights of its own; ValueError where they do not fit."""
+    if isinstance(qvalue_network, (list, tuple, nn.ModuleList)):
+        critics = list(qvalue_network)
+        if num_qvalue_nets not in (None, len(critics)):
+            raise ValueError(
+                f"num_qvalue_nets is {num_qvalue_nets}, but {len(critics)} critics were given; leave it out."
+            )
+    else:
+        count = 2 if num_qvalue_nets is None else num_qvalue_nets
+        if count < 1:
+            raise ValueError(f"num_qvalue_nets must be at least 1, got {count!r}.")
+        critics = [qvalue_network, *(deepcopy(qvalue_network) for _ in range(count - 1))]
+        for critic in critics[1:]:
+            critic.reset_parameters_recursive()
+    if not critics:
+        raise ValueError("qvalue_network is an empty list; give at least one critic.")
+    for critic in critics:
+        check_initialized("a critic", critic)
+    parameters = [parameter for critic in critics for parameter in critic.parameters()]
+    if len(set(parameters)) < len(parameters):
+        raise ValueError(
+            "the critics share parameters, which could not be trained once they are stacked; give each its own, or one "
+            "critic and num_qvalue_nets."
+        )
+    return critics
+
+
+def stack_critics(loss: LossModule, critics: list[TensorDictModule], delay_qvalue: bool) -> None:
+    """Stacks the critics' weights into a loss's parameters ``(num_critics, ...)``, each critic keeping its own.
+
+    Args:
+        loss: gets ``qvalue_network`` and ``qvalue_network_params``, and target parameters.
+        critics: at least one, all alike.
+        delay_qvalue: whether the target parameters are copies.
+    """
+    options = {"expand_dim": len(critics), "create_target_params": delay_qvalue}
+    if len(critics) > 1:
+        loss.convert_to_functional(critics, "qvalue_network", **options)
+        return
+    # TorchRL expands a list of one where it stacks a longer one, which leaves no parameter to train. A single module
+    # gets parameters, but with weights drawn anew: it gets its own back.
+    weights = TensorDict.from_module(critics[0]).data.clone().unsqueeze(0)
+    loss.convert_to_functional(critics[0], "qvalue_network", **options)
+    loss.qvalue_network_params.data.update_(weights)
+    if delay_qvalue:
+        loss._modules["target_qvalue_network_params"].data.update_(weights)
+
+
+def critic_head(critics: Sequence[TensorDictModule], key: NestedKey) -> ValueHead | None:
+    """The value head that the critics share, None if they have none; ValueError where it could not be used."""
+    for critic in critics:
+        inside = [m for m in critic.modules() if own_head(m) is not None]
+        if inside and not (is_plain(critic, key) and inside == [critic.module]):
+            raise ValueError(
+                f"a {type(inside[0]).__name__} with a value head must be the one module of a TensorDictModule with a "
+                f"list of in_keys and out_keys=[{key!r}], got it inside a {type(critic).__name__}."
+            )
+    heads = [own_head(getattr(critic, "module", None)) for critic in critics]
+    if any(head != heads[0] for head in heads):
+        raise ValueError(f"the critics must have the same value head, got {heads}.")
+    return heads[0]
+
+
+def own_head(module: object) -> ValueHead | None:
+    # A TensorDictModule passes on the attributes of the module inside.
+    head = None if isinstance(module, TensorDictModuleBase) else getattr(module, "head", None)
+    return head if isinstance(head, ValueHead) else None
+
+
+def batch_normalizers(network: nn.Module, delay_qvalue: bool) -> list[nn.Module]:
+    """The layers of a critic that normalise by batch statistics, set to evaluation.
+
+    Raises:
+        ValueError: if there are any and target critics, whose running statistics nobody would keep.
+    """
+    layers = [layer for layer in network.modules() if isinstance(layer, (BatchRenorm, _BatchNorm))]
+    if layers and delay_qvalue:
+        raise ValueError(
+            f"the critics hold {type(layers[0]).__name__} layers, whose batch statistics take the place of target "
+            "critics; pass delay_qvalue=False."
+        )
+    for layer in layers:
+        layer.eval()
+    return layers
+
+
+def ensemble_outputs(
+    critic: TensorDictModule, tensordict: TensorDictBase, params: TensorDictBase, key: NestedKey, vmap: str | None
+) -> Tensor:
+    """What the value head reads, of every critic: ``(num_critics, *B, num_outputs)``.
+
+    Args:
+        critic: the module that the parameters are put into.
+        tensordict: its input, batch size ``(*B)``.
+        params: stacked parameters.
+        key: what critics without a head of their own write.
+        vmap: randomness of ``torch.vmap`` over the critics; None runs them one after another.
+    """
+
+    def outputs(critic_input: TensorDictBase, critic_params: TensorDictBase) -> Tensor:
+        with critic_params.to_module(critic, preserve_module_state=False):
+            if own_head(getattr(critic, "module", None)) is None:
+                return network_output(critic, critic_input, key)
+            return critic.module.outputs(*(entry(critic_input, in_key) for in_key in critic.in_keys))
+
+    if vmap is None:
+        return torch.stack([outputs(tensordict.copy(), one) for one in params.unbind(0)])
+    return torch.vmap(outputs, (None, 0), randomness=vmap)(tensordict, params)
+
+
+def joint_outputs(
+    critic: TensorDictModule,
+    layers: list[nn.Module],
+    inputs: tuple[TensorDictBase, TensorDictBase],
+    params: TensorDictBase,
+    key: NestedKey,
+    mask: Tensor | None,
+) -> Tensor:
+    """Outputs ``(num_critics, 2, *B, num_outputs)`` for two inputs in one forward, by the statistics of both.
+
+    CrossQ's forward (Bhatt et al. 2024, arXiv 1902.05605 version 3, section 3.1): replayed and next state-action pairs
+    are differently distributed, and statistics of one would be wrong for the other. The running statistics are changed
+    in place, inside the stacked parameters, which a vmapped function could not do.
+
+    Args:
+        critic: as in :func:`ensemble_outputs`.
+        layers: its batch normalisers, which are in training for this one forward.
+        inputs: two inputs, each of batch size ``(*B)``.
+        params: stacked parameters.
+        key: as in :func:`ensemble_outputs`.
+        mask: which samples count, ``(*B,)``; None for all. The others' outputs are zero.
+    """
+    both = torch.stack([x if mask is None else x[mask] for x in inputs])
+    for layer in layers:
+        layer.training = True
+    try:
+        outputs = ensemble_outputs(critic, both, params, key, None)
+    finally:
+        for layer in layers:
+            layer.training = False
+    if mask is None:
+        return outputs
+    every = outputs.new_zeros(outputs.shape[0], 2, *mask.shape, outputs.shape[-1])
+    every[:, :, mask] = outputs
+    return every
