@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from lightning.pytorch.loggers import Logger
 
 from qsm_rl.training.configuration import TrainingConfiguration
 from qsm_rl.training.errors import UserError
@@ -67,7 +68,15 @@ def _parser(configuration_class: type[TrainingConfiguration], description: str |
     parser.add_argument(
         "--config", action="config", help="YAML file with any of the settings below; flags override it."
     )
-    parser.add_class_arguments(configuration_class)
+    parser.add_class_arguments(configuration_class, skip={"logger"})
+    parser.add_subclass_arguments(
+        Logger,
+        "logger",
+        required=False,
+        skip={"save_dir"},  # files go to the run's folder
+        help="One more logger beside metrics.csv and TensorBoard: a class of Lightning's such as WandbLogger, or the "
+        "path of any other; its arguments follow as --logger.NAME VALUE.",
+    )
     return parser
 
 
@@ -103,6 +112,11 @@ def _readable(message: str, parser: ArgumentParser) -> str:
     message = re.sub(r"Expected an? typing\.Literal\[(.*?)\]\. Got value:", r"expected one of \1, got", message)
     message = re.sub(r"Expected an? (.*?)\. Got value:", r"expected \1, got", message)
     message = re.sub(r"\s*\n\s*", " ", message).strip()
+    logger = re.search(r"Errors: - (?:Problem with given class_path )?(.*?) - Expected a .*Given value", message)
+    if message.startswith("--logger") and logger is not None:
+        return (
+            f"--logger: {logger.group(1)}; give the path of a Lightning logger; --logger.help PATH lists its arguments."
+        )
     unknown = re.search(r"unrecognized arguments: (--[\w-]+)|Option '(\w+)' is not accepted", message)
     if unknown is not None:
         name = (unknown.group(1) or unknown.group(2)).lstrip("-").replace("-", "_")

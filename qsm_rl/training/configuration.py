@@ -79,6 +79,10 @@ class TrainingConfiguration:
     log_every: int = 1_000
     """Frames between rows of metrics.csv and TensorBoard; a row is the average since the last one."""
 
+    logger: dict[str, Any] | None = None
+    """One more logger: a class of Lightning's such as WandbLogger, or the path of any other, with its arguments as
+    --logger.NAME VALUE; in YAML class_path and init_args. Its local files go to the run folder."""
+
     action_repeat: int = 1
     """Simulator steps for each action, their rewards summed. More shortens the horizon; 1 is the paper's, 2 is usual
     for dm_control."""

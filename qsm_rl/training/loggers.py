@@ -1,20 +1,42 @@
-"""metrics.csv: the log of a run as one table."""
+"""Where a run's metrics go: metrics.csv, the log as one table, and a logger of the user's choice."""
 
 from __future__ import annotations
 
 import csv
+import importlib
+import importlib.util
+import inspect
+import os
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from qsm_rl.training.atomic_files import write_csv_atomically
+from qsm_rl.training.atomic_files import write_atomically, write_csv_atomically
+from qsm_rl.training.errors import UserError
 
-__all__ = ["MetricsTable", "read_metrics"]
+__all__ = ["MetricsTable", "check_logger", "chosen_logger", "read_metrics"]
 
 STEP = "frames"
+
+
+class Service(NamedTuple):
+    """What is known of a logger of Lightning's beyond its class: its package, and how it names runs."""
+
+    package: str
+    to_install: str
+    name_argument: str
+    id_argument: str
+
+
+SERVICES = {
+    "lightning.pytorch.loggers.WandbLogger": Service("wandb", "qsm_rl[wandb]", "name", "id"),
+    "lightning.pytorch.loggers.MLFlowLogger": Service("mlflow", "mlflow", "run_name", "run_id"),
+    "lightning.pytorch.loggers.CometLogger": Service("comet_ml", "comet_ml", "name", "experiment_key"),
+}
+RUN_ID = "logger_id.txt"
 
 
 class MetricsTable(Logger):
@@ -72,6 +94,60 @@ class MetricsTable(Logger):
 
     def _rewrite(self) -> None:
         write_csv_atomically(self.path, self._columns, self._rows)
+
+
+def check_logger(choice: dict[str, Any] | None) -> None:
+    """Looks whether the package of a chosen logger is there, before anything is made.
+
+    Args:
+        choice: the setting ``logger``: None, or the logger's ``class_path`` and its ``init_args``.
+
+    Raises:
+        UserError: naming the pip command, if it is not.
+    """
+    service = None if choice is None else SERVICES.get(choice["class_path"])
+    if service is not None and importlib.util.find_spec(service.package) is None:
+        name = choice["class_path"].rpartition(".")[2]
+        raise UserError(f'--logger {name} needs {service.package}: pip install "{service.to_install}".')
+
+
+def chosen_logger(choice: dict[str, Any], folder: Path, settings: dict[str, Any]) -> Logger:
+    """Makes and starts the logger that the setting ``logger`` chooses.
+
+    Its local files go to the run's folder, from which the run has its name. A run that is resumed goes on in the
+    service's record of it, whose id is kept in ``logger_id.txt``.
+
+    Args:
+        choice: the logger's ``class_path``, and its ``init_args``.
+        folder: the run's folder.
+        settings: the run's settings, which the logger records.
+
+    Raises:
+        UserError: if the logger cannot be made or started, in its own words.
+    """
+    module, _, name = choice["class_path"].rpartition(".")
+    logger_class = getattr(importlib.import_module(module), name)
+    service, id_file = SERVICES.get(choice["class_path"]), folder / RUN_ID
+    arguments: dict[str, Any] = {"save_dir": folder} if takes_save_dir(logger_class) else {}
+    if service is not None:
+        arguments[service.name_argument] = folder.name
+        if id_file.exists():
+            arguments[service.id_argument] = id_file.read_text(encoding="utf-8").strip()
+    os.environ.setdefault("WANDB_PROJECT", "qsm_rl")  # in place of Lightning's "lightning_logs"
+    try:
+        logger: Logger = logger_class(**{**arguments, **choice.get("init_args", {})})
+        logger.log_hyperparams(settings)  # starts it
+        version = logger.version
+    except Exception as error:  # whatever a service of any kind raises: no key, no network, a wrong address
+        raise UserError(f"--logger {name} could not be started: {' '.join(str(error).split())[:500]}") from error
+    if service is not None:
+        write_atomically(id_file, lambda temporary: temporary.write_text(f"{version}\n", encoding="utf-8"))
+    return logger
+
+
+def takes_save_dir(logger_class: type[Logger]) -> bool:
+    """Whether a logger says by its argument ``save_dir`` where its files go."""
+    return "save_dir" in inspect.signature(logger_class).parameters
 
 
 def read_metrics(path: Path) -> dict[str, list[float]]:

@@ -8,14 +8,16 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torchrl.envs import EnvBase
 
 from qsm_rl.training.callbacks import CheckpointWriter, Evaluation, LearningCurve, MetricRows, StopSignals
+from qsm_rl.training.command_line import saved_text
 from qsm_rl.training.configuration import TrainingConfiguration, capped_warmup
 from qsm_rl.training.frames import FramesDataset
-from qsm_rl.training.loggers import MetricsTable
+from qsm_rl.training.loggers import MetricsTable, chosen_logger
 from qsm_rl.training.module import OffPolicyModule
 from qsm_rl.training.progress import Progress
 from qsm_rl.training.replay import ReplayArchive
@@ -73,15 +75,22 @@ def print_summary(
         print("stop with Ctrl-C at any time; the run can be resumed", flush=True)
 
 
-def make_loggers(folder: RunFolder, *, first_frame: int = 0) -> list[Logger]:
-    """metrics.csv and TensorBoard events in a run's folder.
+def make_loggers(config: TrainingConfiguration, folder: RunFolder, *, first_frame: int = 0) -> list[Logger]:
+    """metrics.csv and TensorBoard events in a run's folder, and the logger that the settings choose.
 
     Args:
-        folder: the run's folder.
+        config: the run's settings.
+        folder: its folder.
         first_frame: where the run continues; later rows of an earlier process are dropped.
+
+    Raises:
+        UserError: if the chosen logger cannot be started.
     """
+    chosen = []
+    if config.logger is not None:
+        chosen.append(chosen_logger(config.logger, folder.path, yaml.safe_load(saved_text(config))))
     tensorboard = TensorBoardLogger(folder.path, name="tensorboard", version="", purge_step=first_frame + 1)
-    return [MetricsTable(folder.metrics, last_frame=first_frame), tensorboard]
+    return [MetricsTable(folder.metrics, last_frame=first_frame), tensorboard, *chosen]
 
 
 def make_callbacks(

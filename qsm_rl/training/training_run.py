@@ -23,6 +23,7 @@ from qsm_rl.training.environments import make_environment
 from qsm_rl.training.errors import user_errors
 from qsm_rl.training.frames import FramesDataset
 from qsm_rl.training.hardware import choose_arithmetic, choose_device, limit_threads
+from qsm_rl.training.loggers import check_logger
 from qsm_rl.training.module import OffPolicyModule
 from qsm_rl.training.random_state import seed_everything
 from qsm_rl.training.replay import ReplayArchive, TransitionWriter
@@ -76,6 +77,7 @@ class TrainingRun(Generic[Configuration]):
             action_repeat=config.action_repeat,
             normalize_observation=config.normalize_observation,
         )
+        check_logger(config.logger)
         with user_errors(ValueError, ImportError):
             environment = make(num_envs=config.num_envs, seed=config.seed)
         folder = RunFolder.open(config, recipe=Path(recipe).stem)
@@ -169,7 +171,7 @@ class TrainingRun(Generic[Configuration]):
             accelerator=self.device.type,
             devices=[self.device.index] if self.device.type == "cuda" else 1,
             max_epochs=1,
-            logger=make_loggers(folder, first_frame=self.first_frame),
+            logger=make_loggers(config, folder, first_frame=self.first_frame),
             callbacks=make_callbacks(config, folder, frames, archive, self.make_environment),
             enable_checkpointing=False,
             enable_progress_bar=False,
