@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torchrl.data import Bounded
-from torchrl.envs import TransformedEnv
+from torchrl.envs import EnvBase
 
 from qsm_rl.actor import DiffusionActor
 from qsm_rl.networks import ScoreMLP
@@ -33,7 +33,7 @@ def publish_actor(
     actor: DiffusionActor,
     *,
     hidden_dims: Sequence[int],
-    environment: TransformedEnv,
+    environment: EnvBase,
     env: str,
     action_repeat: int = 1,
 ) -> None:
@@ -48,7 +48,7 @@ def publish_actor(
         action_repeat: simulator steps for each action.
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in actor.state_dict().items()}
-    norms = [module for module in environment.transform.modules() if isinstance(module, RunningObservationNorm)]
+    norms = [module for module in environment.modules() if isinstance(module, RunningObservationNorm)]
     for norm in norms:
         tensors.update({NORM + name: value.contiguous() for name, value in norm.state_dict().items()})
     action_dim = actor.box.action_dim

@@ -1,7 +1,7 @@
 """Environments of the recipes: Gymnasium and dm_control tasks as batched TorchRL environments.
 
-Both kinds take one route, ``gymnasium.Env`` -> ``SyncVectorEnv`` -> ``GymWrapper``, so they differ in nothing that a
-training loop can see. The environments live on the CPU, where MuJoCo computes; a collector moves the policy's inputs
+Both kinds take one route, ``gymnasium.Env`` -> ``SyncVectorEnv`` -> ``VectorEnvironment``, so they differ in nothing
+that a training loop can see. They live on the CPU, where MuJoCo computes; a collector moves the policy's inputs
 and outputs (``Collector(..., env_device="cpu", policy_device="cuda")``).
 """
 
@@ -24,8 +24,9 @@ from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers import TransformAction, TransformObservation
 from tensordict import TensorDictBase
-from torchrl.envs import EnvBase, GymWrapper, RewardSum, StepCounter, Transform, TransformedEnv
-from torchrl.envs.transforms import Compose
+from torchrl.envs import EnvBase, Transform, TransformedEnv
+
+from qsm_rl.training.vector_environment import VectorEnvironment
 
 __all__ = ["RunningObservationNorm", "copy_observation_statistics", "make_environment", "sub_environment_seeds"]
 
@@ -39,7 +40,7 @@ def make_environment(
     seed: int | None = None,
     action_repeat: int = 1,
     normalize_observation: bool = False,
-) -> TransformedEnv:
+) -> EnvBase:
     """Builds the TorchRL environment of a Gymnasium or dm_control task.
 
     The batch size is always ``(num_envs,)``. ``step`` reads ``action`` and writes, under ``next``:
@@ -92,14 +93,13 @@ def make_environment(
         if not isinstance(number, int) or number < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {number}.")
     make_one = functools.partial(_make_gymnasium_env, env, action_repeat)
-    # DISABLED leaves resets to TorchRL, which asks for them by mask. GymEnv's own vector environments corrupt the last
+    # DISABLED leaves resets to TorchRL, which asks for them by mask. Its own GymEnv(num_envs=...) corrupts the last
     # observations; SerialEnv over single environments is right but takes 1.5 to 2.4 times as long.
     vector_env = _SeededVectorEnv([make_one] * num_envs, autoreset_mode=AutoresetMode.DISABLED)
-    transforms = [RewardSum(), StepCounter()]
+    environment: EnvBase = VectorEnvironment(vector_env)
     if normalize_observation:
-        (observation_dim,) = vector_env.single_observation_space.shape or ()
-        transforms.append(RunningObservationNorm(observation_dim))
-    environment = TransformedEnv(GymWrapper(vector_env, device="cpu"), Compose(*transforms))
+        norm = RunningObservationNorm(environment.observation_spec["observation"].shape[-1])
+        environment = TransformedEnv(environment, norm)
     if seed is not None:
         environment.set_seed(seed)
     return environment

@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from tensordict.nn import TensorDictModuleBase
 from torchrl.collectors import Collector
 from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer
-from torchrl.envs import TransformedEnv
+from torchrl.envs import EnvBase
 
 from qsm_rl.training.actor_files import publish_actor
 from qsm_rl.training.callbacks import restore_checkpoint
@@ -51,8 +51,8 @@ class TrainingRun(Generic[Configuration]):
 
     config: Configuration
     device: torch.device
-    environment: TransformedEnv
-    make_environment: Callable[..., TransformedEnv]
+    environment: EnvBase
+    make_environment: Callable[..., EnvBase]
     folder: RunFolder
     checkpoint: dict[str, Any] | None
 

@@ -25,7 +25,7 @@ def test_published_actor_comes_back_with_the_same_actions(tmp_path, sampler, nor
     publish_actor(tmp_path, actor, hidden_dims=(8, 4), environment=environment, env="InvertedPendulum-v5")
     loaded = load_actor(tmp_path)
     raw = torch.randn(16, 4)
-    norm = environment.transform[-1] if normalize else None
+    norm = environment.transform if normalize else None
     seen = norm.normalize(raw) if normalize else raw
     torch.manual_seed(1)
     expected = actor(TensorDict({"observation": seen}, [16]))["action"]

@@ -284,7 +284,7 @@ def test_float64_actions_reach_the_environment_inside_its_bounds():
     assert high.dtype == torch.float32
     assert (high.double() > torch.tensor([0.1, 1.1], dtype=torch.float64)).all()  # rounding leads past the bounds
     environment.step(environment.reset().set("action", high.expand(1, 2)))
-    (inner,) = environment.base_env.unwrapped.envs
+    (inner,) = environment.vector_env.envs
     np.testing.assert_array_equal(inner.unwrapped.actions[0], [0.1, 1.1])
 
 
@@ -333,7 +333,7 @@ def test_running_norm_statistics_count_every_observation_once():
     # The last step's reset is not in the next step's observation: leave it out of this rollout.
     assert not raw["next", "done"][-1].any()
     seen = torch.cat([raw["observation"][0], starts, raw["next", "observation"].flatten(0, 1)]).double()
-    norm = normalized.transform[-1]
+    norm = normalized.transform
     assert norm.count.item() == len(seen)
     torch.testing.assert_close(norm.mean, seen.mean(0))
     torch.testing.assert_close(norm.variance, seen.var(0, correction=0))
@@ -368,9 +368,9 @@ def test_statistics_copy_to_the_evaluation_environment_and_stay():
         torch.testing.assert_close(evaluation.state_dict()[key], value, atol=0, rtol=0)
         torch.testing.assert_close(training.state_dict()[key], value, atol=0, rtol=0)
     step_through(training, random_actions(training, 30))
-    assert training.transform[-1].count > evaluation.transform[-1].count
+    assert training.transform.count > evaluation.transform.count
     copy_observation_statistics(training, evaluation)
-    torch.testing.assert_close(evaluation.transform[-1].mean, training.transform[-1].mean, atol=0, rtol=0)
+    torch.testing.assert_close(evaluation.transform.mean, training.transform.mean, atol=0, rtol=0)
 
 
 def test_statistics_reach_an_environment_that_is_wrapped_once_more():
@@ -384,9 +384,9 @@ def test_statistics_reach_an_environment_that_is_wrapped_once_more():
     step_through(wrapped_training, random_actions(training, 10))
     copy_observation_statistics(training, evaluation)
     step_through(wrapped_evaluation, random_actions(training, 20))
-    for norm in (wrapped_evaluation.transform[2], evaluation.transform[2]):
-        torch.testing.assert_close(norm.mean, wrapped_training.transform[2].mean, atol=0, rtol=0)
-        assert norm.count == wrapped_training.transform[2].count >= 11
+    for norm in (wrapped_evaluation.transform[0], evaluation.transform):
+        torch.testing.assert_close(norm.mean, wrapped_training.transform[0].mean, atol=0, rtol=0)
+        assert norm.count == wrapped_training.transform[0].count >= 11
 
 
 def test_statistics_restored_from_a_state_dict_continue_to_the_bit():
