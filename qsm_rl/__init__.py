@@ -10,7 +10,7 @@ from qsm_rl.entropy import EntropyBonus
 from qsm_rl.networks import ScoreMLP
 from qsm_rl.noise_schedule import NoiseSchedule
 from qsm_rl.objectives import QScoreMatchingLoss
-from qsm_rl.samplers import DDIMSampler, DDPMSampler
+from qsm_rl.samplers import DDIMSampler, DDPMSampler, ReverseChain
 from qsm_rl.score_targets import (
     BoltzmannQScore,
     NormalizedQScore,
@@ -40,6 +40,7 @@ __all__ = [
     "QValueCrossQ",
     "QValueMLP",
     "QValueSimBa",
+    "ReverseChain",
     "ScalarHead",
     "ScaledQScore",
     "ScoreMLP",

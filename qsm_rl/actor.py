@@ -2,116 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import InteractionType, TensorDictModule
-from tensordict.nn.probabilistic import interaction_type
+from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torchrl.data import Bounded, Composite, TensorSpec
 
 from qsm_rl.action_box import ActionBox
+from qsm_rl.diffusion_policy import DiffusionPolicy
 from qsm_rl.noise_schedule import NoiseSchedule
-from qsm_rl.samplers import DDPMSampler, Sampler
+from qsm_rl.samplers import DDPMSampler, ReverseChain, Sampler
 
 __all__ = ["DiffusionActor"]
-
-
-class ConcatenatedScoreNetwork(nn.Module):
-    """A score network that also takes its three inputs joined, ``cat[noisy action, observation, t]``."""
-
-    def __init__(self, network: nn.Module, action_dim: int) -> None:
-        super().__init__()
-        self.network = network
-        self.action_dim = action_dim
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        noisy_action, observation, t = inputs.tensor_split((self.action_dim, inputs.shape[-1] - 1), -1)
-        return self.network(noisy_action, observation, t.squeeze(-1))
-
-
-class DiffusionPolicy(nn.Module):
-    """The module inside a :class:`DiffusionActor`: observation in, action in environment units out.
-
-    ``num_steps``, ``add_noise`` and ``score_network`` are what TorchRL's DiffusionBCLoss asks of an actor's module.
-    """
-
-    def __init__(
-        self, score_network: nn.Module, box: ActionBox, noise_schedule: NoiseSchedule, sampler: Sampler
-    ) -> None:
-        super().__init__()
-        self.score_network = ConcatenatedScoreNetwork(score_network, box.action_dim)
-        self.box = box
-        self.noise_schedule = noise_schedule
-        self.sampler = sampler
-        self.steps = sampler.steps(noise_schedule)
-
-    @property
-    def num_steps(self) -> int:
-        """Number of diffusion steps T of the noise schedule."""
-        return self.noise_schedule.num_steps
-
-    def add_noise(self, clean_action: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Noises actions given in environment units; returns box units and the noise, as DiffusionBCLoss expects."""
-        return self.noise_schedule.add_noise(self.box.to_box(clean_action), t)
-
-    def predict_noise(self, noisy_action: Tensor, observation: Tensor, t: Tensor) -> Tensor:
-        # The chain runs in float32 or more; a half-precision network gets half-precision inputs.
-        predicted = self.score_network.network(noisy_action.to(observation.dtype), observation, t)
-        if predicted.shape != noisy_action.shape:
-            raise ValueError(
-                f"the score network returned shape {tuple(predicted.shape)} for noised actions of shape "
-                f"{tuple(noisy_action.shape)}; its output size must be the action's."
-            )
-        return predicted.to(noisy_action.dtype)
-
-    def chain(self, observation: Tensor) -> Callable[[int, Tensor], Tensor]:
-        """Noise prediction at each reverse step; a network's own ``reverse_chain`` shares work."""
-        timesteps = [step.t for step in self.steps]
-        network = self.score_network.network
-        reverse_chain = getattr(network, "reverse_chain", None)
-        if reverse_chain is not None:
-            predict = reverse_chain(observation, timesteps)
-            return lambda index, noisy: predict(index, noisy.to(observation.dtype)).to(noisy.dtype)
-        times = torch.tensor(timesteps, dtype=observation.dtype, device=observation.device)
-        return lambda index, noisy: self.predict_noise(noisy, observation, times[index].expand(noisy.shape[:-1]))
-
-    def sample(
-        self,
-        observation: Tensor,
-        initial_noise: Tensor | None = None,
-        step_noise: Tensor | Sequence[Tensor | None] | None = None,
-    ) -> Tensor:
-        noisy = initial_noise
-        if noisy is None:
-            shape = (*observation.shape[:-1], self.box.action_dim)
-            noisy = torch.randn(shape, dtype=chain_dtype(observation), device=observation.device)
-        predict_noise = self.chain(observation)
-        for index, step in enumerate(self.steps):
-            if step_noise is not None:
-                noise = step_noise[index]
-            else:
-                noise = torch.randn_like(noisy) if step.noise_std > 0 else None
-            noisy = self.sampler.step(noisy, predict_noise(index, noisy), step, noise)
-        return noisy.clamp(-1, 1)
-
-    def forward(self, *observations: Tensor) -> Tensor:
-        observation = torch.cat(observations, -1) if len(observations) > 1 else observations[0]
-        kind = interaction_type()
-        if kind in (None, InteractionType.RANDOM):
-            action = self.sample(observation)
-        else:
-            shape = (*observation.shape[:-1], self.box.action_dim)
-            start = torch.zeros(shape, dtype=chain_dtype(observation), device=observation.device)
-            action = self.sample(observation, start, [None] * len(self.steps))
-        return self.box.clamp(self.box.from_box(action)).to(observation.dtype)
-
-
-def chain_dtype(observation: Tensor) -> torch.dtype:
-    """The reverse chain runs in float32 or more."""
-    return torch.promote_types(observation.dtype, torch.float32)
 
 
 class DiffusionActor(TensorDictModule):
@@ -228,21 +134,92 @@ class DiffusionActor(TensorDictModule):
         """
         return self.module.predict_noise(noisy_action, observation, t)
 
+    @overload
     def sample(
         self,
         observation: Tensor,
         initial_noise: Tensor | None = None,
         step_noise: Tensor | Sequence[Tensor | None] | None = None,
-    ) -> Tensor:
+        *,
+        min_std: float = 0.0,
+        return_chain: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def sample(
+        self,
+        observation: Tensor,
+        initial_noise: Tensor | None = None,
+        step_noise: Tensor | Sequence[Tensor | None] | None = None,
+        *,
+        min_std: float = 0.0,
+        return_chain: Literal[True],
+    ) -> tuple[Tensor, ReverseChain]: ...
+
+    def sample(
+        self,
+        observation: Tensor,
+        initial_noise: Tensor | None = None,
+        step_noise: Tensor | Sequence[Tensor | None] | None = None,
+        *,
+        min_std: float = 0.0,
+        return_chain: bool = False,
+    ) -> Tensor | tuple[Tensor, ReverseChain]:
         """Samples the policy by the whole reverse chain, whatever the exploration type.
 
         Args:
             observation: joined observation, shape ``(*B, O)``.
             initial_noise: start of the chain, shape ``(*B, A)``; drawn from N(0, I) when not given.
             step_noise: fresh noise of each reverse step in order of use, shape ``(steps, *B, A)``; drawn when not
-                given. A None in a sequence takes that step's mean; the last step uses none.
+                given. A None in a sequence takes that step's mean; a step without noise, as the last one is, uses none.
+            min_std: floor of the standard deviation of every step's fresh noise, at least 0. Above 0 every step has a
+                density, the last one too; the policy is then a little wider than the sampler's own.
+            return_chain: whether to return the chain as well, from which :meth:`chain_log_prob` takes likelihoods.
 
         Returns:
-            Actions in box units, shape ``(*B, A)``, inside the box. Gradients flow through the chain unless disabled.
+            Actions in box units, shape ``(*B, A)``, inside the box, and with ``return_chain`` the
+            :class:`~qsm_rl.ReverseChain`. Gradients flow through the chain unless disabled.
+
+        Example:
+            >>> from qsm_rl import ScoreMLP
+            >>> spec = Bounded(-1.0, 1.0, shape=(2,))
+            >>> actor = DiffusionActor(ScoreMLP(4, 2), action_spec=spec, noise_schedule=NoiseSchedule.vp(5))
+            >>> action, chain = actor.sample(torch.randn(8, 4), min_std=0.1, return_chain=True)
+            >>> chain.states.shape, chain.samples.shape, len(chain.stds)
+            (torch.Size([6, 8, 2]), torch.Size([5, 8, 2]), 5)
+            >>> torch.equal(chain.states[-1], action)
+            True
         """
-        return self.module.sample(observation, initial_noise, step_noise)
+        if not min_std >= 0:
+            raise ValueError(f"min_std must be at least 0, got {min_std!r}.")
+        return self.module.sample(observation, initial_noise, step_noise, min_std, return_chain)
+
+    def chain_log_prob(self, observation: Tensor, chain: ReverseChain) -> Tensor:
+        """Log-likelihood of every step of a sampled chain under the actor as it is now.
+
+        ``log N(samples[i]; mean_i(states[i]), stds[i]^2 I)``: of the draws before clipping, since clipped ones have no
+        density. The sum over steps is that of the chain given its start, whose gradient is the score of the policy
+        (Black et al. 2023, arXiv 2305.13301, section 4; Ren et al. 2024, arXiv 2409.00588, section 4).
+
+        Args:
+            observation: joined observation, shape ``(*B, O)``.
+            chain: what :meth:`sample` returned for it, by this actor or an earlier one, with a ``min_std`` above 0
+                where a step has no noise of its own.
+
+        Returns:
+            Shape ``(steps, *B)``, with a gradient to the actor; give it a detached chain for the score alone.
+
+        Raises:
+            ValueError: if a step of the chain has no noise.
+
+        Example:
+            >>> from qsm_rl import ScoreMLP
+            >>> spec = Bounded(-1.0, 1.0, shape=(2,))
+            >>> actor = DiffusionActor(ScoreMLP(4, 2), action_spec=spec, noise_schedule=NoiseSchedule.vp(5))
+            >>> observation = torch.randn(8, 4)
+            >>> with torch.no_grad():
+            ...     action, chain = actor.sample(observation, min_std=0.1, return_chain=True)
+            >>> actor.chain_log_prob(observation, chain).shape
+            torch.Size([5, 8])
+        """
+        return self.module.chain_log_prob(observation, chain)

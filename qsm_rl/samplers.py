@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qsm_rl.noise_schedule import NoiseSchedule
 
-__all__ = ["DDIMSampler", "DDPMSampler", "ReverseStep", "Sampler"]
+__all__ = ["DDIMSampler", "DDPMSampler", "ReverseChain", "ReverseStep", "Sampler"]
 
 Clip = Literal["sample", "clean"] | None
 
@@ -41,6 +41,22 @@ class ReverseStep(NamedTuple):
     clean_weight: float
     noisy_weight: float
     noise_std: float
+
+
+class ReverseChain(NamedTuple):
+    """A sampled reverse chain, from noise to action, in box units.
+
+    Attributes:
+        states: ``x_T .. x_0``: what each step started from, and the action, inside the box; shape ``(steps + 1, *B,
+            A)``.
+        samples: what each step drew before anything was clipped, the next state being this after clipping; shape
+            ``(steps, *B, A)``. A clipped state has no density, these draws have.
+        stds: standard deviation of each step's Gaussian; 0 for a step without fresh noise, whose draw has no density.
+    """
+
+    states: Tensor
+    samples: Tensor
+    stds: tuple[float, ...]
 
 
 class Sampler:
@@ -69,16 +85,25 @@ class Sampler:
         Returns:
             The next sample, shape ``(*B, A)``.
         """
+        return self.clip_sample(self.draw(noisy, predicted_noise, step, noise))
+
+    def draw(self, noisy: Tensor, predicted_noise: Tensor, step: ReverseStep, noise: Tensor | None) -> Tensor:
+        """The step's draw before :meth:`clip_sample`, from N(:meth:`mean`, noise_std^2); arguments of :meth:`step`."""
+        mean = self.mean(noisy, predicted_noise, step)
+        return mean if noise is None or step.noise_std == 0 else torch.add(mean, noise, alpha=step.noise_std)
+
+    def mean(self, noisy: Tensor, predicted_noise: Tensor, step: ReverseStep) -> Tensor:
+        """Mean of the step's Gaussian, shape ``(*B, A)``; arguments of :meth:`step`."""
         # torch.add(x, y, alpha=c) is x + c y in one call: for one observation the calls are what a step costs.
         if self.clip == "clean":
             clean = torch.add(noisy, predicted_noise, alpha=-step.sigma).div(step.sqrt_alpha_cumprod).clamp(-1, 1)
-            sample = torch.add(step.noisy_weight * noisy, clean, alpha=step.clean_weight)
-        else:
-            # The same mean with the prediction multiplied out: nothing is divided by a small number first.
-            ratio = step.clean_weight / step.sqrt_alpha_cumprod
-            sample = torch.add((step.noisy_weight + ratio) * noisy, predicted_noise, alpha=-ratio * step.sigma)
-        if noise is not None and step.noise_std > 0:
-            sample = torch.add(sample, noise, alpha=step.noise_std)
+            return torch.add(step.noisy_weight * noisy, clean, alpha=step.clean_weight)
+        # The same mean with the prediction multiplied out: nothing is divided by a small number first.
+        ratio = step.clean_weight / step.sqrt_alpha_cumprod
+        return torch.add((step.noisy_weight + ratio) * noisy, predicted_noise, alpha=-ratio * step.sigma)
+
+    def clip_sample(self, sample: Tensor) -> Tensor:
+        """A draw as the next step sees it, shape ``(*B, A)``: clipped to the box with clip ``"sample"``."""
         return sample.clamp(-1, 1) if self.clip == "sample" else sample
 
 

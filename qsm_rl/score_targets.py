@@ -1,4 +1,4 @@
-"""Score targets: how the critic becomes the denoiser's regression target. The formulas stand in ``functional.py``.
+"""Score targets: how the critic becomes the denoiser's regression target. The formulas stand in ``functional``.
 
 The predicted noise eps is ``-sigma_t`` times a score. A target says which score, made from the critic: an actor that
 predicts it samples the policy that the target stands for.

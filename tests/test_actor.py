@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -187,3 +188,84 @@ def test_exploration_noise_is_in_box_units_and_clipped():
         assert torch.equal(explore(TensorDict({"action": middle}, [20_000]))["action"], middle)
     with pytest.raises(ValueError, match="std"):
         GaussianExploration(SPEC, std=-0.1)
+
+
+# --- the chain and its likelihood ---
+
+
+@pytest.mark.parametrize("min_std", [0.0, 0.3])
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
+def test_the_returned_chain_is_how_the_action_came_about(sampler, min_std):
+    torch.manual_seed(0)
+    actor = make_actor(sampler=sampler)
+    steps = sampler.steps(actor.noise_schedule)
+    observation, start, noise = torch.randn(6, 4), torch.randn(6, 3), torch.randn(len(steps), 6, 3)
+    action, chain = actor.sample(observation, start, noise, min_std=min_std, return_chain=True)
+    assert torch.equal(action, actor.sample(observation, start, noise, min_std=min_std))
+    assert torch.equal(chain.states[0], start) and torch.equal(chain.states[-1], action)
+    assert chain.stds == pytest.approx([max(step.noise_std, min_std) for step in steps])
+    for i, (step, std) in enumerate(zip(steps, chain.stds, strict=True)):
+        predicted = actor.predict_noise(chain.states[i], observation, torch.full((6,), step.t))
+        torch.testing.assert_close(chain.samples[i], sampler.mean(chain.states[i], predicted, step) + std * noise[i])
+        clipped = sampler.clip == "sample" or i == len(steps) - 1
+        torch.testing.assert_close(chain.states[i + 1], chain.samples[i].clamp(-1, 1) if clipped else chain.samples[i])
+    if min_std == 0:
+        torch.testing.assert_close(action, actor.sample(observation, start, noise))
+
+
+def test_likelihood_of_a_chain_of_two_steps_by_hand():
+    """Alphas 0.64 and 0.01; the network predicts gain * x; both steps have the standard deviation sqrt(beta) or 0.5.
+
+    t = 1: mean (x - 0.99 / sqrt(0.9936) * gain * x) / 0.1; t = 0: (x - 0.36 / 0.6 * gain * x) / 0.8, floored to 0.5.
+    """
+
+    class Gain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = nn.Parameter(torch.tensor(0.25))
+
+        def forward(self, noisy_action, observation, t):
+            return self.gain * noisy_action
+
+    network = Gain()
+    actor = make_actor(Bounded(-1.0, 1.0, (1,)), network=network, noise_schedule=NoiseSchedule([0.36, 0.99]))
+    start, noise = torch.tensor([[0.2]]), torch.tensor([[[-1.5]], [[0.4]]])
+    with torch.no_grad():
+        action, chain = actor.sample(torch.zeros(1, 1), start, noise, min_std=0.5, return_chain=True)
+    share = 0.99 / 0.9936**0.5
+    first = (0.2 - share * 0.25 * 0.2) / 0.1 - 1.5 * 0.99**0.5
+    second = (first - 0.6 * 0.25 * first) / 0.8 + 0.5 * 0.4
+    assert -1 < first < 1 and -1 < second < 1
+    torch.testing.assert_close(chain.samples.flatten(), torch.tensor([first, second]))
+    assert action.item() == pytest.approx(second, rel=1e-5)
+
+    log_prob = actor.chain_log_prob(torch.zeros(1, 1), chain)
+    constant = 0.5 * math.log(2 * math.pi)
+    expected = [-(1.5**2) / 2 - math.log(0.99) / 2 - constant, -(0.4**2) / 2 - math.log(0.5) - constant]
+    torch.testing.assert_close(log_prob, torch.tensor(expected).unsqueeze(-1))
+    log_prob.sum().backward()
+    # d/dgain: (draw - mean) / std^2 times d mean/dgain, the states held as they were drawn.
+    slopes = [-share * 0.2 / 0.1, -0.6 * first / 0.8]
+    gradient = -1.5 / 0.99**0.5 * slopes[0] + 0.4 / 0.5 * slopes[1]
+    assert network.gain.grad.item() == pytest.approx(gradient, rel=1e-5)
+
+
+def test_likelihoods_are_of_the_draws_before_clipping():
+    """With a mean far outside the box every state is clipped to its face, and the draws still tell their likelihood."""
+    torch.manual_seed(0)
+    actor = make_actor(network=Constant(-1e3))
+    action, chain = actor.sample(torch.randn(2000, 4), min_std=0.1, return_chain=True)
+    assert (action == 1).all() and (chain.samples > 1).all()
+    log_prob = actor.chain_log_prob(torch.randn(2000, 4), chain)
+    # E log N = -A (1/2 + log std + log(2 pi) / 2)
+    entropy = torch.tensor([3 * (0.5 + math.log(std) + 0.5 * math.log(2 * math.pi)) for std in chain.stds])
+    torch.testing.assert_close(log_prob.mean(1), -entropy, atol=0.1, rtol=0)
+
+
+def test_a_chain_without_noise_has_no_likelihood():
+    actor = make_actor()
+    _, chain = actor.sample(torch.randn(2, 4), return_chain=True)
+    with pytest.raises(ValueError, match=r"step at t = 0 has no fresh noise, .* min_std"):
+        actor.chain_log_prob(torch.randn(2, 4), chain)
+    with pytest.raises(ValueError, match=r"min_std must be at least 0, got -0.1"):
+        actor.sample(torch.randn(2, 4), min_std=-0.1)

@@ -41,3 +41,28 @@ def test_the_minimum_of_two_critics_is_one_std_below_their_mean():
     q_values = torch.randn(2, 3, 5)
     torch.testing.assert_close(F.aggregate_q_values(q_values, 1.0), F.aggregate_q_values(q_values, "min"))
     torch.testing.assert_close(F.aggregate_q_values(q_values[:1], 1.0), q_values[0])  # one critic has no spread
+
+
+def test_gaussian_log_prob_is_that_of_torch():
+    torch.manual_seed(0)
+    sample, mean, std = torch.randn(5, 3, 2), torch.randn(5, 3, 2), torch.rand(5, 3) + 0.1
+    expected = torch.distributions.Normal(mean, std.unsqueeze(-1)).log_prob(sample).sum(-1)
+    torch.testing.assert_close(F.gaussian_log_prob(sample, mean, std), expected)
+    torch.testing.assert_close(
+        F.gaussian_log_prob(sample, mean, 0.3), torch.distributions.Normal(mean, 0.3).log_prob(sample).sum(-1)
+    )
+
+
+def test_leave_one_out_advantage_is_against_the_other_samples():
+    q_values = torch.tensor([[1.0, 5.0], [2.0, 5.0], [6.0, 5.0]])
+    others = torch.stack([q_values[[1, 2]].mean(0), q_values[[0, 2]].mean(0), q_values[[0, 1]].mean(0)])
+    torch.testing.assert_close(F.leave_one_out_advantage(q_values), q_values - others)
+
+
+def test_normalized_q_value_has_no_gradient_to_the_other_critic():
+    one, other = torch.tensor([1.0, -3.0], requires_grad=True), torch.tensor([-2.0, 6.0], requires_grad=True)
+    value = F.normalized_q_value(one, other)
+    torch.testing.assert_close(value, torch.tensor([0.25, -0.75]))
+    value.sum().backward()
+    torch.testing.assert_close(one.grad, torch.full((2,), 0.25))
+    assert other.grad is None

@@ -36,6 +36,7 @@ RANKS = {
     "samplers": 1,
     "score_targets": 1,
     "temperature": 1,
+    "diffusion_policy": 2,
     "actor": 2,
     "action_selection": 2,
     "objectives": 3,

@@ -1,0 +1,148 @@
+"""The module inside a diffusion actor: the reverse chain over a score network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from tensordict.nn import InteractionType
+from tensordict.nn.probabilistic import interaction_type
+from torch import Tensor, nn
+
+from qsm_rl import functional as F
+from qsm_rl.action_box import ActionBox
+from qsm_rl.noise_schedule import NoiseSchedule
+from qsm_rl.samplers import ReverseChain, Sampler
+
+__all__ = ["DiffusionPolicy"]
+
+
+class ConcatenatedScoreNetwork(nn.Module):
+    """A score network that also takes its three inputs joined, ``cat[noisy action, observation, t]``."""
+
+    def __init__(self, network: nn.Module, action_dim: int) -> None:
+        super().__init__()
+        self.network = network
+        self.action_dim = action_dim
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        noisy_action, observation, t = inputs.tensor_split((self.action_dim, inputs.shape[-1] - 1), -1)
+        return self.network(noisy_action, observation, t.squeeze(-1))
+
+
+class DiffusionPolicy(nn.Module):
+    """The module inside a :class:`~qsm_rl.DiffusionActor`: observation in, action in environment units out.
+
+    ``num_steps``, ``add_noise`` and ``score_network`` are what TorchRL's DiffusionBCLoss asks of an actor's module.
+    """
+
+    def __init__(
+        self, score_network: nn.Module, box: ActionBox, noise_schedule: NoiseSchedule, sampler: Sampler
+    ) -> None:
+        super().__init__()
+        self.score_network = ConcatenatedScoreNetwork(score_network, box.action_dim)
+        self.box = box
+        self.noise_schedule = noise_schedule
+        self.sampler = sampler
+        self.steps = sampler.steps(noise_schedule)
+
+    @property
+    def num_steps(self) -> int:
+        """Number of diffusion steps T of the noise schedule."""
+        return self.noise_schedule.num_steps
+
+    def add_noise(self, clean_action: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Noises actions given in environment units; returns box units and the noise, as DiffusionBCLoss expects."""
+        return self.noise_schedule.add_noise(self.box.to_box(clean_action), t)
+
+    def predict_noise(self, noisy_action: Tensor, observation: Tensor, t: Tensor) -> Tensor:
+        """See :meth:`DiffusionActor.predict_noise`."""
+        # The chain runs in float32 or more; a half-precision network gets half-precision inputs.
+        predicted = self.score_network.network(noisy_action.to(observation.dtype), observation, t)
+        if predicted.shape != noisy_action.shape:
+            raise ValueError(
+                f"the score network returned shape {tuple(predicted.shape)} for noised actions of shape "
+                f"{tuple(noisy_action.shape)}; its output size must be the action's."
+            )
+        return predicted.to(noisy_action.dtype)
+
+    def chain(self, observation: Tensor) -> Callable[[int, Tensor], Tensor]:
+        """Noise prediction at each reverse step; a network's own ``reverse_chain`` shares work."""
+        timesteps = [step.t for step in self.steps]
+        network = self.score_network.network
+        reverse_chain = getattr(network, "reverse_chain", None)
+        if reverse_chain is not None:
+            predict = reverse_chain(observation, timesteps)
+            return lambda index, noisy: predict(index, noisy.to(observation.dtype)).to(noisy.dtype)
+        times = torch.tensor(timesteps, dtype=observation.dtype, device=observation.device)
+        return lambda index, noisy: self.predict_noise(noisy, observation, times[index].expand(noisy.shape[:-1]))
+
+    def sample(
+        self,
+        observation: Tensor,
+        initial_noise: Tensor | None = None,
+        step_noise: Tensor | Sequence[Tensor | None] | None = None,
+        min_std: float = 0.0,
+        return_chain: bool = False,
+    ) -> Tensor | tuple[Tensor, ReverseChain]:
+        """See :meth:`DiffusionActor.sample`."""
+        noisy = initial_noise
+        if noisy is None:
+            shape = (*observation.shape[:-1], self.box.action_dim)
+            noisy = torch.randn(shape, dtype=chain_dtype(observation), device=observation.device)
+        steps = self.steps
+        if min_std > 0:
+            steps = [step._replace(noise_std=max(step.noise_std, min_std)) for step in steps]
+        predict_noise = self.chain(observation)
+        states, samples = [noisy], []
+        for index, step in enumerate(steps):
+            if step_noise is not None:
+                noise = step_noise[index]
+            else:
+                noise = torch.randn_like(noisy) if step.noise_std > 0 else None
+            sample = self.sampler.draw(noisy, predict_noise(index, noisy), step, noise)
+            noisy = self.sampler.clip_sample(sample)
+            if return_chain:
+                samples.append(sample)
+                states.append(noisy)
+        action = noisy.clamp(-1, 1)
+        if not return_chain:
+            return action
+        states[-1] = action
+        return action, ReverseChain(torch.stack(states), torch.stack(samples), tuple(step.noise_std for step in steps))
+
+    def chain_log_prob(self, observation: Tensor, chain: ReverseChain) -> Tensor:
+        """See :meth:`DiffusionActor.chain_log_prob`."""
+        for step, std in zip(self.steps, chain.stds, strict=True):
+            if not std > 0:
+                raise ValueError(
+                    f"the chain's step at t = {step.t} has no fresh noise, and so no density; sample it with a min_std "
+                    "above 0, such as 0.1."
+                )
+        predict_noise = self.chain(observation)
+        means = [
+            self.sampler.mean(noisy, predict_noise(index, noisy), step)
+            for index, (noisy, step) in enumerate(zip(chain.states[:-1], self.steps, strict=True))
+        ]
+        log_probs = [
+            F.gaussian_log_prob(sample, mean, std)
+            for sample, mean, std in zip(chain.samples, means, chain.stds, strict=True)
+        ]
+        return torch.stack(log_probs)
+
+    def forward(self, *observations: Tensor) -> Tensor:
+        """An action ``(*B, A)`` in environment units, sampled or deterministic by TorchRL's exploration type."""
+        observation = torch.cat(observations, -1) if len(observations) > 1 else observations[0]
+        kind = interaction_type()
+        if kind in (None, InteractionType.RANDOM):
+            action = self.sample(observation)
+        else:
+            shape = (*observation.shape[:-1], self.box.action_dim)
+            start = torch.zeros(shape, dtype=chain_dtype(observation), device=observation.device)
+            action = self.sample(observation, start, [None] * len(self.steps))
+        return self.box.clamp(self.box.from_box(action)).to(observation.dtype)
+
+
+def chain_dtype(observation: Tensor) -> torch.dtype:
+    """The reverse chain runs in float32 or more."""
+    return torch.promote_types(observation.dtype, torch.float32)

@@ -1,0 +1,128 @@
+"""From the values of critics to the denoiser's target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "action_gradient",
+    "aggregate_q_values",
+    "boltzmann_q_score",
+    "clip_norm",
+    "mean_absolute",
+    "scaled_q_score",
+]
+
+
+def action_gradient(q_value: Callable[[Tensor], Tensor], action: Tensor) -> Tensor:
+    """The Q-score dQ/da of a critic at the given actions.
+
+    Args:
+        q_value: maps actions ``(K, *B, A)`` to Q-values ``(K, *B)``; differentiable in the action, each Q-value
+            depending on its own action only.
+        action: actions, shape ``(*B, A)``.
+
+    Returns:
+        dQ/da, shape ``(*B, A)``, without a graph.
+
+    Example:
+        >>> action_gradient(lambda a: -(a**2).sum(-1), torch.tensor([[0.5, -1.0]]))
+        tensor([[-1.,  2.]])
+    """
+    # func.grad rather than autograd.grad: the latter cannot be captured by torch.compile on an intermediate.
+    return torch.func.grad(lambda a: q_value(a.unsqueeze(0)).sum())(action.detach())
+
+
+def aggregate_q_values(q_values: Tensor, aggregation: Literal["min", "mean"] | float) -> Tensor:
+    """One Q-value from those of an ensemble: the minimum, the mean, or ``mean - rho std`` (the population's std).
+
+    The minimum is clipped double Q-learning (Fujimoto et al. 2018, arXiv 1802.09477, equation 10). Of two critics it is
+    the case ``rho = 1``; of more it grows more pessimistic with their number, which ``mean - rho std`` does not.
+
+    Args:
+        q_values: shape ``(num_critics, *B)``.
+        aggregation: ``"min"``, ``"mean"``, or rho.
+
+    Returns:
+        Shape ``(*B,)``.
+
+    Example:
+        >>> aggregate_q_values(torch.tensor([1.0, 3.0]), 0.5)
+        tensor(1.5000)
+    """
+    if aggregation == "min":
+        return q_values.amin(0)
+    mean = q_values.mean(0)
+    return mean if aggregation == "mean" else mean - aggregation * q_values.std(0, correction=0)
+
+
+def scaled_q_score(q_score: Tensor, scale: Tensor | float) -> Tensor:
+    """The authors' target, ``-M_q dQ/da`` (Psenka et al. 2024, arXiv 2312.11752, algorithm 1).
+
+    Args:
+        q_score: dQ/da at the noised action, shape ``(*B, A)``.
+        scale: M_q, the weight of the Q-score.
+
+    Returns:
+        Target of the predicted noise, shape ``(*B, A)``.
+
+    Example:
+        >>> scaled_q_score(torch.tensor([0.1]), 50.0)
+        tensor([-5.])
+    """
+    return -scale * q_score
+
+
+def boltzmann_q_score(q_score: Tensor, sigma_t: Tensor, temperature: Tensor | float) -> Tensor:
+    """``-sigma_t dQ/da / temperature``, the noise that belongs to the score of ``exp(Q / temperature)``.
+
+    Exact as ``sigma_t`` goes to 0 (Song et al. 2021, arXiv 2011.13456, section 3, with Q at the noised action in place
+    of the noised density).
+
+    Args:
+        q_score: dQ/da at the noised action, shape ``(*B, A)``.
+        sigma_t: noise level of each sample, shape ``(*B,)``.
+        temperature: lambda > 0 in units of Q.
+
+    Returns:
+        Target of the predicted noise, shape ``(*B, A)``.
+
+    Example:
+        >>> boltzmann_q_score(torch.tensor([2.0]), torch.tensor(0.5), 0.1)
+        tensor([-10.])
+    """
+    assert q_score.shape[:-1] == sigma_t.shape, (q_score.shape, sigma_t.shape)
+    return -sigma_t.unsqueeze(-1) * q_score / temperature
+
+
+def clip_norm(vectors: Tensor, max_norm: float) -> Tensor:
+    """Scales every vector longer than ``max_norm`` down to that Euclidean norm; its direction stays.
+
+    Args:
+        vectors: shape ``(*B, A)``.
+        max_norm: largest norm, above 0.
+
+    Returns:
+        Shape ``(*B, A)``.
+
+    Example:
+        >>> clip_norm(torch.tensor([[3.0, 4.0], [0.3, 0.4]]), 1.0)
+        tensor([[0.6000, 0.8000],
+                [0.3000, 0.4000]])
+    """
+    norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    return vectors * (max_norm / norm.clamp_min(max_norm))
+
+
+def mean_absolute(values: Tensor) -> Tensor:
+    """Mean of the absolute value over all entries, floored so that it can be divided by.
+
+    Example:
+        >>> mean_absolute(torch.tensor([-1.0, 3.0]))
+        tensor(2.)
+    """
+    return values.abs().mean().clamp_min(torch.finfo(values.dtype).tiny ** 0.5)
