@@ -21,6 +21,7 @@ from qsm_rl.score_targets import (
 )
 from qsm_rl.temperature import SpreadTuner
 from qsm_rl.value_heads import ScalarHead, TwoHotHead, ValueHead
+from qsm_rl.version import __version__ as __version__
 
 __all__ = [
     "ActionBox",
@@ -50,5 +51,3 @@ __all__ = [
     "ValueHead",
     "functional",
 ]
-
-__version__ = "0.1.0"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, overload
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, overload
 
 import torch
+from safetensors import SafetensorError
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey
@@ -15,9 +17,22 @@ from torchrl.data import Bounded, Composite, TensorSpec
 from qsm_rl.action_box import ActionBox
 from qsm_rl.diffusion_policy import DiffusionPolicy
 from qsm_rl.noise_schedule import NoiseSchedule
+from qsm_rl.observation_norm import NormalizedObservations
+from qsm_rl.pretrained import (
+    build_network,
+    build_sampler,
+    network_settings,
+    read_files,
+    sampler_settings,
+    write_files,
+)
 from qsm_rl.samplers import DDPMSampler, ReverseChain, Sampler
 
 __all__ = ["DiffusionActor"]
+
+# Names in the files of a trained actor.
+NETWORK, BOX, SCHEDULE = "module.score_network.network.", "module.box.", "module.noise_schedule."
+NORM = "observation_norm."
 
 
 class DiffusionActor(TensorDictModule):
@@ -223,3 +238,97 @@ class DiffusionActor(TensorDictModule):
             torch.Size([5, 8])
         """
         return self.module.chain_log_prob(observation, chain)
+
+    def save_pretrained(self, folder: Path | str, about: Mapping[str, Any] | None = None) -> None:
+        """Writes the actor as two files that need no code to be read, model.safetensors and config.json.
+
+        Args:
+            folder: made when missing; files of an earlier call are replaced, each in one step.
+            about: plain values kept in config.json beside the settings, such as the environment's name.
+
+        Raises:
+            ValueError: if the score network is not a :class:`~qsm_rl.ScoreMLP`, which alone can be built anew from
+                numbers; nothing is written then.
+            OSError: if the disk is full or not writable; earlier files are as they were.
+        """
+        network, statistics = self.score_network, {}
+        if isinstance(network, NormalizedObservations):
+            statistics = {"mean": network.mean, "variance": network.variance}
+            network = network.network
+        parts = {
+            NETWORK: {name: tensor.float() for name, tensor in network.state_dict().items()},  # also of one in bfloat16
+            BOX: self.box.state_dict(),
+            SCHEDULE: self.noise_schedule.state_dict(),
+            NORM: statistics,
+        }
+        config = {
+            **network_settings(network),
+            "sampler": sampler_settings(self.sampler),
+            "in_keys": self.in_keys,
+            "out_keys": self.out_keys,
+            "normalize_observation": bool(statistics),
+        }
+        tensors = {prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.items()}
+        write_files(Path(folder), tensors, {**(about or {}), **config})
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str) -> DiffusionActor:
+        """The actor that :meth:`save_pretrained` wrote, or a training run in its folder ``actor``, on the CPU.
+
+        It acts as the one that was saved: with the same noise the actions are equal. Reading runs no code, so an actor
+        from somebody else is safe to open.
+
+        Args:
+            folder: holds model.safetensors and config.json.
+
+        Raises:
+            ValueError: if a file is missing, malformed or from another version, they do not fit each other, or a weight
+                is not finite.
+
+        Example:
+            >>> from tempfile import TemporaryDirectory
+            >>> from qsm_rl import ScoreMLP
+            >>> spec = Bounded(-3.0, 3.0, shape=(2,))
+            >>> actor = DiffusionActor(ScoreMLP(4, 2, (8,)), action_spec=spec, noise_schedule=NoiseSchedule.vp(5))
+            >>> with TemporaryDirectory() as folder:
+            ...     actor.save_pretrained(folder)
+            ...     again = DiffusionActor.from_pretrained(folder)
+            >>> observation, noise = torch.randn(8, 4), (torch.randn(8, 2), torch.randn(5, 8, 2))
+            >>> torch.equal(again.sample(observation, *noise), actor.sample(observation, *noise))
+            True
+        """
+        try:
+            config, tensors = read_files(Path(folder))
+            parts = {prefix: _part(tensors, prefix) for prefix in (NETWORK, BOX, SCHEDULE, NORM)}
+            network = build_network(config, parts[NETWORK])
+            low, high = parts[BOX]["low"], parts[BOX]["high"]
+            if not low.shape == high.shape == (network.action_dim,):
+                raise ValueError(f"the action bounds have shape {tuple(low.shape)}, expected {(network.action_dim,)}")
+            if config["normalize_observation"]:
+                mean, variance = parts[NORM]["mean"], parts[NORM]["variance"]
+                if not mean.shape == variance.shape == (config["observation_dim"],) or bool((variance < 0).any()):
+                    raise ValueError("the observation statistics do not fit the observation")
+                network = NormalizedObservations(network, mean, variance)
+            actor = cls(
+                network,
+                action_spec=Bounded(low, high),
+                noise_schedule=NoiseSchedule(parts[SCHEDULE]["betas"]),
+                sampler=build_sampler(config["sampler"]),
+                in_keys=[_key(key) for key in config.get("in_keys", ["observation"])],
+                out_keys=[_key(key) for key in config.get("out_keys", ["action"])],
+            )
+            actor.noise_schedule.load_state_dict(parts[SCHEDULE])
+        except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+            missing = f"{error} is missing" if isinstance(error, LookupError) else reason[:300]
+            raise ValueError(f"{folder} holds no actor that can be read: {missing}") from error
+        return actor
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _key(key: Any) -> NestedKey:
+    """A key as JSON keeps it, where a nested one is a list."""
+    return tuple(key) if isinstance(key, list) else key

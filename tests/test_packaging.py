@@ -25,6 +25,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # A part of the package imports only from parts of a lower rank, or from its neighbours of the same rank.
 RANKS = {
     "activations": 0,
+    "atomic_files": 0,
+    "comparison": 0,
+    "observation_norm": 0,
+    "version": 0,
     "functional": 0,
     "noise_schedule": 0,
     "networks": 0,
@@ -33,6 +37,7 @@ RANKS = {
     "entropy": 0,
     "critics": 0,
     "action_box": 1,
+    "pretrained": 1,
     "samplers": 1,
     "score_targets": 1,
     "temperature": 1,
@@ -87,7 +92,7 @@ def test_one_version_of_ruff_and_of_the_package_everywhere():
     ruff = {need for hook in hooks for need in hook["additional_dependencies"] if need.startswith("ruff")}
     assert ruff == {f"ruff=={pins()['ruff']}"}
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == PROJECT["version"]
-    assert f'__version__ = "{PROJECT["version"]}"' in (ROOT / "qsm_rl/__init__.py").read_text()
+    assert f'__version__ = "{PROJECT["version"]}"' in (ROOT / "qsm_rl/version.py").read_text()
 
 
 # --- structure --------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qsm_rl.training.atomic_files import sweep_temporaries, write_atomically
+from qsm_rl.atomic_files import sweep_temporaries, write_atomically
 from qsm_rl.training.errors import UserError
 
 __all__ = ["CheckpointFolder"]

@@ -26,6 +26,7 @@ from gymnasium.wrappers import TransformAction, TransformObservation
 from tensordict import TensorDictBase
 from torchrl.envs import EnvBase, Transform, TransformedEnv
 
+from qsm_rl.observation_norm import normalize
 from qsm_rl.training.vector_environment import VectorEnvironment
 
 __all__ = ["RunningObservationNorm", "copy_observation_statistics", "make_environment", "sub_environment_seeds"]
@@ -151,9 +152,6 @@ class RunningObservationNorm(Transform):
     # Why not TorchRL's VecNormV2 (0.14.1): with decay=1 it returns NaN where rounding makes its E[x^2] - E[x]^2
     # negative (Hopper-v5 and Humanoid-v5 within 300 frames); with the default decay it corrects the variance's bias
     # wrongly: for a feature of mean 1.25 and standard deviation 0.1 the scale is still 0.47 after 20,000 frames.
-    epsilon = 1e-8
-    clip = 10.0
-
     def __init__(self, observation_dim: int) -> None:
         super().__init__(in_keys=["observation"], out_keys=["observation"])
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
@@ -183,8 +181,7 @@ class RunningObservationNorm(Transform):
 
     def normalize(self, observation: torch.Tensor) -> torch.Tensor:
         """Normalises observations ``(*B, O)`` with the statistics as they are."""
-        normalized = (observation - self.mean) / (self.variance + self.epsilon).sqrt()
-        return normalized.clamp(-self.clip, self.clip).to(observation.dtype)
+        return normalize(observation, self.mean, self.variance)
 
     def _apply_transform(self, observation: torch.Tensor) -> torch.Tensor:
         return self.normalize(observation)

@@ -22,7 +22,7 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 
-from qsm_rl.training.atomic_files import write_csv_atomically
+from qsm_rl.atomic_files import write_csv_atomically
 from qsm_rl.training.errors import UserError
 from qsm_rl.training.loggers import read_metrics
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from qsm_rl.training.atomic_files import write_atomically, write_csv_atomically
+from qsm_rl.atomic_files import write_atomically, write_csv_atomically
 from qsm_rl.training.errors import UserError
 
 __all__ = ["MetricsTable", "check_logger", "chosen_logger", "read_metrics"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from qsm_rl.training.atomic_files import write_atomically
+from qsm_rl.atomic_files import write_atomically
 from qsm_rl.training.loggers import read_metrics
 
 __all__ = ["plot_learning_curve"]

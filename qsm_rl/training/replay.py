@@ -13,7 +13,7 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.data import ReplayBuffer
 from torchrl.envs.transforms import MultiStepTransform
 
-from qsm_rl.training.atomic_files import write_atomically
+from qsm_rl.atomic_files import write_atomically
 from qsm_rl.training.errors import UserError
 
 __all__ = ["ReplayArchive", "TransitionWriter"]

@@ -183,7 +183,6 @@ class TrainingRun(Generic[Configuration]):
         publish_actor(
             folder.actor,
             update.actor,
-            hidden_dims=config.actor_hidden_dims,
             environment=self.environment,
             env=config.env,
             action_repeat=config.action_repeat,

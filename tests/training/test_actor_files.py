@@ -22,7 +22,9 @@ def test_published_actor_comes_back_with_the_same_actions(tmp_path, sampler, nor
         noise_schedule=NoiseSchedule.cosine(5),
         sampler=sampler,
     )
-    publish_actor(tmp_path, actor, hidden_dims=(8, 4), environment=environment, env="InvertedPendulum-v5")
+    with torch.no_grad():
+        actor.score_network.mlp[-1].weight.mul_(0.1)  # actions between the bounds, too
+    publish_actor(tmp_path, actor, environment=environment, env="InvertedPendulum-v5")
     loaded = load_actor(tmp_path)
     raw = torch.randn(16, 4)
     norm = environment.transform if normalize else None
@@ -32,6 +34,13 @@ def test_published_actor_comes_back_with_the_same_actions(tmp_path, sampler, nor
     torch.manual_seed(1)
     assert torch.equal(loaded(TensorDict({"observation": raw}, [16]))["action"], expected)
     assert (expected.abs() < 3).any()
+    noise = torch.randn(16, 1), torch.randn(len(sampler.steps(actor.noise_schedule)), 16, 1)
+    again = DiffusionActor.from_pretrained(tmp_path)
+    assert torch.equal(again.sample(raw, *noise), actor.sample(seen, *noise))
+    t = torch.randint(5, (16,))
+    assert torch.equal(again.predict_noise(noise[0], raw, t), actor.predict_noise(noise[0], seen, t))
+    again.save_pretrained(tmp_path / "copy")  # what was loaded can be saved, its statistics included
+    assert torch.equal(load_actor(tmp_path / "copy").sample(raw, *noise), actor.sample(seen, *noise))
     assert json.loads((tmp_path / "config.json").read_text())["env"] == "InvertedPendulum-v5"
 
 
@@ -51,7 +60,7 @@ def test_a_broken_actor_folder_is_named(tmp_path, spoil):
     environment = make_environment("InvertedPendulum-v5", seed=0)
     spec = environment.action_spec_unbatched
     actor = DiffusionActor(ScoreMLP(4, 1, (8,)), action_spec=spec, noise_schedule=NoiseSchedule.cosine(5))
-    publish_actor(tmp_path, actor, hidden_dims=(8,), environment=environment, env="InvertedPendulum-v5")
+    publish_actor(tmp_path, actor, environment=environment, env="InvertedPendulum-v5")
     load_actor(tmp_path)
     spoil(tmp_path)
     with pytest.raises(UserError, match="no actor that can be read"):

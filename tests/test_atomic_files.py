@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from qsm_rl.training.atomic_files import sweep_temporaries, write_atomically
+from qsm_rl.atomic_files import sweep_temporaries, write_atomically
 
 
 class Killed(BaseException):

@@ -1,0 +1,150 @@
+"""The files of a trained actor, which need no code to be read: model.safetensors and config.json."""
+
+from __future__ import annotations
+
+import json
+import math
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load, save_file
+from torch import Tensor, nn
+
+from qsm_rl.atomic_files import sweep_temporaries, write_atomically
+from qsm_rl.comparison import first_difference, first_non_finite
+from qsm_rl.networks import FourierTimeEmbedding, ScoreMLP
+from qsm_rl.samplers import DDIMSampler, DDPMSampler, Sampler
+from qsm_rl.version import __version__
+
+__all__ = ["build_network", "build_sampler", "network_settings", "read_files", "sampler_settings", "write_files"]
+
+FORMAT = 1
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+SAMPLERS = {sampler.__name__: sampler for sampler in (DDPMSampler, DDIMSampler)}
+NETWORK = ("hidden_dims", "layer_norm", "time_embedding", "time_features", "time_dim")
+LARGEST_WEIGHTS, LARGEST_CONFIG = 4 << 30, 1 << 20  # bytes, far beyond any actor
+
+
+def write_files(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Writes weights and configuration, each whole or not at all.
+
+    Args:
+        folder: made when missing; files of an earlier call are replaced.
+        tensors: weights and buffers by name.
+        config: plain values.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep_temporaries(folder)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps({**config, "format": FORMAT, "qsm_rl": __version__}, indent=2) + "\n"
+    write_atomically(folder / WEIGHTS, lambda temporary: save_file(tensors, temporary))
+    write_atomically(folder / CONFIG, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Reads what :func:`write_files` wrote; runs no code in it.
+
+    Returns:
+        The configuration and the tensors, on the CPU, all finite.
+
+    Raises:
+        ValueError: if a file is malformed, too large or from another version, or a tensor holds NaN or infinity.
+        OSError: if a file is missing or cannot be read.
+        safetensors.SafetensorError: if the weights are malformed.
+    """
+    try:
+        config = json.loads(_content(folder / CONFIG, LARGEST_CONFIG).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{CONFIG}: {error}") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        found = config.get("format") if isinstance(config, dict) else config
+        written = f", written by qsm_rl {config['qsm_rl']}" if isinstance(config, dict) and "qsm_rl" in config else ""
+        raise ValueError(f"{CONFIG} is of format {str(found)[:40]!r}{written}; qsm_rl {__version__} reads {FORMAT}")
+    tensors = load(_content(folder / WEIGHTS, LARGEST_WEIGHTS))
+    if bad := first_non_finite(tensors):
+        raise ValueError(f"{WEIGHTS}: {bad}")
+    return config, tensors
+
+
+def network_settings(network: nn.Module) -> dict[str, Any]:
+    """What :func:`build_network` needs to build the network anew.
+
+    Raises:
+        ValueError: if it is not exactly a :class:`~qsm_rl.ScoreMLP`.
+    """
+    if type(network) is not ScoreMLP:
+        raise ValueError(
+            f"the score network is a {type(network).__name__}; only a qsm_rl.ScoreMLP can be built anew from a "
+            "configuration. Save state_dict() of yours and build it in code."
+        )
+    widths = [layer.out_features for layer in network.mlp if isinstance(layer, nn.Linear)]
+    time_widths = [layer.out_features for layer in network.time_mlp if isinstance(layer, nn.Linear)]
+    first_of_time = next(layer for layer in network.time_mlp if isinstance(layer, nn.Linear))
+    return {
+        "observation_dim": network.mlp[0].in_features - network.action_dim - time_widths[-1],
+        "action_dim": network.action_dim,
+        "hidden_dims": widths[:-1],
+        "layer_norm": any(isinstance(layer, nn.LayerNorm) for layer in network.mlp),
+        "time_embedding": "fourier" if isinstance(network.time_mlp[0], FourierTimeEmbedding) else "sinusoidal",
+        "time_features": first_of_time.in_features,
+        "time_dim": time_widths[-1],
+    }
+
+
+def build_network(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> ScoreMLP:
+    """The network of a configuration, with its weights.
+
+    Args:
+        config: holds the entries of :func:`network_settings`.
+        weights: the network's state, by its own names.
+
+    Raises:
+        ValueError: naming the first weight that does not fit.
+    """
+    sizes = (config["observation_dim"], config["action_dim"])
+    settings = {name: config[name] for name in NETWORK if name in config}
+    if not all(isinstance(size, int) for size in sizes) or len(settings["hidden_dims"]) > len(weights):
+        raise ValueError(f"{CONFIG} describes another network than the weights")
+    with torch.device("meta"):  # sizes are compared before memory is taken
+        expected = ScoreMLP(*sizes, **settings).state_dict()
+    if difference := first_difference(weights, expected, "the score network's"):
+        raise ValueError(difference)
+    network = ScoreMLP(*sizes, **settings)
+    network.load_state_dict(dict(weights))
+    return network
+
+
+def sampler_settings(sampler: Sampler) -> dict[str, Any]:
+    """What :func:`build_sampler` needs.
+
+    Raises:
+        ValueError: if it is none of the samplers here.
+    """
+    if SAMPLERS.get(type(sampler).__name__) is not type(sampler):
+        raise ValueError(f"the sampler is a {type(sampler).__name__}; only {', '.join(SAMPLERS)} can be saved.")
+    return {"name": type(sampler).__name__, **vars(sampler)}
+
+
+def build_sampler(settings: Mapping[str, Any]) -> Sampler:
+    """The sampler of :func:`sampler_settings`.
+
+    Raises:
+        ValueError: if the name is unknown.
+    """
+    arguments = dict(settings)
+    name = arguments.pop("name")
+    if name not in SAMPLERS:
+        raise ValueError(f"unknown sampler {str(name)[:40]!r}, expected one of {', '.join(SAMPLERS)}")
+    if not all(math.isfinite(value) for value in arguments.values() if isinstance(value, float)):
+        raise ValueError(f"the sampler's settings {arguments} hold a number that is not finite")
+    return SAMPLERS[name](**arguments)
+
+
+def _content(path: Path, largest: int) -> bytes:
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode) or about.st_size > largest:
+        raise ValueError(f"{path.name} is no file of at most {largest:,} bytes")
+    return path.read_bytes()
