@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ScalarHead", "TwoHotHead", "ValueHead", "symexp", "symlog", "two_hot"]
+__all__ = ["ScalarHead", "TwoHotHead", "ValueHead", "return_bound", "symexp", "symlog", "two_hot"]
 
 
 def symlog(values: Tensor) -> Tensor:
@@ -58,8 +58,40 @@ def two_hot(values: Tensor, support: Tensor) -> Tensor:
     return nn.functional.pad(share, (1, 0), value=1.0) - nn.functional.pad(share, (0, 1))
 
 
+SUPPORT_HEADROOM = 3.0
+
+
+def return_bound(rewards: Tensor, discounts: Tensor) -> float:
+    """The largest size of a discounted return, ``max(abs(r) / (1 - discount))``, by the rewards seen.
+
+    Args:
+        rewards: rewards, or discounted sums of rewards over some steps, ``(*B,)``.
+        discounts: discount of the value behind each of them, gamma to the number of steps, below 1, ``(*B,)``.
+
+    Returns:
+        The bound; where all rewards are 0, that of rewards of size 1.
+
+    Raises:
+        ValueError: if a discount is 1, for which there is no bound.
+
+    Example:
+        >>> return_bound(torch.tensor([0.5, -2.0]), torch.tensor(0.75)), return_bound(torch.zeros(3), torch.tensor(0.5))
+        (8.0, 2.0)
+    """
+    if not (discounts < 1).all():
+        raise ValueError("a gamma of 1 bounds no return; give the value support yourself.")
+    sizes = rewards.abs() if rewards.any() else torch.ones_like(rewards)
+    return (sizes / (1 - discounts)).max().item()
+
+
 class ValueHead:
-    """Base of the value heads. A critic with one has a method ``outputs(*inputs) -> (*B, num_outputs)``."""
+    """Base of the value heads. A critic with one has a method ``outputs(*inputs) -> (*B, num_outputs)``.
+
+    Attributes:
+        bounded: whether Q-values have bounds to which TD targets are clipped.
+    """
+
+    bounded: bool = False
 
     @property
     def num_outputs(self) -> int:
@@ -76,6 +108,10 @@ class ValueHead:
 
     def td_loss(self, outputs: Tensor, target: Tensor) -> Tensor:
         """Loss ``(*B,)`` of outputs ``(*B, num_outputs)`` against TD targets ``(*B,)``."""
+        raise NotImplementedError
+
+    def clipped(self, target: Tensor) -> Tensor:
+        """Which TD targets ``(*B,)`` the loss clips, booleans of the same shape; asked of bounded heads only."""
         raise NotImplementedError
 
 
@@ -108,8 +144,7 @@ class ScalarHead(ValueHead):
         return distance(outputs.squeeze(-1), target, reduction="none")
 
 
-@dataclass(frozen=True)
-class TwoHotHead(ValueHead):
+class TwoHotHead(ValueHead, nn.Module):
     """Regression as classification: logits over a value support, trained by cross-entropy to the two-hot target.
 
     The Q-value is the mean ``sum_i softmax(outputs)_i z_i`` over the support z. Two-hot targets keep their mean, so the
@@ -117,15 +152,22 @@ class TwoHotHead(ValueHead):
     with the returns, which trains larger critics on noisier targets more steadily (Farebrother et al. 2024, arXiv
     2403.03950; with symlog Hafner et al. 2023, arXiv 2301.04104, equation 10).
 
-    A critic starts at Q near 0 for every input. Targets outside the support are clipped to its ends, so choose it
-    around all returns that can occur: rewards in ``[r_min, r_max]`` give ``[r_min, r_max] / (1 - gamma)``.
+    A critic starts at Q near 0 for every input. Targets outside the support are clipped to its ends and counted
+    (``target_clipped`` of the losses), so choose it around all returns that can occur: rewards in ``[r_min, r_max]``
+    give ``[r_min, r_max] / (1 - gamma)``. Without ends the head waits for them: a loss chooses them from rewards seen,
+    by :meth:`~qsm_rl.QScoreMatchingLoss.choose_value_support`. They are part of the state_dict.
 
     Args:
-        low: lower end of the support.
+        low: lower end of the support; None, with ``high``, leaves both to be set later.
         high: its upper end; 0 lies between the two or is one of them.
         num_bins: points of the support, at least 2. More resolve finer and cost little; usual range 51 to 255.
         symlog: whether the points are evenly spaced in :func:`symlog` rather than in value, fine near 0 and coarse far
             out, for returns of unknown size.
+
+    Attributes:
+        low: lower end, -1 until it is set.
+        high: upper end, 1 until it is set.
+        has_support: whether the ends were given or set.
 
     Raises:
         ValueError: if the support is empty or without 0, or ``num_bins`` is below 2.
@@ -137,16 +179,35 @@ class TwoHotHead(ValueHead):
         (tensor(2.5000), tensor(0.6931))
     """
 
-    low: float
-    high: float
-    num_bins: int = 101
-    symlog: bool = False
+    bounded = True
 
-    def __post_init__(self) -> None:
-        if not (self.low <= 0 <= self.high and self.low < self.high and math.isfinite(self.high - self.low)):
-            raise ValueError(f"the support must hold 0 and end above its beginning, got [{self.low!r}, {self.high!r}].")
-        if self.num_bins < 2:
-            raise ValueError(f"num_bins must be at least 2, got {self.num_bins!r}.")
+    def __init__(
+        self, low: float | None = None, high: float | None = None, num_bins: int = 101, symlog: bool = False
+    ) -> None:
+        super().__init__()
+        if num_bins < 2:
+            raise ValueError(f"num_bins must be at least 2, got {num_bins!r}.")
+        self.num_bins = num_bins
+        self.symlog = symlog
+        self.low, self.high, self.has_support = -1.0, 1.0, False
+        if low is not None or high is not None:
+            self.set_support(low, high)
+
+    def set_support(self, low: float | None, high: float | None) -> None:
+        """Sets the ends of the support; what a critic has learned on another one counts on this one.
+
+        Raises:
+            ValueError: if the support is empty or without 0.
+        """
+        if low is None or high is None or not (low <= 0 <= high and low < high and math.isfinite(high - low)):
+            raise ValueError(f"the support must hold 0 and end above its beginning, got [{low!r}, {high!r}].")
+        self.low, self.high, self.has_support = float(low), float(high), True
+
+    def choose_support(self, rewards: Tensor, discounts: Tensor) -> None:
+        """Sets both ends to :data:`SUPPORT_HEADROOM` times :func:`return_bound`, unless there is a support already."""
+        if not self.has_support:
+            bound = SUPPORT_HEADROOM * return_bound(rewards, discounts)
+            self.set_support(-bound, bound)
 
     @property
     def num_outputs(self) -> int:
@@ -172,7 +233,35 @@ class TwoHotHead(ValueHead):
         return (outputs.softmax(-1, dtype) * support).sum(-1).to(outputs.dtype)
 
     def td_loss(self, outputs: Tensor, target: Tensor) -> Tensor:
-        """See :meth:`ValueHead.td_loss`; computes in float32 or more."""
+        """See :meth:`ValueHead.td_loss`; computes in float32 or more.
+
+        Raises:
+            RuntimeError: if the head has no support yet.
+        """
+        if not self.has_support:
+            raise RuntimeError(
+                "the two-hot head has no value support yet: call loss.choose_value_support(transitions) before the "
+                "first update, or give low and high."
+            )
         dtype = torch.promote_types(outputs.dtype, torch.float32)
         weights = two_hot(target.to(dtype), self.support(dtype, outputs.device))
         return -(weights * outputs.log_softmax(-1, dtype)).sum(-1).to(outputs.dtype)
+
+    def clipped(self, target: Tensor) -> Tensor:
+        """See :meth:`ValueHead.clipped`."""
+        return (target < self.low) | (target > self.high)
+
+    def get_extra_state(self) -> Tensor:
+        """The ends of the support, NaN without one, for the state_dict."""
+        return torch.tensor([self.low, self.high] if self.has_support else [math.nan, math.nan], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Takes over what :meth:`get_extra_state` returned."""
+        low, high = state.tolist()
+        if not math.isnan(low):
+            self.set_support(low, high)
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        ends = f"{self.low}, {self.high}" if self.has_support else "None, None"
+        return f"{ends}, num_bins={self.num_bins}, symlog={self.symlog}"

@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     # Critics, and the target that their action gradient makes for the policy.
     head = None
     if config.critic_bins is not None:
-        head = TwoHotHead(*config.critic_support, config.critic_bins, symlog=config.critic_symlog)
+        head = TwoHotHead(*(config.critic_support or (None, None)), config.critic_bins, config.critic_symlog)
     widths = config.critic_hidden_dims
     make_critic = {
         "mlp": partial(QValueMLP, hidden_dims=widths, layer_norm=config.critic_layer_norm),

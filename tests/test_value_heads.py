@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qsm_rl import ScalarHead, TwoHotHead
-from qsm_rl.value_heads import symexp, symlog, two_hot
+from qsm_rl.value_heads import return_bound, symexp, symlog, two_hot
 
 
 def test_symlog_and_symexp_are_inverse_and_the_identity_near_zero():
@@ -112,3 +112,31 @@ def test_scalar_head_by_hand(name, expected):
 def test_bad_supports_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         TwoHotHead(*arguments)
+
+
+def test_bound_of_the_returns_by_hand():
+    """A reward of -2 with 3/4 of the value behind it bounds returns by 8; three steps at 1/2 sum up to 3.5 / (7/8)."""
+    assert return_bound(torch.tensor([[0.5], [-2.0]]), torch.tensor(0.75)) == pytest.approx(8)
+    assert return_bound(torch.tensor([3.5, 1.0]), torch.tensor([0.125, 0.5])) == pytest.approx(4)
+    assert return_bound(torch.zeros(3), torch.tensor(0.5)) == pytest.approx(2)  # nothing seen: as of rewards of 1
+    with pytest.raises(ValueError, match="a gamma of 1 bounds no return"):
+        return_bound(torch.ones(3), torch.tensor(1.0))
+
+
+def test_a_head_waits_for_its_support_and_keeps_it():
+    head = TwoHotHead(num_bins=5)
+    assert not head.has_support
+    with pytest.raises(RuntimeError, match="no value support yet"):
+        head.td_loss(torch.zeros(5), torch.tensor(0.0))
+    before = head.initial_outputs()
+    head.choose_support(torch.tensor([1.0]), torch.tensor(0.5))
+    assert (head.low, head.high) == (-6, 6)  # three times 1 / (1 - 0.5)
+    torch.testing.assert_close(head.initial_outputs(), before)  # a new critic is the same on every symmetric support
+    head.choose_support(torch.tensor([100.0]), torch.tensor(0.5))
+    assert head.high == 6
+    assert head.clipped(torch.tensor([-7.0, -6.0, 0.0, 6.5])).tolist() == [True, False, False, True]
+    fresh = TwoHotHead(num_bins=5)
+    fresh.load_state_dict(TwoHotHead(num_bins=5).state_dict())
+    assert not fresh.has_support
+    fresh.load_state_dict(head.state_dict())
+    assert fresh.has_support and repr(fresh) == repr(head)

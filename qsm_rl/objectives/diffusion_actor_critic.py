@@ -11,7 +11,7 @@ import torch
 from tensordict import TensorDictBase, TensorDictParams
 from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey, unravel_key
-from torch import Tensor
+from torch import Tensor, nn
 from torchrl.objectives import ValueEstimators
 from torchrl.objectives.utils import dispatch_value_estimator
 
@@ -28,7 +28,7 @@ from qsm_rl.objectives.ensembles import (
 )
 from qsm_rl.objectives.inputs import check_actor, check_choice, entry, live_entries
 from qsm_rl.objectives.shared_actor import SharedActorLoss
-from qsm_rl.value_heads import ScalarHead
+from qsm_rl.value_heads import ScalarHead, TwoHotHead
 
 __all__ = ["DiffusionActorCriticLoss"]
 
@@ -100,13 +100,15 @@ class DiffusionActorCriticLoss(SharedActorLoss):
             raise ValueError(f"target_action_noise_std must be at least 0, got {target_action_noise_std!r}.")
         check_actor(actor_network)
         critics = critic_list(qvalue_network, num_qvalue_nets)
-        own_head = critic_head(critics, self.tensor_keys.state_action_value)
+        critic_head(critics, self.tensor_keys.state_action_value)
 
         self.convert_to_functional(actor_network, "actor_network", create_target_params=delay_actor)
         self._share_with_actor()
         stack_critics(self, critics, delay_qvalue)
         self._batch_normalizers = (batch_normalizers(self.qvalue_network, delay_qvalue),)  # not a module of the loss
         self.num_qvalue_nets = len(critics)
+        # The very head of the module that the critics' weights are put into.
+        own_head = critic_head([self.qvalue_network], self.tensor_keys.state_action_value)
         self.value_head = ScalarHead(loss_function) if own_head is None else own_head
         self.loss_function = loss_function
         self.target_aggregation = target_aggregation
@@ -201,8 +203,9 @@ class DiffusionActorCriticLoss(SharedActorLoss):
         Returns:
             The loss, and detached ``target_value`` ``(*B,)``, ``q_value`` ``(num_critics, *B)``, ``td_error`` ``(*B,)``
             (the largest over critics), ``critic_losses`` ``(num_critics,)``, ``next_action`` (the chain's sample before
-            the noise, box units, ``(*B, A)``) and, where there is one, ``entropy_bonus`` ``(*B,)``; of a batch with a
-            mask only the ``L`` live samples, ``(L,)``.
+            the noise, box units, ``(*B, A)``), and where there is such a thing ``entropy_bonus`` ``(*B,)`` and
+            ``target_clipped`` ``(*B,)`` (whether the target lies beyond the value support); of a batch with a mask only
+            the ``L`` live samples, ``(L,)``.
         """
         mask = self._mask(tensordict)
         batch = self._live_entries(tensordict, mask)
@@ -216,6 +219,8 @@ class DiffusionActorCriticLoss(SharedActorLoss):
         losses = self.value_head.td_loss(outputs, target)
         td_error = (q_value - target).detach().abs().amax(0)
         tensordict.set(self.tensor_keys.priority, td_error)
+        if self.value_head.bounded:
+            next_info["target_clipped"] = self.value_head.clipped(target_value)
         live = ... if mask is None else mask
         info = {
             "target_value": target_value[live],
@@ -244,8 +249,24 @@ class DiffusionActorCriticLoss(SharedActorLoss):
         for params in (stacked if live else stacked.clone()).unbind(0):
             critic = deepcopy(self.qvalue_network)
             params.to_module(critic, preserve_module_state=True)
+            if live and isinstance(self.value_head, nn.Module):
+                critic.module.head = self.value_head  # its support may still be chosen
             critics.append(critic.requires_grad_(not live))
         return critics
+
+    def choose_value_support(self, tensordict: TensorDictBase) -> None:
+        """Chooses the support of a two-hot head made without one; any other head stays as it is.
+
+        Its ends lie, on both sides of 0, at three times the largest discounted return that the rewards seen could add
+        up to. Call it before the first update.
+
+        Args:
+            tensordict: transitions, say those of the warm-up: rewards and, of n-step returns, ``steps_to_next_obs``.
+        """
+        if isinstance(self.value_head, TwoHotHead):
+            rewards = entry(tensordict, ("next", self.tensor_keys.reward))
+            steps = tensordict.get("steps_to_next_obs", torch.ones_like(rewards))
+            self.value_head.choose_support(rewards, self.value_estimator.gamma**steps)
 
     def reset_parameters_recursive(self) -> None:
         """Draws all weights anew by the layers' own initialisers; targets start equal to the networks again."""

@@ -81,7 +81,7 @@ def critic_head(critics: Sequence[TensorDictModule], key: NestedKey) -> ValueHea
                 f"list of in_keys and out_keys=[{key!r}], got it inside a {type(critic).__name__}."
             )
     heads = [own_head(getattr(critic, "module", None)) for critic in critics]
-    if any(head != heads[0] for head in heads):
+    if any(head is not heads[0] and repr(head) != repr(heads[0]) for head in heads):
         raise ValueError(f"the critics must have the same value head, got {heads}.")
     return heads[0]
 
@@ -98,7 +98,7 @@ def batch_normalizers(network: nn.Module, delay_qvalue: bool) -> list[nn.Module]
     Raises:
         ValueError: if there are any and target critics, whose running statistics nobody would keep.
     """
-    layers = [layer for layer in network.modules() if isinstance(layer, (BatchRenorm, _BatchNorm))]
+    layers: list[nn.Module] = [layer for layer in network.modules() if isinstance(layer, (BatchRenorm, _BatchNorm))]
     if layers and delay_qvalue:
         raise ValueError(
             f"the critics hold {type(layers[0]).__name__} layers, whose batch statistics take the place of target "

@@ -72,9 +72,10 @@ class QScoreMatchingLoss(DiffusionActorCriticLoss):
 
     Output entries: ``loss_actor``, ``loss_qvalue`` (summed over critics) and detached scalars: ``q_value`` and
     ``target_value`` (means), ``td_error`` (mean over samples of the largest over critics), ``predicted_noise_norm`` and
-    ``score_target_norm`` (mean Euclidean norms), ``entropy_bonus`` and ``bc_error`` (means, where there is an entropy
-    bonus, or behaviour cloning), and for each diagnostic of the score target its mean Euclidean norm (``q_score_norm``)
-    or mean. The priority entry ``"td_error"`` ``(*B,)`` is written to the input.
+    ``score_target_norm`` (mean Euclidean norms), where there is such a thing ``entropy_bonus``, ``bc_error`` (means)
+    and ``target_clipped`` (share of TD targets beyond the value support), and for each diagnostic of the score target
+    its mean Euclidean norm (``q_score_norm``) or mean. The priority entry ``"td_error"`` ``(*B,)`` is written to the
+    input.
 
     Raises:
         TypeError: if the actor is not a :class:`~qsm_rl.DiffusionActor`, naming what it lacks.
@@ -173,6 +174,7 @@ class QScoreMatchingLoss(DiffusionActorCriticLoss):
                 "predicted_noise_norm",
                 "score_target_norm",
                 *(["entropy_bonus"] if self.entropy_bonus is not None else []),
+                *(["target_clipped"] if self.value_head.bounded else []),
                 *(["bc_error"] if self.bc_weight is not None else []),
                 *(_diagnostic_name(name) for name in self.score_target.info_keys),
             ]
@@ -280,9 +282,13 @@ class QScoreMatchingLoss(DiffusionActorCriticLoss):
             "predicted_noise_norm": _mean_norm(actor_info["predicted_noise"]),
             "score_target_norm": _mean_norm(actor_info["score_target"]),
         }
-        for name, info in (("entropy_bonus", qvalue_info), ("bc_error", actor_info)):
+        for name, info in (
+            ("entropy_bonus", qvalue_info),
+            ("target_clipped", qvalue_info),
+            ("bc_error", actor_info),
+        ):
             if name in info:
-                out[name] = info[name].mean()
+                out[name] = info[name].float().mean()
         for name in self.score_target.info_keys:
             value = actor_info[name]
             out[_diagnostic_name(name)] = _mean_norm(value) if name.endswith("_score") else value.mean()

@@ -82,6 +82,8 @@ class OffPolicyModule(LightningModule):
         replay = self.writer.replay
         if len(replay) == 0:
             return
+        if self.grad_steps == 0 and self.updates_due > 0:
+            self.update.begin(replay[:])
         for _ in range(self.updates_due - self.grad_steps):
             try:
                 losses = self.update(replay.sample())

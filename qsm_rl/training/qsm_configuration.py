@@ -147,9 +147,10 @@ class QSMConfiguration(TrainingConfiguration):
     """Points of a value support for critics that classify (two-hot cross-entropy) where the others regress; null
     regresses. Steadier where returns are large or noisy; usual range 51 to 255."""
 
-    critic_support: tuple[float, float] = (-1000.0, 1000.0)
-    """Ends of the value support; targets beyond are clipped to them. Wide is safe, narrow is finer: all discounted
-    returns have to fit, which are at most 1 / (1 - gamma) times the reward of a frame."""
+    critic_support: tuple[float, float] | None = None
+    """Ends of the value support; targets beyond are clipped to them, and train/target_clipped tells their share. Wide
+    is safe, narrow is finer: all discounted returns have to fit. null takes three times the largest return that the
+    rewards of the warm-up could add up to, abs(reward) / (1 - gamma), on both sides of 0."""
 
     critic_symlog: bool = True
     """Whether the value support is fine near 0 and coarse far out, for returns of unknown size; otherwise even."""
@@ -234,8 +235,10 @@ class QSMConfiguration(TrainingConfiguration):
                 "critic_hidden_dims", len(set(self.critic_hidden_dims)) == 1, "equal widths with --critic simba"
             )
         self._check("critic_bins", self.critic_bins is None or self.critic_bins >= 2, "null or at least 2")
-        low, high = self.critic_support
-        self._check("critic_support", -math.inf < low <= 0 <= high < math.inf and low < high, "two ends around 0")
+        low, high = self.critic_support or (-1.0, 1.0)
+        self._check(
+            "critic_support", -math.inf < low <= 0 <= high < math.inf and low < high, "null, or two ends around 0"
+        )
         self._check("sampler_temperature", self.sampler_temperature >= 0, "0 or more")
         if self.sampler == "ddim":
             self._check(

@@ -114,6 +114,10 @@ class QSMUpdate(Update):
             policies[f"best_of_{self.eval_best_of}"] = BestOfN(self.actor, critics, num_samples=self.eval_best_of)
         return policies
 
+    def begin(self, transitions: TensorDictBase) -> None:
+        """Chooses the value support of critics that were given none."""
+        self.loss.choose_value_support(transitions)
+
     def forward(self, batch: TensorDictBase) -> dict[str, Tensor]:
         """See :meth:`Update.forward`; returns ``qvalue`` (mean over critics) and, where it is its turn, ``actor``."""
         loss_qvalue, self._qvalue_info = self._qvalue_loss(batch)

@@ -65,6 +65,13 @@ class Update(nn.Module):
         """
         raise NotImplementedError
 
+    def begin(self, transitions: TensorDictBase) -> None:
+        """Called once in a run, before its first update.
+
+        Args:
+            transitions: all that the replay buffer holds, batch size ``(N,)``.
+        """
+
     def diagnostics(self) -> dict[str, Tensor]:
         """Detached scalars of the last update for the log, computed only when a row is written."""
         return {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -186,6 +188,39 @@ def test_state_dict_and_copies_keep_the_value():
         for index, critic in enumerate(loss.trained_critics(live=live)):
             td = TensorDict({key: data[key] for key in ("observation", "action")}, [5])
             torch.testing.assert_close(critic(td)["state_action_value"].squeeze(-1).detach(), stacked[index])
+
+
+def test_the_support_is_chosen_once_and_goes_where_the_weights_go():
+    def build():
+        loss = QScoreMatchingLoss(make_actor(), head_critics(2, TwoHotHead(num_bins=21)), delay_qvalue=False)
+        return loss.make_value_estimator(gamma=0.5)
+
+    loss, data = build(), make_transitions((8,))
+    live, early = loss.trained_critics(live=True), deepcopy(loss)
+    with pytest.raises(RuntimeError, match="no value support yet"):
+        loss.qvalue_loss(data)
+    data["next", "reward"].fill_(1.0)
+    n_step = data.clone().set("steps_to_next_obs", torch.full((8, 1), 2))
+    early.choose_value_support(n_step)
+    assert early.value_head.high == pytest.approx(4)  # three times 1 / (1 - 0.5^2)
+    assert not loss.value_head.has_support
+    loss.choose_value_support(data)
+    assert loss.value_head.high == pytest.approx(6)
+    # Targets 1 + 0.5 Q stay within; a reward of 100 does not.
+    data["next", "reward"][:2] = 100.0
+    _, info = loss.qvalue_loss(data)
+    assert info["target_clipped"].tolist() == [True, True] + [False] * 6
+    out = evaluate(loss, data)
+    assert list(out.keys()) == loss.out_keys and out["target_clipped"] == 0.25
+    # Copies, live critics, state_dict and deep copies value as the loss does.
+    fresh = build()
+    fresh.load_state_dict(loss.state_dict())
+    td = TensorDict({key: data[key] for key in ("observation", "action")}, [8])
+    expected = info["q_value"]
+    for critics in (live, loss.trained_critics(), fresh.trained_critics(), deepcopy(loss).trained_critics(live=True)):
+        for critic, values in zip(critics, expected, strict=True):
+            torch.testing.assert_close(critic(td.clone())["state_action_value"].squeeze(-1).detach(), values)
+    assert_same(evaluate(fresh, data), out, rtol=0, atol=0)
 
 
 @pytest.mark.slow
