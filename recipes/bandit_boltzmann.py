@@ -108,7 +108,7 @@ def draw_figure(critic: MixtureCritic, samples: dict[str, Tensor], picture: Path
     grid = torch.linspace(-1, 1, 201)
     points = torch.cartesian_prod(grid, grid)
     density = critic(points, nn.functional.pad(points, (0, critic.centers.shape[-1] - 2))).exp().reshape(201, 201).T
-    panels[0].imshow(density, extent=(-1, 1, -1, 1), origin="lower", cmap="magma")
+    panels[0].imshow(density, extent=(-1, 1, -1, 1), origin="lower", cmap="Blues")
     panels[0].set_title("exp(Q), the truth", fontsize=10)
     for axes, (name, action) in zip(panels[1:], samples.items(), strict=False):
         axes.scatter(action[:, 0], action[:, 1], s=2, alpha=0.5, linewidths=0)

@@ -333,13 +333,15 @@ def write_report(rows: Sequence[Row], about: Row, output: Path) -> None:
     growth = [row for row in rows if row["part"] == "growth"]
     if not growth:
         return
-    figure = Figure(figsize=(3 * len(GROWTH), 3.2), dpi=130, layout="constrained")
+    figure = Figure(figsize=(9, 5.4), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(GROWTH), squeeze=False, sharey=True)[0]
-    for axes, axis in zip(panels, GROWTH, strict=True):
+    panels = figure.subplots(2, 3, sharey=True).flatten()
+    for axes in panels[len(GROWTH) :]:
+        axes.remove()
+    for axes, axis in zip(panels, GROWTH, strict=False):
         points = [(row["value"], 1000 / row["per_second"]) for row in growth if row["axis"] == axis]
         axes.plot(*zip(*points, strict=True), marker="o", markersize=3)
-        axes.set(xscale="log", yscale="log", xlabel=axis, ylabel="ms for an update" if axes is panels[0] else "")
+        axes.set(xscale="log", yscale="log", xlabel=axis, ylabel="ms for an update" if axes in panels[::3] else "")
         axes.set_xticks(GROWTH[axis], labels=[str(value) for value in GROWTH[axis]])
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(ScalarFormatter())

@@ -5,8 +5,11 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
+import json
 import pkgutil
 import re
+import shutil
+import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -101,6 +104,31 @@ def test_every_figure_comes_from_the_script():
         assert f'FOLDER / "{picture.name}"' in script, f"{picture.name} is made by no script"
         assert picture.stat().st_size < 120_000, f"{picture.name} has {picture.stat().st_size:,} bytes"
         assert any(picture.name in page.read_text(encoding="utf-8") for page in PAGES), f"{picture.name} is on no page"
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="draws formulas with Node.js, which is not installed")
+def test_every_formula_can_be_drawn():
+    formulas = {}
+    for page in PAGES:
+        text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.S)
+        for display, inline in re.findall(r"\\\[(.*?)\\\]|\\\((.*?)\\\)", text, flags=re.S):
+            formulas[display or inline] = page.name
+    assert len(formulas) > 80
+    program = """
+        const katex = require(process.argv[1]);
+        for (const formula of JSON.parse(require("fs").readFileSync(0))) {
+            try { katex.renderToString(formula); } catch (error) { console.log(formula + ": " + error.message); }
+        }
+    """
+    katex = DOCS / "javascripts" / "katex" / "katex.min.js"
+    drawn = subprocess.run(
+        ["node", "-e", program, str(katex)],
+        input=json.dumps(list(formulas)),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert drawn.stdout == ""
 
 
 def messages(source: str) -> list[str]:

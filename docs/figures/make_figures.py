@@ -85,7 +85,9 @@ def new_figure(width: float, height: float, columns: int, rows: int = 1) -> tupl
     panels = list(figure.subplots(rows, columns, squeeze=False).flatten())
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=8)
+        axes.tick_params(labelsize=10)
+        axes.xaxis.label.set_fontsize(11)
+        axes.yaxis.label.set_fontsize(11)
     return figure, panels
 
 
@@ -95,13 +97,13 @@ def draw_forward(path: Path) -> None:
     grid = torch.linspace(-3, 3, 601)
     torch.manual_seed(0)
     clean = CENTERS[torch.multinomial(WEIGHTS, SAMPLES, replacement=True)] + STD * torch.randn(SAMPLES)
-    figure, panels = new_figure(9, 2.5, 4)
+    figure, panels = new_figure(9, 2.7, 4)
     for axes, t in zip(panels, (0, 4, 9, 19), strict=True):
         noisy, _ = schedule.add_noise(clean.unsqueeze(-1), torch.full((SAMPLES,), t))
         axes.hist(noisy.squeeze(-1).numpy(), bins=100, range=(-3, 3), density=True, color=BLUE, alpha=0.4)
         axes.plot(grid, density(grid, schedule.alphas_cumprod[t].item()), color=BLUE)
         axes.set(xlim=(-3, 3), yticks=[], xlabel="noised action")
-        axes.set_title(f"t = {t}, sigma = {schedule.sigmas[t]:.2f}", fontsize=10)
+        axes.set_title(f"t = {t}, sigma = {schedule.sigmas[t]:.2f}", fontsize=12)
     figure.savefig(path)
 
 
@@ -121,20 +123,20 @@ def draw_reverse(path: Path) -> None:
     figure, (axes, side) = new_figure(7.5, 3, 2)
     axes.plot(paths.numpy(), color=BLUE, alpha=0.5, linewidth=0.7)
     axes.set(xlabel="reverse steps done", ylabel="action", ylim=(-2.6, 2.6))
-    axes.set_title("30 actions on their way out of the noise", fontsize=10)
+    axes.set_title("30 actions on their way out of the noise", fontsize=12)
     grid = torch.linspace(-1, 1, 401)
     samples = samples_of(PosteriorQScore(1.0, PARTICLES))
     side.hist(samples.numpy(), bins=80, range=(-1, 1), density=True, color=BLUE, alpha=0.4)
     side.plot(grid, density(grid), color="black", linewidth=1.2)
     side.set(xlabel="action", yticks=[])
-    side.set_title("6,000 samples and the policy exp(Q)", fontsize=10)
+    side.set_title("6,000 samples and the policy exp(Q)", fontsize=12)
     figure.savefig(path, dpi=90)
 
 
 def draw_targets(path: Path) -> None:
     """What three targets ask the denoiser to predict, at three noise levels."""
     schedule = NoiseSchedule.cosine(NUM_STEPS)
-    figure, panels = new_figure(9, 2.9, 3)
+    figure, panels = new_figure(9, 3.2, 3)
     torch.manual_seed(0)
     for axes, t in zip(panels, (1, 16, 69), strict=True):
         noisy = torch.linspace(-1.5, 1.5, 301).unsqueeze(-1)
@@ -147,15 +149,16 @@ def draw_targets(path: Path) -> None:
             axes.plot(noisy, target(q_value, noisy, step, schedule)[0], color=color, linewidth=width, label=name)
         axes.axhline(0, color=GREY, linewidth=0.5)
         axes.set(xlabel="noised action", ylim=(-12, 12))
-        axes.set_title(f"sigma = {schedule.sigmas[t]:.2f}", fontsize=10)
+        axes.set_title(f"sigma = {schedule.sigmas[t]:.2f}", fontsize=12)
     panels[0].set_ylabel("noise to predict")
-    panels[0].legend(frameon=False, fontsize=8, loc="upper left")
+    lines, names = panels[0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside lower center", ncols=3, frameon=False, fontsize=11)
     figure.savefig(path)
 
 
 def draw_policies(path: Path) -> None:
     """The policies that four targets stand for."""
-    figure, panels = new_figure(9, 2.6, 4)
+    figure, panels = new_figure(9, 2.8, 4)
     grid = torch.linspace(-1, 1, 401)
     for axes, (name, target) in zip(
         panels,
@@ -170,7 +173,7 @@ def draw_policies(path: Path) -> None:
         axes.hist(samples_of(target).numpy(), bins=80, range=(-1, 1), density=True, color=BLUE, alpha=0.45)
         axes.plot(grid, density(grid), color="black", linewidth=1.2)
         axes.set(xlabel="action", yticks=[], ylim=(0, 6))
-        axes.set_title(name, fontsize=10)
+        axes.set_title(name, fontsize=12)
     figure.savefig(path)
 
 
@@ -183,15 +186,15 @@ def draw_ascent(path: Path) -> None:
     grid = torch.linspace(-1, 1, 401)
     figure, panels = new_figure(9, 2.7, 3)
     panels[0].plot(grid, q_value(grid.unsqueeze(-1)), color="black")
-    panels[0].set_title("Q of an action", fontsize=10)
+    panels[0].set_title("Q of an action", fontsize=12)
     others: list[tuple[str, Callable[[], Tensor]]] = [
         ("300 steps up dQ/da from anywhere", lambda: action.squeeze(-1)),
         ("a diffusion policy for exp(Q)", lambda: samples_of(PosteriorQScore(1.0, PARTICLES))),
     ]
     for axes, (name, draw) in zip(panels[1:], others, strict=True):
         axes.hist(draw().numpy(), bins=80, range=(-1, 1), weights=[1 / SAMPLES] * SAMPLES, color=BLUE, alpha=0.6)
-        axes.set_title(name, fontsize=10)
-        axes.set_ylabel("share of the actions", fontsize=8)
+        axes.set_title(name, fontsize=12)
+        axes.set_ylabel("share of the actions", fontsize=10)
     for axes in panels:
         axes.set(xlabel="action", xlim=(-1, 1))
     figure.savefig(path)
@@ -205,15 +208,15 @@ def draw_schedules(path: Path) -> None:
             schedule = getattr(NoiseSchedule, name)(num_steps)
             axes.plot(schedule.sigmas, marker="o", markersize=4, color=color, label=name)
         axes.set(xlabel="timestep t", ylim=(0, 1.05))
-        axes.set_title(f"T = {num_steps}", fontsize=10)
+        axes.set_title(f"T = {num_steps}", fontsize=12)
     panels[0].set_ylabel("sigma")
-    panels[0].legend(frameon=False, fontsize=9)
+    panels[0].legend(frameon=False, fontsize=10)
     figure.savefig(path)
 
 
 def draw_steps(path: Path) -> None:
     """What the number of steps does to the samples of the exact target."""
-    figure, panels = new_figure(9, 2.5, 4)
+    figure, panels = new_figure(9, 2.7, 4)
     grid = torch.linspace(-1, 1, 401)
     for axes, num_steps in zip(panels, (5, 10, 20, 50), strict=True):
         for name, color in (("vp", ORANGE), ("cosine", BLUE)):
@@ -221,8 +224,8 @@ def draw_steps(path: Path) -> None:
             axes.hist(samples.numpy(), bins=60, range=(-1, 1), density=True, color=color, histtype="step", label=name)
         axes.plot(grid, density(grid), color="black", linewidth=1.2)
         axes.set(xlabel="action", yticks=[], ylim=(0, 7))
-        axes.set_title(f"T = {num_steps}", fontsize=10)
-    panels[0].legend(frameon=False, fontsize=8)
+        axes.set_title(f"T = {num_steps}", fontsize=12)
+    panels[0].legend(frameon=False, fontsize=10)
     figure.savefig(path)
 
 

@@ -1,0 +1,9 @@
+// pymdownx.arithmatex marks the formulas of a page, KaTeX draws them. It lies beside this file, so that they are drawn
+// without a network too: katex.min.js, katex.min.css, the .woff2 fonts and the licence of the npm package katex 0.19.1,
+// unchanged. A newer release replaces all of them; where there is Node.js, the tests ask it to draw every formula.
+document.addEventListener("DOMContentLoaded", () => {
+  for (const element of document.querySelectorAll(".arithmatex")) {
+    const [, display, inline] = element.textContent.trim().match(/^\\\[([^]*)\\\]$|^\\\(([^]*)\\\)$/);
+    katex.render(display ?? inline, element, { displayMode: display !== undefined, throwOnError: false });
+  }
+});
