@@ -300,15 +300,16 @@ class DiffusionActor(TensorDictModule):
         try:
             config, tensors = read_files(Path(folder))
             parts = {prefix: _part(tensors, prefix) for prefix in (NETWORK, BOX, SCHEDULE, NORM)}
-            network = build_network(config, parts[NETWORK])
+            score_mlp = build_network(config, parts[NETWORK])
+            network: nn.Module = score_mlp
             low, high = parts[BOX]["low"], parts[BOX]["high"]
-            if not low.shape == high.shape == (network.action_dim,):
-                raise ValueError(f"the action bounds have shape {tuple(low.shape)}, expected {(network.action_dim,)}")
+            if not low.shape == high.shape == (score_mlp.action_dim,):
+                raise ValueError(f"the action bounds have shape {tuple(low.shape)}, expected {(score_mlp.action_dim,)}")
             if config["normalize_observation"]:
                 mean, variance = parts[NORM]["mean"], parts[NORM]["variance"]
                 if not mean.shape == variance.shape == (config["observation_dim"],) or bool((variance < 0).any()):
                     raise ValueError("the observation statistics do not fit the observation")
-                network = NormalizedObservations(network, mean, variance)
+                network = NormalizedObservations(score_mlp, mean, variance)
             actor = cls(
                 network,
                 action_spec=Bounded(low, high),

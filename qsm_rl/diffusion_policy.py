@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from tensordict.nn import InteractionType
@@ -140,7 +141,7 @@ class DiffusionPolicy(nn.Module):
             shape = (*observation.shape[:-1], self.box.action_dim)
             start = torch.zeros(shape, dtype=chain_dtype(observation), device=observation.device)
             action = self.sample(observation, start, [None] * len(self.steps))
-        return self.box.clamp(self.box.from_box(action)).to(observation.dtype)
+        return self.box.clamp(self.box.from_box(cast(Tensor, action))).to(observation.dtype)
 
 
 def chain_dtype(observation: Tensor) -> torch.dtype:

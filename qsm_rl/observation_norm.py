@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -46,7 +47,7 @@ class NormalizedObservations(nn.Module):
 
     def __init__(self, network: nn.Module, mean: Tensor, variance: Tensor) -> None:
         super().__init__()
-        self.network = network
+        self.network: Any = network
         self.register_buffer("mean", mean)
         self.register_buffer("variance", variance)
 

@@ -82,9 +82,10 @@ def network_settings(network: nn.Module) -> dict[str, Any]:
         )
     widths = [layer.out_features for layer in network.mlp if isinstance(layer, nn.Linear)]
     time_widths = [layer.out_features for layer in network.time_mlp if isinstance(layer, nn.Linear)]
+    first = next(layer for layer in network.mlp if isinstance(layer, nn.Linear))
     first_of_time = next(layer for layer in network.time_mlp if isinstance(layer, nn.Linear))
     return {
-        "observation_dim": network.mlp[0].in_features - network.action_dim - time_widths[-1],
+        "observation_dim": first.in_features - network.action_dim - time_widths[-1],
         "action_dim": network.action_dim,
         "hidden_dims": widths[:-1],
         "layer_norm": any(isinstance(layer, nn.LayerNorm) for layer in network.mlp),

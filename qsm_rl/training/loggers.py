@@ -105,7 +105,9 @@ def check_logger(choice: dict[str, Any] | None) -> None:
     Raises:
         UserError: naming the pip command, if it is not.
     """
-    service = None if choice is None else SERVICES.get(choice["class_path"])
+    if choice is None:
+        return
+    service = SERVICES.get(choice["class_path"])
     if service is not None and importlib.util.find_spec(service.package) is None:
         name = choice["class_path"].rpartition(".")[2]
         raise UserError(f'--logger {name} needs {service.package}: pip install "{service.to_install}".')
