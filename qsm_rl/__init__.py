@@ -9,7 +9,7 @@ from qsm_rl.critics import QValueCrossQ, QValueMLP, QValueSimBa
 from qsm_rl.entropy import EntropyBonus
 from qsm_rl.networks import ScoreMLP
 from qsm_rl.noise_schedule import NoiseSchedule
-from qsm_rl.objectives import QScoreMatchingLoss
+from qsm_rl.objectives import DiffusionPolicyGradientLoss, DiffusionQLLoss, QScoreMatchingLoss
 from qsm_rl.samplers import DDIMSampler, DDPMSampler, ReverseChain
 from qsm_rl.score_targets import (
     BoltzmannQScore,
@@ -31,6 +31,8 @@ __all__ = [
     "DDIMSampler",
     "DDPMSampler",
     "DiffusionActor",
+    "DiffusionPolicyGradientLoss",
+    "DiffusionQLLoss",
     "EntropyBonus",
     "GaussianExploration",
     "NoiseSchedule",

@@ -207,7 +207,8 @@ class DiffusionActor(TensorDictModule):
         """
         if not min_std >= 0:
             raise ValueError(f"min_std must be at least 0, got {min_std!r}.")
-        return self.module.sample(observation, initial_noise, step_noise, min_std, return_chain)
+        action, chain = self.module.run_chain(observation, initial_noise, step_noise, min_std, return_chain)
+        return action if chain is None else (action, chain)
 
     def chain_log_prob(self, observation: Tensor, chain: ReverseChain) -> Tensor:
         """Log-likelihood of every step of a sampled chain under the actor as it is now.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import cast
 
 import torch
 from tensordict.nn import InteractionType
@@ -78,15 +77,15 @@ class DiffusionPolicy(nn.Module):
         times = torch.tensor(timesteps, dtype=observation.dtype, device=observation.device)
         return lambda index, noisy: self.predict_noise(noisy, observation, times[index].expand(noisy.shape[:-1]))
 
-    def sample(
+    def run_chain(
         self,
         observation: Tensor,
         initial_noise: Tensor | None = None,
         step_noise: Tensor | Sequence[Tensor | None] | None = None,
         min_std: float = 0.0,
         return_chain: bool = False,
-    ) -> Tensor | tuple[Tensor, ReverseChain]:
-        """See :meth:`DiffusionActor.sample`."""
+    ) -> tuple[Tensor, ReverseChain | None]:
+        """See :meth:`DiffusionActor.sample`; the chain is None unless asked for."""
         noisy = initial_noise
         if noisy is None:
             shape = (*observation.shape[:-1], self.box.action_dim)
@@ -108,7 +107,7 @@ class DiffusionPolicy(nn.Module):
                 states.append(noisy)
         action = noisy.clamp(-1, 1)
         if not return_chain:
-            return action
+            return action, None
         states[-1] = action
         return action, ReverseChain(torch.stack(states), torch.stack(samples), tuple(step.noise_std for step in steps))
 
@@ -136,12 +135,12 @@ class DiffusionPolicy(nn.Module):
         observation = torch.cat(observations, -1) if len(observations) > 1 else observations[0]
         kind = interaction_type()
         if kind in (None, InteractionType.RANDOM):
-            action = self.sample(observation)
+            action, _ = self.run_chain(observation)
         else:
             shape = (*observation.shape[:-1], self.box.action_dim)
             start = torch.zeros(shape, dtype=chain_dtype(observation), device=observation.device)
-            action = self.sample(observation, start, [None] * len(self.steps))
-        return self.box.clamp(self.box.from_box(cast(Tensor, action))).to(observation.dtype)
+            action, _ = self.run_chain(observation, start, [None] * len(self.steps))
+        return self.box.clamp(self.box.from_box(action)).to(observation.dtype)
 
 
 def chain_dtype(observation: Tensor) -> torch.dtype:

@@ -148,6 +148,7 @@ class LossContract:
         tensor_keys: the defaults of ``loss.tensor_keys``.
         supported_value_estimators: all others must raise NotImplementedError.
         schedulable: buffers that change the loss while training goes on.
+        independent: options under which a sample's loss does not depend on the rest of the batch.
         noiseless: options under which nothing but the policy itself makes the value loss random.
         constructor_errors: options, the error they raise, and words of its message.
     """
@@ -161,6 +162,7 @@ class LossContract:
         ValueEstimators.TDLambda,
     )
     schedulable: ClassVar[Sequence[str]] = ()
+    independent: ClassVar[dict[str, Any]] = {}
     noiseless: ClassVar[dict[str, Any]] = {}
     constructor_errors: ClassVar[Sequence[tuple[dict[str, Any], type[Exception], str]]] = ()
 
@@ -475,7 +477,7 @@ class LossContract:
     def test_masks_and_weights(self, mask_key, weighted):
         mask = torch.tensor([[True, True, False, False], [True, True, True, False]])
         weights = torch.linspace(0.1, 2.0, 8).reshape(2, 4)
-        loss = self.make_quiet_loss(reduction="none")
+        loss = self.make_quiet_loss(reduction="none", **self.independent)
         if mask_key == "my_mask":
             loss.loss_mask_key = mask_key
         data = self.make_data((2, 4))

@@ -62,7 +62,7 @@ def normalized_q_value(q_value: Tensor, other_q_value: Tensor) -> Tensor:
 
     Args:
         q_value: Q-values, shape ``(*B,)``.
-        other_q_value: those of another critic at the same actions, shape ``(*B,)``.
+        other_q_value: those of another critic, any shape.
 
     Returns:
         Shape ``(*B,)``.
@@ -71,5 +71,4 @@ def normalized_q_value(q_value: Tensor, other_q_value: Tensor) -> Tensor:
         >>> normalized_q_value(torch.tensor([1.0, -3.0]), torch.tensor([-1.0, 3.0]))
         tensor([ 0.5000, -1.5000])
     """
-    assert q_value.shape == other_q_value.shape, (q_value.shape, other_q_value.shape)
     return q_value / mean_absolute(other_q_value.detach())

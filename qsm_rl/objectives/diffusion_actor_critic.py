@@ -26,18 +26,19 @@ from qsm_rl.objectives.ensembles import (
     joint_outputs,
     stack_critics,
 )
-from qsm_rl.objectives.inputs import check_actor, check_choice, entry, live_entries
+from qsm_rl.objectives.inputs import check_actor, check_choice, entry, live_entries, live_mask, replayed_action
 from qsm_rl.objectives.shared_actor import SharedActorLoss
+from qsm_rl.objectives.two_part import TwoPartLoss
 from qsm_rl.value_heads import ScalarHead, TwoHotHead
 
 __all__ = ["DiffusionActorCriticLoss"]
 
 
-class DiffusionActorCriticLoss(SharedActorLoss):
+class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
     """Base of the losses that train critics by temporal differences at samples of a diffusion actor.
 
-    A loss adds its ``actor_loss``, ``forward`` and ``out_keys``. The arguments are those of
-    :class:`~qsm_rl.QScoreMatchingLoss`, which documents them.
+    A loss adds its ``actor_loss``, and to ``diagnostic_keys`` and ``diagnostics`` what that reports. The arguments are
+    those of :class:`~qsm_rl.QScoreMatchingLoss`, which documents them.
     """
 
     @dataclass
@@ -231,6 +232,19 @@ class DiffusionActorCriticLoss(SharedActorLoss):
         }
         return self._reduce_loss(losses.sum(0), batch, weights=weights), info
 
+    @property
+    def diagnostic_keys(self) -> list[str]:
+        """Names of what :meth:`diagnostics` returns, in its order."""
+        bonus = [] if self.entropy_bonus is None else ["entropy_bonus"]
+        clipped = ["target_clipped"] if self.value_head.bounded else []
+        return ["q_value", "target_value", "td_error", *bonus, *clipped]
+
+    def diagnostics(self, qvalue_info: dict[str, Tensor], actor_info: dict[str, Tensor]) -> dict[str, Tensor]:
+        """See :meth:`TwoPartLoss.diagnostics`: what every loss reports of its critics, all means."""
+        names = ("q_value", "target_value", "td_error", "entropy_bonus", "target_clipped")
+        found = {name: qvalue_info[name] for name in names if name in qvalue_info}
+        return {name: (x.float() if x.dtype == torch.bool else x).mean() for name, x in found.items()}
+
     def trained_critics(self, *, live: bool = False) -> list[TensorDictModule]:
         """The critics with their trained weights.
 
@@ -372,28 +386,14 @@ class DiffusionActorCriticLoss(SharedActorLoss):
 
     def _action(self, batch: TensorDictBase) -> Tensor:
         """The replayed action, shape checked."""
-        action = entry(batch, self.tensor_keys.action)
-        expected = (*batch.batch_size, self.actor_network.box.action_dim)
-        if action.shape != expected:
-            raise ValueError(
-                f"the batch's {self.tensor_keys.action!r} has shape {tuple(action.shape)}, expected {tuple(expected)}: "
-                "the batch size and the size of the actor's action_spec."
-            )
-        return action
+        return replayed_action(batch, self.tensor_keys.action, self.actor_network.box.action_dim)
 
     def _weights(self, batch: TensorDictBase) -> Tensor | None:
         weights = self._maybe_get_priority_weight(batch)
         return None if weights is None else weights.reshape(batch.batch_size)
 
     def _mask(self, tensordict: TensorDictBase) -> Tensor | None:
-        """Which samples are live, ``(*B,)``; None if the batch has no mask."""
-        mask = None
-        for key in self._loss_mask_keys():
-            found = tensordict.get(key, None)
-            if found is not None:
-                found = found.reshape(tensordict.batch_size)
-                mask = found if mask is None else mask & found
-        return mask
+        return live_mask(tensordict, self._loss_mask_keys())
 
     def _live_entries(self, tensordict: TensorDictBase, mask: Tensor | None) -> TensorDictBase:
         return live_entries(tensordict, mask, ("next", self.tensor_keys.done))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
-__all__ = ["check_actor", "check_choice", "entry", "live_entries"]
+__all__ = ["check_actor", "check_choice", "entry", "live_entries", "live_mask", "replayed_action"]
 
 
 def entry(batch: TensorDictBase, key: NestedKey) -> Tensor:
@@ -43,6 +45,29 @@ def is_plain(network: TensorDictModule, key: NestedKey) -> bool:
         and not network._forward_hooks
         and not network._forward_pre_hooks
     )
+
+
+def replayed_action(batch: TensorDictBase, key: NestedKey, action_dim: int) -> Tensor:
+    """The replayed action ``(*B, A)``; a ValueError if its shape is another."""
+    action = entry(batch, key)
+    expected = (*batch.batch_size, action_dim)
+    if action.shape != expected:
+        raise ValueError(
+            f"the batch's {key!r} has shape {tuple(action.shape)}, expected {tuple(expected)}: "
+            "the batch size and the size of the actor's action_spec."
+        )
+    return action
+
+
+def live_mask(tensordict: TensorDictBase, keys: Iterable[NestedKey]) -> Tensor | None:
+    """Which samples are live by all of the masks there are, ``(*B,)``; None if there is none."""
+    mask = None
+    for key in keys:
+        found = tensordict.get(key, None)
+        if found is not None:
+            found = found.reshape(tensordict.batch_size)
+            mask = found if mask is None else mask & found
+    return mask
 
 
 def live_entries(batch: TensorDictBase, mask: Tensor | None, done_key: NestedKey) -> TensorDictBase:

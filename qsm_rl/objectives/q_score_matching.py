@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule, dispatch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModule
 from torch import Tensor
 from torchrl.objectives import distance_loss
 
@@ -162,52 +162,15 @@ class QScoreMatchingLoss(DiffusionActorCriticLoss):
         self.score_aggregation = score_aggregation
 
     @property
-    def out_keys(self) -> list[str]:
-        """Entries that the loss returns."""
-        if self._out_keys is None:
-            self._out_keys = [
-                "loss_actor",
-                "loss_qvalue",
-                "q_value",
-                "target_value",
-                "td_error",
-                "predicted_noise_norm",
-                "score_target_norm",
-                *(["entropy_bonus"] if self.entropy_bonus is not None else []),
-                *(["target_clipped"] if self.value_head.bounded else []),
-                *(["bc_error"] if self.bc_weight is not None else []),
-                *(_diagnostic_name(name) for name in self.score_target.info_keys),
-            ]
-        return self._out_keys
-
-    @out_keys.setter
-    def out_keys(self, values: list[str]) -> None:
-        self._out_keys = values
-
-    @dispatch
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Both losses on the weights as they are.
-
-        Args:
-            tensordict: a batch with the entries of :attr:`in_keys`, batch size ``(*B)``.
-
-        Returns:
-            The entries of :attr:`out_keys`; the losses have shape ``()``, or ``(*B,)`` under ``reduction="none"``.
-        """
-        loss_qvalue, qvalue_info = self.qvalue_loss(tensordict)
-        loss_actor, actor_info = self.actor_loss(tensordict)
-        out = {"loss_actor": loss_actor, "loss_qvalue": loss_qvalue}
-        out.update(self.diagnostics(qvalue_info, actor_info))
-        result = TensorDict(out, [])
-        self._clear_weakrefs(
-            tensordict,
-            result,
-            "actor_network_params",
-            "qvalue_network_params",
-            "target_actor_network_params",
-            "target_qvalue_network_params",
-        )
-        return result
+    def diagnostic_keys(self) -> list[str]:
+        """Names of what :meth:`diagnostics` returns, in its order."""
+        return [
+            *super().diagnostic_keys,
+            "predicted_noise_norm",
+            "score_target_norm",
+            *(["bc_error"] if self.bc_weight is not None else []),
+            *(_diagnostic_name(name) for name in self.score_target.info_keys),
+        ]
 
     def actor_loss(
         self, tensordict: TensorDictBase, t: Tensor | None = None, noise: Tensor | None = None
@@ -275,20 +238,11 @@ class QScoreMatchingLoss(DiffusionActorCriticLoss):
         Returns:
             Detached scalars under the names of :attr:`out_keys`.
         """
-        out = {
-            "q_value": qvalue_info["q_value"].mean(),
-            "target_value": qvalue_info["target_value"].mean(),
-            "td_error": qvalue_info["td_error"].mean(),
-            "predicted_noise_norm": _mean_norm(actor_info["predicted_noise"]),
-            "score_target_norm": _mean_norm(actor_info["score_target"]),
-        }
-        for name, info in (
-            ("entropy_bonus", qvalue_info),
-            ("target_clipped", qvalue_info),
-            ("bc_error", actor_info),
-        ):
-            if name in info:
-                out[name] = info[name].float().mean()
+        out = super().diagnostics(qvalue_info, actor_info)
+        out["predicted_noise_norm"] = _mean_norm(actor_info["predicted_noise"])
+        out["score_target_norm"] = _mean_norm(actor_info["score_target"])
+        if self.bc_weight is not None:
+            out["bc_error"] = actor_info["bc_error"].mean()
         for name in self.score_target.info_keys:
             value = actor_info[name]
             out[_diagnostic_name(name)] = _mean_norm(value) if name.endswith("_score") else value.mean()
