@@ -52,8 +52,8 @@ class DiffusionPolicyGradientLoss(DiffusionActorCriticLoss):
     The other arguments are those of :class:`~qsm_rl.QScoreMatchingLoss`; ``loss_function`` is that of the critics.
 
     Output entries: ``loss_actor``, ``loss_qvalue`` (summed over critics) and detached scalars: those of the critics as
-    there, ``policy_q_value`` (mean of Q at the policy's samples) and ``advantage_size`` (mean of abs(A)). The priority entry
-    ``"td_error"`` ``(*B,)`` is written to the input.
+    there, ``policy_q_value`` (mean of Q at the policy's samples) and ``advantage_size`` (mean of abs(A)). The priority
+    entry ``"td_error"`` ``(*B,)`` is written to the input.
 
     Raises:
         TypeError: if the actor is not a :class:`~qsm_rl.DiffusionActor`, naming what it lacks.
