@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from qsm_rl.training import callbacks
 from recipes.mujoco_qsm import main
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "mujoco_qsm.py"
+GLOSSARY = RECIPE.parents[1] / "docs" / "recipes" / "metrics.md"
 SMALL = [
     *("--env", "InvertedPendulum-v5", "--total_frames", "180", "--warmup_frames", "1000", "--checkpoint_every", "60"),
     *("--log_every", "30", "--eval_every", "60", "--eval_episodes", "2", "--batch_size", "8", "--num_steps", "2"),
@@ -54,6 +56,16 @@ def metrics(folder: Path) -> list[dict[str, str]]:
     with (folder / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     return [{name: value for name, value in row.items() if value and not name.startswith("time/")} for row in rows]
+
+
+def unexplained(folder: Path) -> set[str]:
+    """Columns of metrics.csv that the glossary does not know."""
+    known = set(re.findall(r"^\| (`.*?`) \|", GLOSSARY.read_text(encoding="utf-8"), flags=re.M))
+    known = {name for names in known for name in re.findall(r"`([^`]+)`", names)}
+    with (folder / "metrics.csv").open(newline="") as file:
+        columns = {re.sub(r"best_of_\d+", "best_of_N", name) for name in next(csv.reader(file))}
+    # Of the other ways to choose an action the glossary names one column and says that the others are alike.
+    return {re.sub(r"^(eval/\w+)/.*$", r"\1/return_mean", name) for name in columns} - known
 
 
 def differences(one, other, path="") -> list[str]:
@@ -101,6 +113,7 @@ def test_a_run_leaves_everything_it_promises(finished, capsys):
     assert [int(row["frames"]) for row in rows] == list(range(30, 181, 30))
     assert [int(row["frames"]) for row in rows if "eval/return_mean" in row] == [60, 120, 180]
     assert "loss/actor" in rows[-1] and "train/q_score_norm" in rows[-1] and "loss/actor" not in rows[0]
+    assert unexplained(finished) == set()
 
 
 def test_same_seed_gives_the_same_run_and_evaluation_has_no_part_in_it(finished, tmp_path, capsys):
@@ -155,6 +168,7 @@ def test_resumed_run_equals_the_uninterrupted_one_to_the_bit(tmp_path, options, 
     assert differences(one, other) == []
     assert differences(replay_rows(whole, one), replay_rows(cut, other)) == []
     assert metrics(whole) == metrics(cut)
+    assert unexplained(whole) == set()
     assert (whole / "actor" / "model.safetensors").read_bytes() == (cut / "actor" / "model.safetensors").read_bytes()
 
 
