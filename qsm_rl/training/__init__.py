@@ -13,6 +13,7 @@ from qsm_rl.training.grid import Cell, CellTable, read_grid, run_cells
 from qsm_rl.training.hardware import choose_arithmetic, choose_device, limit_threads
 from qsm_rl.training.loggers import read_metrics
 from qsm_rl.training.many_seeds import run_seeds
+from qsm_rl.training.mlp_actors import DeterministicPolicy, TanhActor, TanhGaussianActor
 from qsm_rl.training.module import OffPolicyModule
 from qsm_rl.training.plotting import plot_learning_curve
 from qsm_rl.training.qsm_configuration import PRESETS, QSMConfiguration
@@ -21,7 +22,9 @@ from qsm_rl.training.random_state import derived_seed, seed_everything
 from qsm_rl.training.replay import ReplayArchive, TransitionWriter
 from qsm_rl.training.run_folder import RunFolder
 from qsm_rl.training.running import finish_run, make_callbacks, make_loggers, print_summary
+from qsm_rl.training.sac_update import SACConfiguration, SACUpdate
 from qsm_rl.training.statistics import mean_interval
+from qsm_rl.training.td3_update import TD3Configuration, TD3Update
 from qsm_rl.training.training_run import TrainingRun
 from qsm_rl.training.updates import Update
 
@@ -30,6 +33,7 @@ __all__ = [
     "Cell",
     "CellTable",
     "CheckpointFolder",
+    "DeterministicPolicy",
     "EvaluationResult",
     "FramesDataset",
     "OffPolicyModule",
@@ -37,6 +41,12 @@ __all__ = [
     "QSMUpdate",
     "ReplayArchive",
     "RunFolder",
+    "SACConfiguration",
+    "SACUpdate",
+    "TD3Configuration",
+    "TD3Update",
+    "TanhActor",
+    "TanhGaussianActor",
     "TrainingConfiguration",
     "TrainingError",
     "TrainingRun",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from torchrl.data import Bounded
@@ -11,37 +12,32 @@ from qsm_rl.actor import DiffusionActor
 from qsm_rl.observation_norm import NormalizedObservations
 from qsm_rl.training.environments import RunningObservationNorm
 from qsm_rl.training.errors import user_errors
+from qsm_rl.training.mlp_actors import TanhActor, TanhGaussianActor
 
 __all__ = ["load_actor", "publish_actor"]
 
+Actor = DiffusionActor | TanhActor | TanhGaussianActor
+MLP_ACTORS = {actor.__name__: actor for actor in (TanhActor, TanhGaussianActor)}
 
-def publish_actor(
-    folder: Path, actor: DiffusionActor, *, environment: EnvBase, env: str, action_repeat: int = 1
-) -> None:
+
+def publish_actor(folder: Path, actor: Actor, *, environment: EnvBase, env: str, action_repeat: int = 1) -> None:
     """Writes an actor with the statistics of its observations, see :meth:`qsm_rl.DiffusionActor.save_pretrained`.
 
     Args:
         folder: made when missing; files of an earlier call are replaced.
-        actor: an actor with a :class:`~qsm_rl.ScoreMLP`.
+        actor: an actor of a recipe; a diffusion policy with a :class:`~qsm_rl.ScoreMLP`.
         environment: what it was trained in; where it normalises observations, so does the published actor.
         env: name of that environment.
         action_repeat: simulator steps for each action.
     """
     for norm in environment.modules():
         if isinstance(norm, RunningObservationNorm):
-            actor = DiffusionActor(
-                NormalizedObservations(actor.score_network, norm.mean, norm.variance),
-                action_spec=Bounded(actor.box.low, actor.box.high),
-                noise_schedule=actor.noise_schedule,
-                sampler=actor.sampler,
-                in_keys=actor.in_keys,
-                out_keys=actor.out_keys,
-            )
+            actor = _normalized(actor, norm)
     actor.save_pretrained(folder, {"env": env, "action_repeat": action_repeat})
 
 
-def load_actor(folder: Path) -> DiffusionActor:
-    """:meth:`qsm_rl.DiffusionActor.from_pretrained` for a program that ends with a line instead of a traceback.
+def load_actor(folder: Path) -> Actor:
+    """The actor of a run, whatever its recipe, for a program that ends with a line instead of a traceback.
 
     Args:
         folder: the folder ``actor`` of a run.
@@ -53,4 +49,24 @@ def load_actor(folder: Path) -> DiffusionActor:
         UserError: if a file is missing or malformed, or they do not fit each other.
     """
     with user_errors(ValueError):
-        return DiffusionActor.from_pretrained(folder)
+        return MLP_ACTORS.get(_kind(folder), DiffusionActor).from_pretrained(folder)
+
+
+def _kind(folder: Path) -> str:
+    try:
+        return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["actor"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return DiffusionActor.__name__  # which says what is wrong with the files
+
+
+def _normalized(actor: Actor, norm: RunningObservationNorm) -> Actor:
+    if not isinstance(actor, DiffusionActor):
+        return actor.normalized(norm.mean, norm.variance)
+    return DiffusionActor(
+        NormalizedObservations(actor.score_network, norm.mean, norm.variance),
+        action_spec=Bounded(actor.box.low, actor.box.high),
+        noise_schedule=actor.noise_schedule,
+        sampler=actor.sampler,
+        in_keys=actor.in_keys,
+        out_keys=actor.out_keys,
+    )

@@ -1,0 +1,258 @@
+"""The policies of the baselines, plain multilayer perceptrons whose actions lie inside the environment's bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError
+from tensordict import TensorDictBase
+from tensordict.nn import (
+    ProbabilisticTensorDictModule,
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+    TensorDictModuleBase,
+)
+from torch import Tensor, nn
+from torchrl.data import Bounded, TensorSpec
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules import TanhNormal
+
+from qsm_rl.action_box import ActionBox
+from qsm_rl.networks import mlp
+from qsm_rl.observation_norm import normalize
+from qsm_rl.pretrained import read_files, write_files
+
+__all__ = ["DeterministicPolicy", "TanhActor", "TanhGaussianActor"]
+
+LOG_STD_RANGE = (-20.0, 2.0)
+BOX = "box."
+
+
+class BoxTanhNormal(TanhNormal):
+    """TorchRL's squashed Gaussian with its density taken over box units, ``[-1, 1]^A``, whatever the bounds are.
+
+    The entropy of the policy, and with it the reward for it, is then the same for robots that differ in the range of
+    their actions only, and minus A is a target entropy for all of them.
+    """
+
+    def _log_volume(self) -> Tensor:
+        return ((self.high - self.low) / 2).log().expand(self.event_shape).sum()
+
+    def rsample_and_log_prob(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+        """An action in environment units and the logarithm of its density in box units."""
+        action, log_prob = super().rsample_and_log_prob(sample_shape)
+        return action, log_prob + self._log_volume()
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The logarithm of the density in box units of an action in environment units."""
+        return super().log_prob(value) + self._log_volume()
+
+
+class Network(nn.Module):
+    """A multilayer perceptron on observations, normalised first where statistics are given."""
+
+    def __init__(
+        self,
+        observation_dim: int,
+        output_dim: int,
+        hidden_dims: Sequence[int],
+        statistics: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        super().__init__()
+        self.mlp = mlp(observation_dim, hidden_dims, output_dim, nn.ReLU)
+        for name, value in zip(("mean", "variance"), statistics or (None, None), strict=True):
+            self.register_buffer(name, value)
+
+    def outputs(self, observation: Tensor) -> Tensor:
+        """What the last layer says, shape ``(*B, output_dim)``."""
+        return self.mlp(observation if self.mean is None else normalize(observation, self.mean, self.variance))
+
+
+class GaussianParameters(Network):
+    """Mean and standard deviation before the squashing, both functions of the observation."""
+
+    def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_std = self.outputs(observation).chunk(2, -1)
+        return mean, log_std.clamp(*LOG_STD_RANGE).exp()
+
+
+class SquashedMean(Network):
+    """The output squashed into the bounds by tanh, in environment units."""
+
+    def __init__(self, box: ActionBox, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.box = box
+
+    def forward(self, observation: Tensor) -> Tensor:
+        return self.box.clamp(self.box.from_box(self.outputs(observation).tanh()))
+
+
+class MLPActor:
+    """What both actors share: files that need no code to be read, as those of :class:`~qsm_rl.DiffusionActor`."""
+
+    box: ActionBox
+    network: Network
+
+    def normalized(self, mean: Tensor, variance: Tensor) -> Self:
+        """A copy on the CPU that takes observations as they come and normalises them by fixed statistics, ``(O,)``."""
+        layers = [layer for layer in self.network.mlp if isinstance(layer, nn.Linear)]
+        widths = [layer.out_features for layer in layers[:-1]]
+        spec = Bounded(self.box.low.cpu(), self.box.high.cpu())
+        copy = type(self)(layers[0].in_features, spec, widths, statistics=(mean.cpu(), variance.cpu()))
+        copy.network.mlp.load_state_dict(self.network.mlp.state_dict())
+        return copy
+
+    def save_pretrained(self, folder: Path | str, about: Mapping[str, Any] | None = None) -> None:
+        """Writes model.safetensors and config.json.
+
+        Args:
+            folder: made when missing; files of an earlier call are replaced.
+            about: plain values kept in config.json beside the settings.
+        """
+        layers = [layer for layer in self.network.mlp if isinstance(layer, nn.Linear)]
+        config = {
+            "actor": type(self).__name__,
+            "observation_dim": layers[0].in_features,
+            "hidden_dims": [layer.out_features for layer in layers[:-1]],
+            "normalize_observation": self.network.mean is not None,
+        }
+        state = {name: value for name, value in self.network.state_dict().items() if not name.startswith(BOX)}
+        tensors = {**state, BOX + "low": self.box.low, BOX + "high": self.box.high}
+        write_files(Path(folder), tensors, {**(about or {}), **config})
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str) -> Self:
+        """The actor that :meth:`save_pretrained` wrote, on the CPU; reading runs no code.
+
+        Raises:
+            ValueError: if a file is missing, malformed or from another version, or they do not fit each other.
+        """
+        try:
+            config, tensors = read_files(Path(folder))
+            if config["actor"] != cls.__name__:
+                raise ValueError(f"it is a {str(config['actor'])[:40]}, expected a {cls.__name__}")
+            statistics = (tensors["mean"], tensors["variance"]) if config["normalize_observation"] else None
+            spec = Bounded(tensors[BOX + "low"], tensors[BOX + "high"])
+            actor = cls(config["observation_dim"], spec, config["hidden_dims"], statistics=statistics)
+            state = actor.network.state_dict()
+            state.update({name: value for name, value in tensors.items() if name in state or not name.startswith(BOX)})
+            actor.network.load_state_dict(state)
+        except (OSError, LookupError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"{folder} holds no actor that can be read: {reason}") from error
+        return actor
+
+
+class TanhGaussianActor(MLPActor, ProbabilisticTensorDictSequential):
+    """SAC's policy (Haarnoja et al. 2018, arXiv 1812.05905): a Gaussian squashed into the bounds by tanh.
+
+    Samples under ``ExplorationType.RANDOM`` or none, and takes the squashed mean under DETERMINISTIC.
+
+    Args:
+        observation_dim: size O of ``observation``.
+        action_spec: bounded action spec, the action as its last dimension.
+        hidden_dims: widths of the hidden layers, relu between them.
+        statistics: mean and variance of the observations, ``(O,)`` each, by which they are normalised.
+
+    Attributes:
+        box: the bounds.
+
+    Raises:
+        ValueError: if the action spec is unbounded or discrete.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> actor = TanhGaussianActor(4, Bounded(-3.0, 3.0, (2,)), (32, 32))
+        >>> actor(TensorDict({"observation": torch.randn(8, 4)}, [8]))["action"].shape
+        torch.Size([8, 2])
+    """
+
+    def __init__(
+        self,
+        observation_dim: int,
+        action_spec: TensorSpec,
+        hidden_dims: Sequence[int],
+        *,
+        statistics: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        box = ActionBox.from_spec(action_spec)
+        network = GaussianParameters(observation_dim, 2 * box.action_dim, hidden_dims, statistics)
+        super().__init__(
+            TensorDictModule(network, ["observation"], ["loc", "scale"]),
+            ProbabilisticTensorDictModule(
+                in_keys=["loc", "scale"],
+                out_keys=["action"],
+                distribution_class=BoxTanhNormal,
+                distribution_kwargs={"low": box.low, "high": box.high, "event_dims": 1, "safe_tanh": False},
+                default_interaction_type=ExplorationType.RANDOM,
+            ),
+        )
+        self.box = box
+
+    @property
+    def network(self) -> Network:
+        """The network."""
+        return self.module[0].module
+
+
+class TanhActor(MLPActor, TensorDictModule):
+    """TD3's policy (Fujimoto et al. 2018, arXiv 1802.09477): one action for each observation, inside the bounds.
+
+    Args:
+        observation_dim: size O of ``observation``.
+        action_spec: bounded action spec, the action as its last dimension.
+        hidden_dims: widths of the hidden layers, relu between them.
+        statistics: mean and variance of the observations, ``(O,)`` each, by which they are normalised.
+
+    Raises:
+        ValueError: if the action spec is unbounded or discrete.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> actor = TanhActor(4, Bounded(-3.0, 3.0, (2,)), (32, 32))
+        >>> actor(TensorDict({"observation": torch.randn(8, 4)}, [8]))["action"].shape
+        torch.Size([8, 2])
+    """
+
+    def __init__(
+        self,
+        observation_dim: int,
+        action_spec: TensorSpec,
+        hidden_dims: Sequence[int],
+        *,
+        statistics: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        box = ActionBox.from_spec(action_spec)
+        network = SquashedMean(box, observation_dim, box.action_dim, hidden_dims, statistics)
+        super().__init__(network, in_keys=["observation"], out_keys=["action"])
+
+    @property
+    def network(self) -> Network:
+        """The network."""
+        return self.module
+
+    @property
+    def box(self) -> ActionBox:
+        """The bounds."""
+        return self.module.box
+
+
+class DeterministicPolicy(TensorDictModuleBase):
+    """A policy under ``ExplorationType.DETERMINISTIC`` wherever it is called: how SAC is usually evaluated.
+
+    Args:
+        actor: the policy.
+    """
+
+    def __init__(self, actor: TensorDictModuleBase) -> None:
+        super().__init__()
+        self.actor = actor
+        self.in_keys, self.out_keys = actor.in_keys, actor.out_keys
+
+    def forward(self, tensordict: TensorDictBase) -> Any:
+        """Writes the action, shape ``(*B, A)``."""
+        with set_exploration_type(ExplorationType.DETERMINISTIC):
+            return self.actor(tensordict)
