@@ -54,6 +54,9 @@ class BoxTanhNormal(TanhNormal):
 class Network(nn.Module):
     """A multilayer perceptron on observations, normalised first where statistics are given."""
 
+    mean: Tensor | None
+    variance: Tensor | None
+
     def __init__(
         self,
         observation_dim: int,
@@ -68,7 +71,9 @@ class Network(nn.Module):
 
     def outputs(self, observation: Tensor) -> Tensor:
         """What the last layer says, shape ``(*B, output_dim)``."""
-        return self.mlp(observation if self.mean is None else normalize(observation, self.mean, self.variance))
+        if self.mean is not None and self.variance is not None:
+            observation = normalize(observation, self.mean, self.variance)
+        return self.mlp(observation)
 
 
 class GaussianParameters(Network):
@@ -93,8 +98,25 @@ class SquashedMean(Network):
 class MLPActor:
     """What both actors share: files that need no code to be read, as those of :class:`~qsm_rl.DiffusionActor`."""
 
-    box: ActionBox
-    network: Network
+    def __init__(
+        self,
+        observation_dim: int,
+        action_spec: TensorSpec,
+        hidden_dims: Sequence[int],
+        *,
+        statistics: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        raise NotImplementedError
+
+    @property
+    def box(self) -> ActionBox:
+        """The bounds."""
+        raise NotImplementedError
+
+    @property
+    def network(self) -> Network:
+        """The network, which reads observations."""
+        raise NotImplementedError
 
     def normalized(self, mean: Tensor, variance: Tensor) -> Self:
         """A copy on the CPU that takes observations as they come and normalises them by fixed statistics, ``(O,)``."""
@@ -157,9 +179,6 @@ class TanhGaussianActor(MLPActor, ProbabilisticTensorDictSequential):
         hidden_dims: widths of the hidden layers, relu between them.
         statistics: mean and variance of the observations, ``(O,)`` each, by which they are normalised.
 
-    Attributes:
-        box: the bounds.
-
     Raises:
         ValueError: if the action spec is unbounded or discrete.
 
@@ -180,7 +199,8 @@ class TanhGaussianActor(MLPActor, ProbabilisticTensorDictSequential):
     ) -> None:
         box = ActionBox.from_spec(action_spec)
         network = GaussianParameters(observation_dim, 2 * box.action_dim, hidden_dims, statistics)
-        super().__init__(
+        ProbabilisticTensorDictSequential.__init__(
+            self,
             TensorDictModule(network, ["observation"], ["loc", "scale"]),
             ProbabilisticTensorDictModule(
                 in_keys=["loc", "scale"],
@@ -190,7 +210,12 @@ class TanhGaussianActor(MLPActor, ProbabilisticTensorDictSequential):
                 default_interaction_type=ExplorationType.RANDOM,
             ),
         )
-        self.box = box
+        self.bounds = box
+
+    @property
+    def box(self) -> ActionBox:
+        """The bounds."""
+        return self.bounds
 
     @property
     def network(self) -> Network:
@@ -227,7 +252,7 @@ class TanhActor(MLPActor, TensorDictModule):
     ) -> None:
         box = ActionBox.from_spec(action_spec)
         network = SquashedMean(box, observation_dim, box.action_dim, hidden_dims, statistics)
-        super().__init__(network, in_keys=["observation"], out_keys=["action"])
+        TensorDictModule.__init__(self, network, in_keys=["observation"], out_keys=["action"])
 
     @property
     def network(self) -> Network:

@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
-from torch.optim import Adam
+from torch.optim import Adam, Optimizer
 from torchrl.objectives import SACLoss, SoftUpdate
 
 from qsm_rl.training.configuration import TrainingConfiguration
@@ -24,7 +24,7 @@ class SACConfiguration(TrainingConfiguration):
     """Settings of soft actor-critic."""
 
     compile: bool | Literal["auto"] = False
-    """Whether the update is compiled. TorchRL's loss of this algorithm gains nothing from it on a CPU."""
+    """Whether the update is compiled. TorchRL's loss of this algorithm is then compiled anew more often than pays."""
 
     num_critics: int = 2
     """Critics of the ensemble, of which the minimum is taken. More are warier and cost time in proportion; usual range
@@ -79,7 +79,7 @@ class SACUpdate(Update):
         loss.target_entropy  # noqa: B018  becomes a buffer when first asked for, which a checkpoint has to find
         self.actor_parameters = list(loss.actor_network_params.parameters())
         self.critic_parameters = list(loss.qvalue_network_params.parameters())
-        optimizers = {
+        optimizers: dict[str, Optimizer] = {
             "actor": Adam(self.actor_parameters, lr=actor_learning_rate, fused=True),
             "critic": Adam(self.critic_parameters, lr=critic_learning_rate, fused=True),
         }

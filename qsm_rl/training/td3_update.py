@@ -7,7 +7,7 @@ from typing import Literal
 
 from tensordict import TensorDictBase
 from torch import Tensor
-from torch.optim import Adam
+from torch.optim import Adam, Optimizer
 from torchrl.objectives import SoftUpdate, TD3Loss
 
 from qsm_rl.training.configuration import TrainingConfiguration
@@ -22,7 +22,7 @@ class TD3Configuration(TrainingConfiguration):
     """Settings of TD3. Noise is in box units: 1 is half the range of the action."""
 
     compile: bool | Literal["auto"] = False
-    """Whether the update is compiled. TorchRL's loss of this algorithm gains nothing from it on a CPU."""
+    """Whether the update is compiled. TorchRL's loss of this algorithm is then compiled anew more often than pays."""
 
     exploration_noise_std: float = 0.1
     """Gaussian noise added to actions while collecting, in units of half the action range, then clipped. More explores
@@ -81,7 +81,7 @@ class TD3Update(Update):
     ) -> None:
         self.actor_parameters = list(loss.actor_network_params.parameters())
         self.critic_parameters = list(loss.qvalue_network_params.parameters())
-        optimizers = {
+        optimizers: dict[str, Optimizer] = {
             "actor": Adam(self.actor_parameters, lr=actor_learning_rate, fused=True),
             "critic": Adam(self.critic_parameters, lr=critic_learning_rate, fused=True),
         }
