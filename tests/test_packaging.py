@@ -175,6 +175,7 @@ def test_every_import_is_a_declared_dependency(folder: str):
         *extras["dmc"],
         *extras["results"],
         *extras["ray"],
+        *extras["video"],
         *(extras["test"] if folder == "tests" else []),
     ]
     declared = {canonicalize_name(Requirement(need).name) for need in needs}

@@ -5,7 +5,7 @@ from qsm_rl.training.callbacks import restore_checkpoint
 from qsm_rl.training.checkpoints import CheckpointFolder
 from qsm_rl.training.command_line import parse_configuration
 from qsm_rl.training.configuration import TrainingConfiguration, capped_warmup
-from qsm_rl.training.environments import copy_observation_statistics, make_environment
+from qsm_rl.training.environments import make_environment
 from qsm_rl.training.errors import TrainingError, UserError, exit_on_error, user_errors
 from qsm_rl.training.evaluation import EvaluationResult, evaluate_policy
 from qsm_rl.training.frames import FramesDataset
@@ -15,6 +15,7 @@ from qsm_rl.training.loggers import read_metrics
 from qsm_rl.training.many_seeds import run_seeds
 from qsm_rl.training.mlp_actors import DeterministicPolicy, TanhActor, TanhGaussianActor
 from qsm_rl.training.module import OffPolicyModule
+from qsm_rl.training.observation_statistics import copy_observation_statistics
 from qsm_rl.training.plotting import plot_learning_curve
 from qsm_rl.training.qsm_configuration import PRESETS, QSMConfiguration
 from qsm_rl.training.qsm_update import QSMUpdate
@@ -27,6 +28,7 @@ from qsm_rl.training.statistics import mean_interval
 from qsm_rl.training.td3_update import TD3Configuration, TD3Update
 from qsm_rl.training.training_run import TrainingRun
 from qsm_rl.training.updates import Update
+from qsm_rl.training.videos import Film, check_filming
 
 __all__ = [
     "PRESETS",
@@ -35,6 +37,7 @@ __all__ = [
     "CheckpointFolder",
     "DeterministicPolicy",
     "EvaluationResult",
+    "Film",
     "FramesDataset",
     "OffPolicyModule",
     "QSMConfiguration",
@@ -54,6 +57,7 @@ __all__ = [
     "Update",
     "UserError",
     "capped_warmup",
+    "check_filming",
     "choose_arithmetic",
     "choose_device",
     "copy_observation_statistics",

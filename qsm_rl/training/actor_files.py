@@ -10,9 +10,9 @@ from torchrl.envs import EnvBase
 
 from qsm_rl.actor import DiffusionActor
 from qsm_rl.observation_norm import NormalizedObservations
-from qsm_rl.training.environments import RunningObservationNorm
 from qsm_rl.training.errors import user_errors
 from qsm_rl.training.mlp_actors import TanhActor, TanhGaussianActor
+from qsm_rl.training.observation_statistics import RunningObservationNorm
 
 __all__ = ["load_actor", "publish_actor"]
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -14,17 +17,26 @@ from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import EnvBase
 
 from qsm_rl.training.checkpoints import CheckpointFolder
-from qsm_rl.training.environments import copy_observation_statistics
 from qsm_rl.training.errors import TrainingError, UserError
 from qsm_rl.training.evaluation import EvaluationResult, evaluate_policy
 from qsm_rl.training.frames import FramesDataset, period_ended
 from qsm_rl.training.module import OffPolicyModule
+from qsm_rl.training.observation_statistics import copy_observation_statistics
 from qsm_rl.training.plotting import plot_learning_curve
 from qsm_rl.training.random_state import derived_seed
 from qsm_rl.training.replay import ReplayArchive
 from qsm_rl.training.run_folder import RunFolder
+from qsm_rl.training.videos import Film
 
-__all__ = ["CheckpointWriter", "Evaluation", "LearningCurve", "MetricRows", "StopSignals", "restore_checkpoint"]
+__all__ = [
+    "CheckpointWriter",
+    "Evaluation",
+    "LearningCurve",
+    "MetricRows",
+    "StopAtReturn",
+    "StopSignals",
+    "restore_checkpoint",
+]
 
 
 class PeriodicCallback(Callback):
@@ -121,6 +133,7 @@ class Evaluation(PeriodicCallback):
         episodes: episodes of an evaluation, for each way of acting.
         stop: asks for evaluations to be left.
         deterministic: whether the actor is also evaluated under deterministic exploration.
+        videos: folder for a video of the first episode of the actor as it samples; None films nothing.
 
     Attributes:
         results: the last results by the way of acting: ``""`` is the actor as it samples.
@@ -134,12 +147,14 @@ class Evaluation(PeriodicCallback):
         episodes: int,
         stop: StopSignals,
         deterministic: bool = False,
+        videos: Path | None = None,
     ) -> None:
         super().__init__(frames, every)
         self.make_environment = make_environment
         self.episodes = episodes
         self.stop = stop
         self.deterministic = deterministic
+        self.videos = videos
         self.results: dict[str, EvaluationResult] = {}
 
     @property
@@ -152,7 +167,8 @@ class Evaluation(PeriodicCallback):
         begin = time.perf_counter()
         try:
             with self.stop.interruptible():
-                results = {way: self._evaluate(policy, module) for way, policy in module.update.policies.items()}
+                policies = module.update.policies
+                results = {way: self._evaluate(policy, module, filmed=not way) for way, policy in policies.items()}
                 if self.deterministic:
                     results["deterministic"] = self._evaluate(module.update.actor, module, deterministic=True)
         except StopRequested:
@@ -162,13 +178,46 @@ class Evaluation(PeriodicCallback):
         module.window.add({**metrics, "time/evaluation_seconds": time.perf_counter() - begin})
 
     def _evaluate(
-        self, policy: TensorDictModuleBase, module: OffPolicyModule, deterministic: bool = False
+        self, policy: TensorDictModuleBase, module: OffPolicyModule, deterministic: bool = False, filmed: bool = False
     ) -> EvaluationResult:
         # One seed for all ways of acting: what is evaluated beside the actor does not change the actor's result.
         seed = derived_seed(self.frames.seed, "evaluation", module.env_frames)
-        environment = self.make_environment(seed=seed)
+        filmed = filmed and self.videos is not None
+        environment = self.make_environment(seed=seed, filmed=filmed)
         copy_observation_statistics(self.frames.collector.env, environment)
-        return evaluate_policy(environment, policy, episodes=self.episodes, seed=seed, deterministic=deterministic)
+        evaluate = partial(
+            evaluate_policy, environment, policy, episodes=self.episodes, seed=seed, deterministic=deterministic
+        )
+        if self.videos is None or not filmed:
+            return evaluate()
+        with Film(self.videos / f"frames-{module.env_frames:012d}.mp4", environment) as film:
+            return evaluate(film=film)
+
+
+class StopAtReturn(Callback):
+    """Ends training behind an evaluation that reaches a return; put it behind the evaluation.
+
+    Args:
+        evaluation: the evaluation, of whose results the actor's as it samples counts.
+        target: mean return to reach; None never stops.
+
+    Attributes:
+        reached: the mean return that ended training, or None.
+    """
+
+    def __init__(self, evaluation: Evaluation, target: float | None) -> None:
+        self.evaluation = evaluation
+        self.target = math.inf if target is None else target
+        self.reached: float | None = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: OffPolicyModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Lightning's hook."""
+        result = self.evaluation.last
+        if result is not None and result.metrics()["eval/return_mean"] >= self.target:
+            self.reached = result.metrics()["eval/return_mean"]
+            trainer.should_stop = True
 
 
 class MetricRows(PeriodicCallback):

@@ -33,8 +33,8 @@ def parse_configuration(
 ) -> Configuration:
     """Reads the configuration: flags override ``--config FILE``, which overrides the preset.
 
-    With ``--resume RUN_DIR`` everything comes from that run's config.yaml, and only ``--total_frames`` may be given,
-    not smaller than before.
+    With ``--resume RUN_DIR`` everything comes from that run's config.yaml. Only ``--total_frames`` may be given beside
+    it, not smaller than before, and ``--stop_at_return``.
 
     Args:
         configuration_class: the dataclass whose fields are the flags, with its presets.
@@ -134,10 +134,11 @@ def _default(configuration_class: type, name: str) -> Any:
 def _resumed(parser: ArgumentParser, configuration_class: type[Configuration], given: dict[str, Any]) -> Configuration:
     run_dir = Path(given.pop("resume"))
     total_frames = given.pop("total_frames", None)
+    end = {name: given.pop(name) for name in ("stop_at_return",) if name in given}
     if given:
         raise UserError(
             f"--resume takes every setting from the run; remove {', '.join(f'--{name}' for name in given)} "
-            "(only --total_frames may be raised)."
+            "(only --total_frames may be raised, and --stop_at_return changed)."
         )
     path = run_dir / CONFIGURATION_FILE
     if not path.is_file():
@@ -154,4 +155,4 @@ def _resumed(parser: ArgumentParser, configuration_class: type[Configuration], g
                 f"--total_frames may only be raised on resuming, got {total_frames} below {values['total_frames']}."
             )
         values["total_frames"] = total_frames
-    return configuration_class(**values, resume=run_dir)
+    return configuration_class(**{**values, **end}, resume=run_dir)

@@ -59,7 +59,8 @@ class TrainingConfiguration:
     """Folder of the run; null makes runs/RECIPE/ENV/TIME-sSEED. A folder that holds anything is refused."""
 
     resume: Path | None = None
-    """Folder of a run to continue with all its settings; only --total_frames may be given beside it."""
+    """Folder of a run to continue with all its settings; only --total_frames and --stop_at_return may be given beside
+    it."""
 
     eval_every: int = 10_000
     """Frames between evaluations. More often gives a finer curve and costs time; training itself is the same."""
@@ -70,6 +71,14 @@ class TrainingConfiguration:
     eval_deterministic: bool = False
     """Whether each evaluation also runs eval_episodes episodes of the deterministic policy, logged apart as
     eval/deterministic/return_mean. It begins as the sampling one does, and costs its time again."""
+
+    eval_video: bool = False
+    """Whether each evaluation films its first episode, as videos/frames-N.mp4 in the run folder. Needs the video extra
+    and a way to render, and takes seconds to minutes for an episode of 1,000 frames."""
+
+    stop_at_return: float | None = None
+    """Training ends behind the first evaluation whose eval/return_mean is at least this; null trains for total_frames.
+    More eval_episodes make it less a matter of luck."""
 
     checkpoint_every: int = 5_000
     """Frames between checkpoints, from which --resume continues to the bit. All environments are reset there, in
@@ -157,6 +166,7 @@ class TrainingConfiguration:
             widths = tuple(getattr(self, name))
             setattr(self, name, widths)
             self._check(name, bool(widths) and all(width >= 1 for width in widths), "one or more widths of at least 1")
+        self._check("stop_at_return", not math.isnan(self.stop_at_return or 0), "null or a number")
         self._check("gamma", 0 <= self.gamma <= 1, "from 0 to 1")
         self._check("tau", 0 < self.tau <= 1, "above 0 and at most 1")
         self._check(

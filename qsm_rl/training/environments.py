@@ -19,18 +19,17 @@ from typing import Any
 import gymnasium
 import mujoco
 import numpy as np
-import torch
 from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers import TransformAction, TransformObservation
-from tensordict import TensorDictBase
-from torchrl.envs import EnvBase, Transform, TransformedEnv
+from torchrl.envs import EnvBase, TransformedEnv
 
-from qsm_rl.observation_norm import normalize
+from qsm_rl.training.observation_statistics import RunningObservationNorm
 from qsm_rl.training.vector_environment import VectorEnvironment
 
-__all__ = ["RunningObservationNorm", "copy_observation_statistics", "make_environment", "sub_environment_seeds"]
+__all__ = ["make_environment", "sub_environment_seeds"]
 
+PICTURE = 480  # height and width, as of Gymnasium's MuJoCo environments
 _DM_CONTROL_PREFIX = "dm_control/"
 
 
@@ -41,6 +40,7 @@ def make_environment(
     seed: int | None = None,
     action_repeat: int = 1,
     normalize_observation: bool = False,
+    filmed: bool = False,
 ) -> EnvBase:
     """Builds the TorchRL environment of a Gymnasium or dm_control task.
 
@@ -73,6 +73,7 @@ def make_environment(
         normalize_observation: Whether to shift and scale observations by their running mean and standard deviation,
             see :class:`RunningObservationNorm`. Helps where features differ in size by orders of magnitude
             (Humanoid-v5); the authors do without.
+        filmed: Whether pictures may be asked for, see :class:`~qsm_rl.training.Film`. Stepping costs the same.
 
     Returns:
         The environment, with its seed set; call ``reset()`` on it first.
@@ -93,7 +94,7 @@ def make_environment(
     for name, number in (("num_envs", num_envs), ("action_repeat", action_repeat)):
         if not isinstance(number, int) or number < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {number}.")
-    make_one = functools.partial(_make_gymnasium_env, env, action_repeat)
+    make_one = functools.partial(_make_gymnasium_env, env, action_repeat, "rgb_array" if filmed else None)
     # DISABLED leaves resets to TorchRL, which asks for them by mask. Its own GymEnv(num_envs=...) corrupts the last
     # observations; SerialEnv over single environments is right but takes 1.5 to 2.4 times as long.
     vector_env = _SeededVectorEnv([make_one] * num_envs, autoreset_mode=AutoresetMode.DISABLED)
@@ -131,109 +132,6 @@ def sub_environment_seeds(seed: int, num_envs: int) -> list[int]:
     return np.random.SeedSequence(int(seed)).generate_state(num_envs).tolist()
 
 
-class RunningObservationNorm(Transform):
-    """Shifts and scales observations by the running mean and standard deviation of all that were seen.
-
-    ``observation`` becomes ``clip((observation - mean) / sqrt(variance + 1e-8), -10, 10)``. Each new observation,
-    resets included, first enters the statistics (float64, one weight for all, Chan, Golub and LeVeque 1983). They are
-    buffers, so ``environment.state_dict()`` stores and ``environment.load_state_dict(...)`` restores them. What is in
-    the replay buffer was normalised with the statistics of its time; they settle within some thousand frames.
-
-    Args:
-        observation_dim: Number of features O of ``observation``, shape ``(*B, O)``.
-
-    Example:
-        >>> norm = RunningObservationNorm(1)
-        >>> norm.update(torch.tensor([[1.0], [3.0]]))
-        >>> norm.normalize(torch.tensor([4.0]))
-        tensor([2.])
-    """
-
-    # Why not TorchRL's VecNormV2 (0.14.1): with decay=1 it returns NaN where rounding makes its E[x^2] - E[x]^2
-    # negative (Hopper-v5 and Humanoid-v5 within 300 frames); with the default decay it corrects the variance's bias
-    # wrongly: for a feature of mean 1.25 and standard deviation 0.1 the scale is still 0.47 after 20,000 frames.
-    def __init__(self, observation_dim: int) -> None:
-        super().__init__(in_keys=["observation"], out_keys=["observation"])
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("mean", torch.zeros(observation_dim, dtype=torch.float64))
-        self.register_buffer("variance", torch.ones(observation_dim, dtype=torch.float64))
-        # TorchRL keeps the transforms of an environment in eval mode, so `training` cannot tell whether to update; and
-        # it copies them where an environment is wrapped once more, with buffers shared, but not plain attributes.
-        self.register_buffer("frozen", torch.zeros((), dtype=torch.bool), persistent=False)
-
-    def freeze(self) -> RunningObservationNorm:
-        """Stops the updates of the statistics, for evaluation; returns itself."""
-        self.frozen.fill_(True)
-        return self
-
-    def update(self, observation: torch.Tensor) -> None:
-        """Adds observations ``(*B, O)`` to the statistics, unless they are frozen."""
-        if self.frozen or observation.numel() == 0:
-            return
-        batch = observation.detach().reshape(-1, observation.shape[-1]).double()
-        total = self.count + len(batch)
-        fraction = len(batch) / total
-        difference = batch.mean(0) - self.mean
-        between = fraction * (1 - fraction) * difference.square()
-        self.variance.mul_(1 - fraction).add_(fraction * batch.var(0, correction=0)).add_(between)
-        self.mean.add_(fraction * difference)
-        self.count.copy_(total)
-
-    def normalize(self, observation: torch.Tensor) -> torch.Tensor:
-        """Normalises observations ``(*B, O)`` with the statistics as they are."""
-        return normalize(observation, self.mean, self.variance)
-
-    def _apply_transform(self, observation: torch.Tensor) -> torch.Tensor:
-        return self.normalize(observation)
-
-    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
-        self.update(next_tensordict["observation"])
-        return self._call(next_tensordict)
-
-    def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
-        observation = tensordict_reset["observation"]
-        reset = tensordict.get("_reset", None)
-        # A partial reset also hands back the rows that go on, and these were counted when they were stepped.
-        self.update(observation if reset is None else observation[reset.reshape(observation.shape[:-1])])
-        return self._call(tensordict_reset)
-
-
-def copy_observation_statistics(source: EnvBase, target: EnvBase) -> None:
-    """Gives ``target`` a copy of the observation statistics of ``source``, frozen.
-
-    Called before each evaluation, it lets the evaluation environment normalise as the training environment does at
-    that moment without changing its statistics. Nothing happens where neither of the two normalises.
-
-    Args:
-        source: The training environment, from :func:`make_environment`.
-        target: The evaluation environment, from :func:`make_environment`.
-
-    Raises:
-        ValueError: If only one of them normalises its observations.
-
-    Example:
-        >>> training = make_environment("InvertedPendulum-v5", seed=0, normalize_observation=True)
-        >>> evaluation = make_environment("InvertedPendulum-v5", seed=1, normalize_observation=True)
-        >>> rollout = training.rollout(20)
-        >>> copy_observation_statistics(training, evaluation)
-    """
-    source_norm, target_norm = _find_observation_norm(source), _find_observation_norm(target)
-    if source_norm is None and target_norm is None:
-        return
-    if source_norm is None or target_norm is None:
-        names = ("the source", "the target") if target_norm is None else ("the target", "the source")
-        raise ValueError(
-            f"{names[0]} environment normalises its observations and {names[1]} does not: "
-            "build both with the same normalize_observation."
-        )
-    target_norm.load_state_dict(source_norm.state_dict())
-    target_norm.freeze()
-
-
-def _find_observation_norm(environment: EnvBase) -> RunningObservationNorm | None:
-    return next((module for module in environment.modules() if isinstance(module, RunningObservationNorm)), None)
-
-
 class _SeededVectorEnv(SyncVectorEnv):
     """Gymnasium's vector environment with independent seeds for its environments."""
 
@@ -251,6 +149,8 @@ class _ActionRepeat(gymnasium.Wrapper):
     def __init__(self, env: gymnasium.Env, repeat: int) -> None:
         super().__init__(env)
         self._repeat = repeat
+        if "render_fps" in env.metadata:  # one picture for each action
+            self.metadata = {**env.metadata, "render_fps": env.metadata["render_fps"] / repeat}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         total_reward = 0.0
@@ -265,7 +165,7 @@ class _ActionRepeat(gymnasium.Wrapper):
 class _DmControlEnv(gymnasium.Env):
     """A task of the dm_control suite; the last step of an episode is a termination only if its discount is 0."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, render_mode: str | None) -> None:
         suite = _import_dm_control_suite(name)
         domain, _, task = name.removeprefix(_DM_CONTROL_PREFIX).partition("-")
         if (domain, task) not in suite.ALL_TASKS:
@@ -279,6 +179,12 @@ class _DmControlEnv(gymnasium.Env):
         low = np.where(bounds.minimum <= -mujoco.mjMAXVAL, -np.inf, bounds.minimum).astype(np.float32)
         high = np.where(bounds.maximum >= mujoco.mjMAXVAL, np.inf, bounds.maximum).astype(np.float32)
         self.action_space = Box(low, high, bounds.shape, np.float32)
+        self.metadata = {"render_modes": ["rgb_array"], "render_fps": 1 / self._env.control_timestep()}
+        self.render_mode = render_mode
+
+    def render(self) -> np.ndarray:
+        picture: np.ndarray = self._env.physics.render(height=PICTURE, width=PICTURE, camera_id=0)
+        return picture
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -299,11 +205,11 @@ class _DmControlEnv(gymnasium.Env):
         return observation
 
 
-def _make_gymnasium_env(name: str, action_repeat: int) -> gymnasium.Env:
+def _make_gymnasium_env(name: str, action_repeat: int, render_mode: str | None) -> gymnasium.Env:
     if name.startswith(_DM_CONTROL_PREFIX):
-        env: gymnasium.Env = _DmControlEnv(name)
+        env: gymnasium.Env = _DmControlEnv(name, render_mode)
     else:
-        env = _make_registered(name)
+        env = _make_registered(name, {} if render_mode is None else {"render_mode": render_mode})
     actions, observations = env.action_space, env.observation_space
     if not (isinstance(actions, Box) and len(actions.shape) == 1 and np.issubdtype(actions.dtype, np.floating)):
         raise ValueError(f"{name} has the action space {actions}; a 1-D Box of real numbers is needed: choose another.")
@@ -328,10 +234,10 @@ def _make_gymnasium_env(name: str, action_repeat: int) -> gymnasium.Env:
     return TransformObservation(env, lambda observation: np.asarray(observation, np.float32), float_observations)
 
 
-def _make_registered(name: str) -> gymnasium.Env:
+def _make_registered(name: str, options: dict[str, Any]) -> gymnasium.Env:
     try:
         with _no_model_deprecations():
-            return gymnasium.make(name)
+            return gymnasium.make(name, **options)
     except gymnasium.error.UnregisteredEnv:
         raise ValueError(_unknown_environment(name)) from None
     except gymnasium.error.DependencyNotInstalled as error:

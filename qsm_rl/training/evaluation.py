@@ -13,6 +13,7 @@ from torchrl.envs.utils import ExplorationType
 
 from qsm_rl.training.errors import UserError
 from qsm_rl.training.random_state import isolated_random_state
+from qsm_rl.training.videos import Film
 
 __all__ = ["EvaluationResult", "evaluate_policy"]
 
@@ -53,7 +54,13 @@ class EvaluationResult:
 
 
 def evaluate_policy(
-    environment: EnvBase, policy: TensorDictModuleBase, *, episodes: int, seed: int, deterministic: bool = False
+    environment: EnvBase,
+    policy: TensorDictModuleBase,
+    *,
+    episodes: int,
+    seed: int,
+    deterministic: bool = False,
+    film: Film | None = None,
 ) -> EvaluationResult:
     """Runs complete episodes of a policy, one after another, with TorchRL's Evaluator.
 
@@ -69,6 +76,7 @@ def evaluate_policy(
         seed: seed of environment and policy. The caller's random generators are left as they were.
         deterministic: whether the policy acts under DETERMINISTIC exploration in place of RANDOM: a
             :class:`~qsm_rl.DiffusionActor` then follows the mean of each reverse step from zero noise.
+        film: takes pictures of the first episode in ``environment``; nothing else changes.
 
     Returns:
         Returns and lengths in the order of the episodes.
@@ -89,7 +97,7 @@ def evaluate_policy(
         environment.set_seed(seed)
         evaluator = Evaluator(
             environment,
-            _WatchedPolicy(policy),
+            _WatchedPolicy(policy, film),
             num_trajectories=episodes,
             exploration_type=ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM,
             frames_per_batch=FRAMES_PER_BATCH,
@@ -111,11 +119,12 @@ def evaluate_policy(
 
 
 class _WatchedPolicy(TensorDictModuleBase):
-    """The policy, which refuses to go on with an episode that has no end."""
+    """The policy, which refuses to go on with an episode that has no end, and lets it be filmed."""
 
-    def __init__(self, policy: TensorDictModuleBase) -> None:
+    def __init__(self, policy: TensorDictModuleBase, film: Film | None) -> None:
         super().__init__()
         self.policy = policy
+        self.film = film
         self.in_keys = [*policy.in_keys, "step_count"]
         self.out_keys = policy.out_keys
 
@@ -125,4 +134,6 @@ class _WatchedPolicy(TensorDictModuleBase):
                 f"an episode has not ended after {LONGEST_EPISODE:,} frames; register the environment with "
                 "max_episode_steps."
             )
+        if self.film is not None:
+            self.film.watch(int(tensordict["step_count"]))
         return self.policy(tensordict)

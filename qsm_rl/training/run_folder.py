@@ -81,6 +81,11 @@ class RunFolder:
         """Picture of the returns over frames."""
         return self.path / "learning_curve.png"
 
+    @property
+    def videos(self) -> Path:
+        """Folder of the videos of evaluations."""
+        return self.path / "videos"
+
     def close(self) -> None:
         """Lets other processes continue the run."""
         self._lock.close()

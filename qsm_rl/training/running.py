@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable
 from typing import TypeVar
@@ -13,17 +14,18 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torchrl.envs import EnvBase
 
-from qsm_rl.training.callbacks import CheckpointWriter, Evaluation, LearningCurve, MetricRows, StopSignals
+from qsm_rl.training.callbacks import CheckpointWriter, Evaluation, LearningCurve, MetricRows, StopAtReturn, StopSignals
 from qsm_rl.training.command_line import saved_text
 from qsm_rl.training.configuration import TrainingConfiguration, capped_warmup
+from qsm_rl.training.errors import UserError
 from qsm_rl.training.frames import FramesDataset
-from qsm_rl.training.loggers import MetricsTable, chosen_logger
+from qsm_rl.training.loggers import MetricsTable, chosen_logger, read_metrics
 from qsm_rl.training.module import OffPolicyModule
 from qsm_rl.training.progress import Progress
 from qsm_rl.training.replay import ReplayArchive
 from qsm_rl.training.run_folder import RunFolder
 
-__all__ = ["finish_run", "make_callbacks", "make_loggers", "print_summary"]
+__all__ = ["check_unfinished", "finish_run", "make_callbacks", "make_loggers", "print_summary"]
 
 CallbackType = TypeVar("CallbackType", bound=Callback)
 
@@ -75,6 +77,27 @@ def print_summary(
         print("stop with Ctrl-C at any time; the run can be resumed", flush=True)
 
 
+def check_unfinished(config: TrainingConfiguration, folder: RunFolder, first_frame: int) -> None:
+    """Refuses to go on with a run that has reached its return; what lies beyond its last checkpoint does not count.
+
+    Args:
+        config: the run's settings.
+        folder: its folder.
+        first_frame: where it would continue.
+
+    Raises:
+        UserError: naming the evaluation.
+    """
+    columns = read_metrics(folder.metrics) if folder.metrics.exists() else {}
+    target = math.inf if config.stop_at_return is None else config.stop_at_return
+    for frame, value in zip(columns.get("frames", []), columns.get("eval/return_mean", []), strict=False):
+        if frame <= first_frame and value >= target:
+            raise UserError(
+                f"the run is finished: its evaluation at frame {frame:,.0f} gave {value:.1f}, at least "
+                f"--stop_at_return {target:g}; raise that or give --stop_at_return null to go on."
+            )
+
+
 def make_loggers(config: TrainingConfiguration, folder: RunFolder, *, first_frame: int = 0) -> list[Logger]:
     """metrics.csv and TensorBoard events in a run's folder, and the logger that the settings choose.
 
@@ -111,11 +134,18 @@ def make_callbacks(
     """
     stop = StopSignals()
     evaluation = Evaluation(
-        frames, config.eval_every, make_environment, config.eval_episodes, stop, config.eval_deterministic
+        frames,
+        config.eval_every,
+        make_environment,
+        config.eval_episodes,
+        stop,
+        deterministic=config.eval_deterministic,
+        videos=folder.videos if config.eval_video else None,
     )
     title = f"{folder.recipe} on {config.env}, preset {config.preset}, seed {config.seed}"
     return [
         evaluation,
+        StopAtReturn(evaluation, config.stop_at_return),
         MetricRows(frames, config.log_every, config.eval_every),
         LearningCurve(frames, config.eval_every, folder, title),
         CheckpointWriter(frames, folder, archive),
@@ -157,7 +187,17 @@ def finish_run(trainer: Trainer, module: OffPolicyModule, frames: FramesDataset,
             f"± {metrics['eval/return_std']:.1f} over {len(result.returns)} episodes"
         )
     print(f"learning curve: {folder.learning_curve}")
+    if evaluation.videos is not None:
+        print(f"videos: {evaluation.videos}")
     print(f"actor: {folder.actor}")
+    target = _callback(trainer, StopAtReturn)
+    if target.reached is not None:
+        print(
+            f"stopped at frame {module.env_frames:,}: the evaluation's return of {target.reached:.1f} is at least "
+            f"--stop_at_return {target.target:g}; go on: {script} --resume {folder.path} --stop_at_return null",
+            flush=True,
+        )
+        return 0
     full = TrainingConfiguration.total_frames
     if module.env_frames < full:
         print(f"the full job, {full:,} frames: {script} --env {module.env}")

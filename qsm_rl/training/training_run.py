@@ -28,8 +28,9 @@ from qsm_rl.training.module import OffPolicyModule
 from qsm_rl.training.random_state import seed_everything
 from qsm_rl.training.replay import ReplayArchive, TransitionWriter
 from qsm_rl.training.run_folder import RunFolder
-from qsm_rl.training.running import finish_run, make_callbacks, make_loggers, print_summary
+from qsm_rl.training.running import check_unfinished, finish_run, make_callbacks, make_loggers, print_summary
 from qsm_rl.training.updates import Update
+from qsm_rl.training.videos import check_filming
 
 __all__ = ["TrainingRun"]
 
@@ -79,6 +80,8 @@ class TrainingRun(Generic[Configuration]):
         )
         check_logger(config.logger)
         with user_errors(ValueError, ImportError):
+            if config.eval_video:
+                check_filming(config.env, make)
             environment = make(num_envs=config.num_envs, seed=config.seed)
         folder = RunFolder.open(config, recipe=Path(recipe).stem)
         checkpoint = CheckpointFolder(folder.checkpoints).newest() if folder.resumed else None
@@ -90,6 +93,8 @@ class TrainingRun(Generic[Configuration]):
             folder=folder,
             checkpoint=checkpoint,
         )
+        if folder.resumed:
+            check_unfinished(config, folder, run.first_frame)
         print_summary(config, folder, environment, device, first_frame=run.first_frame)
         return run
 

@@ -136,6 +136,19 @@ def test_same_seed_gives_the_same_run_and_evaluation_has_no_part_in_it(finished,
     assert differences(one["training"], checkpoint(tmp_path / "other", 180)["training"]) != []
 
 
+def test_a_return_that_is_reached_ends_the_run_and_going_on_changes_nothing(finished, tmp_path, capsys):
+    folder = tmp_path / "reached"
+    assert run(*SMALL, "--run_dir", folder, "--stop_at_return", "1") == 0  # a return of InvertedPendulum is 1 at least
+    assert "stopped at frame 60: the evaluation's return of" in capsys.readouterr().out
+    assert (folder / "actor" / "model.safetensors").is_file()
+    assert metrics(folder) == metrics(finished)[:2]
+    assert run("--resume", folder) == 2
+    assert "the run is finished: its evaluation at frame 60" in capsys.readouterr().err
+    assert run("--resume", folder, "--stop_at_return", "null") == 0
+    assert metrics(folder) == metrics(finished)
+    assert differences(checkpoint(finished, 180), checkpoint(folder, 180)) == []
+
+
 def test_an_averaged_actor_changes_what_is_collected_only_where_it_acts(finished, tmp_path, capsys):
     rows = [replay_rows(finished, checkpoint(finished, 180))]
     for acts in ("false", "true"):

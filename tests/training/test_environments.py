@@ -15,12 +15,8 @@ from torchrl.collectors import Collector
 from torchrl.envs import EnvBase, StepCounter, TransformedEnv
 from torchrl.envs.utils import check_env_specs
 
-from qsm_rl.training.environments import (
-    RunningObservationNorm,
-    copy_observation_statistics,
-    make_environment,
-    sub_environment_seeds,
-)
+from qsm_rl.training.environments import make_environment, sub_environment_seeds
+from qsm_rl.training.observation_statistics import RunningObservationNorm, copy_observation_statistics
 
 SHORT_HALF_CHEETAH = "qsm_rl_test/HalfCheetah-v0"  # truncated after 7 steps
 SHORT_HOPPER = "qsm_rl_test/Hopper-v0"  # falls after 10 to 60 random steps, truncated after 20

@@ -1,0 +1,179 @@
+"""Videos of episodes: a renderer that works here, and the film of one episode."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from torchrl.envs import EnvBase
+
+from qsm_rl.training.errors import UserError
+
+__all__ = ["Film", "check_filming"]
+
+PICTURES_PER_SECOND = 30
+SECONDS_TO_TRY = 60
+# Run in a process of its own: a renderer that does not work may end the process, and PyOpenGL keeps its first choice.
+TRY_RENDERER = """
+import os, sys
+from importlib import import_module
+import mujoco
+context = import_module("mujoco." + os.environ["MUJOCO_GL"]).GLContext(8, 8)
+context.make_current()
+mujoco.MjrContext(mujoco.MjModel.from_xml_string("<mujoco/>"), mujoco.mjtFontScale.mjFONTSCALE_100)
+os._exit(0)
+"""
+
+
+class Film:
+    """A video of the first episode that an environment plays, as an mp4 file.
+
+    Inside the ``with`` block call :meth:`watch` before each step. The file appears at its place when the block ends,
+    and not at all if it is left by an exception. It shows the simulator's own speed, with about
+    :data:`PICTURES_PER_SECOND` at most.
+
+    Args:
+        path: the file, ending in ``.mp4``; its folder is made.
+        environment: from :func:`~qsm_rl.training.make_environment` with ``filmed=True``; of a batch the first is seen.
+
+    Attributes:
+        pictures: how many the video has so far.
+
+    Raises:
+        UserError: if the packages that write videos are missing.
+    """
+
+    def __init__(self, path: Path, environment: EnvBase) -> None:
+        check_packages()
+        self.path = path
+        self.environment = environment
+        self.pictures = 0
+        frames_per_second = _gymnasium_env(environment).metadata.get("render_fps", PICTURES_PER_SECOND)
+        self._frames_per_picture = max(1, round(frames_per_second / PICTURES_PER_SECOND))
+        self._pictures_per_second = frames_per_second / self._frames_per_picture
+        self._first: np.ndarray | None = None
+        self._over = False
+        self._writer: Any = None
+
+    @property
+    def _unfinished(self) -> Path:
+        return self.path.with_name(f".{self.path.stem}-unfinished{self.path.suffix}")
+
+    def watch(self, step: int) -> None:
+        """Takes a picture of the environment as it is.
+
+        Args:
+            step: frames since the episode's start; 0 after others ends the film.
+        """
+        if step == 0:
+            # A collector may look at the policy and reset once more before it begins: the last start counts.
+            self._over = self._writer is not None
+            if not self._over:
+                self._first, self.pictures = render(self.environment), 1
+        elif not self._over:
+            if self._writer is None:
+                self._begin()
+            if step % self._frames_per_picture == 0:
+                self._writer.append_data(render(self.environment))
+                self.pictures += 1
+
+    def _begin(self) -> None:
+        import imageio
+
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # The codec wants even sizes; imageio's own 16 would rescale the picture.
+        self._writer = imageio.get_writer(self._unfinished, fps=self._pictures_per_second, macro_block_size=2)
+        self._writer.append_data(self._first)
+
+    def __enter__(self) -> Film:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._writer is None and error is None and self._first is not None:
+            self._begin()  # an episode of one frame
+        if self._writer is None:
+            return
+        self._writer.close()
+        if error is None:
+            os.replace(self._unfinished, self.path)
+        else:
+            self._unfinished.unlink(missing_ok=True)
+
+
+def check_filming(env: str, make_environment: Callable[..., EnvBase]) -> None:
+    """Takes one picture of an environment, so that what stands in the way of videos is said before training.
+
+    MuJoCo needs OpenGL. Where ``MUJOCO_GL`` does not say which, the first of ``glfw`` (only with a display), ``egl``
+    and ``osmesa`` that works is chosen and put there; dm_control reads it at its first import.
+
+    Args:
+        env: name of the environment, for the message.
+        make_environment: makes an environment, called with ``seed`` and ``filmed``.
+
+    Raises:
+        UserError: with the command that installs what is missing.
+    """
+    check_packages()
+    choose_renderer()
+    environment = make_environment(seed=0, filmed=True)
+    try:
+        environment.reset()
+        render(environment)
+    except Exception as error:  # whatever a renderer of any kind raises
+        renderer = os.environ.get("MUJOCO_GL") or "none that works"
+        raise UserError(
+            f"no video of {env} can be made: {' '.join(str(error).split())[:200]}. MuJoCo draws by OpenGL, here by "
+            f"{renderer}. Without a display: apt-get install libegl1 libosmesa6; MUJOCO_GL=egl or osmesa chooses."
+        ) from error
+    finally:
+        environment.close()
+
+
+def check_packages() -> None:
+    """Raises a :class:`UserError` if the packages that write videos are missing."""
+    if any(importlib.util.find_spec(package) is None for package in ("imageio", "imageio_ffmpeg")):
+        raise UserError('videos need imageio and ffmpeg: pip install "qsm_rl[video]".')
+
+
+def choose_renderer() -> None:
+    """Puts the first renderer that works into ``MUJOCO_GL``, if there is one and nothing stands there yet."""
+    if os.environ.get("MUJOCO_GL"):
+        return
+    display = sys.platform == "darwin" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+    for name in [*(["glfw"] if display else []), "egl", "osmesa"]:
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", TRY_RENDERER],
+                env={**os.environ, "MUJOCO_GL": name},
+                capture_output=True,
+                timeout=SECONDS_TO_TRY,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            continue
+        if done.returncode == 0:
+            os.environ["MUJOCO_GL"] = name
+            return
+
+
+def render(environment: EnvBase) -> np.ndarray:
+    """A picture of the first of a batch of environments, ``(height, width, 3)`` of type uint8."""
+    picture = _gymnasium_env(environment).render()
+    if not isinstance(picture, np.ndarray):
+        raise TypeError(
+            f"its render() returned {type(picture).__name__}, expected an array of shape (height, width, 3)"
+        )
+    return picture
+
+
+def _gymnasium_env(environment: EnvBase) -> Any:
+    return environment.vector_env.envs[0]
