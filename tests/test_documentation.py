@@ -131,6 +131,39 @@ def test_every_formula_can_be_drawn():
     assert drawn.stdout == ""
 
 
+TEXTS = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+
+
+def test_flags_on_the_pages_exist():
+    known = {"help", "logdir", "strict", "all-files", "benchmark-autosave", "benchmark-compare"}  # of other programs
+    for path in [*(ROOT / "qsm_rl" / "training").rglob("*.py"), *(ROOT / "recipes").rglob("*.py")]:
+        source = path.read_text(encoding="utf-8")
+        known |= set(re.findall(r'"--([a-z]\w*)"', source))
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ClassDef) and node.name.endswith("Configuration"):
+                known |= {field.target.id for field in node.body if isinstance(field, ast.AnnAssign)}
+    unknown = {
+        (flag, text.name)
+        for text in TEXTS
+        for flag in re.findall(r"(?<![\w-])--([a-z][\w-]*)", text.read_text(encoding="utf-8"))
+        if flag not in known
+    }
+    assert not unknown
+
+
+def test_files_of_the_repository_that_the_pages_name_exist():
+    missing = {
+        (path, text.name)
+        for text in TEXTS
+        for path in re.findall(
+            r"(?<![\w/])((?:recipes|qsm_rl|tests|docs)/[\w/.-]+\.(?:py|yaml|csv|json))",
+            text.read_text(encoding="utf-8"),
+        )
+        if not (ROOT / path).exists()
+    }
+    assert not missing
+
+
 def messages(source: str) -> list[str]:
     """The texts in a program, with ``...`` for what is filled in."""
 
