@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -172,7 +174,8 @@ def finish_run(trainer: Trainer, module: OffPolicyModule, frames: FramesDataset,
         logger.finalize("success")
     stop, evaluation = _callback(trainer, StopSignals), _callback(trainer, Evaluation)
     last_checkpoint = _callback(trainer, CheckpointWriter).last_frame
-    script = f"python recipes/{folder.recipe}.py"
+    called = Path(sys.argv[0])  # a copy of a recipe lies anywhere
+    script = f"python {called if called.stem == folder.recipe else f'recipes/{folder.recipe}.py'}"
     if stop.signal is not None:
         print(f"stopped by {stop.signal.name} at frame {module.env_frames:,}; actor: {folder.actor}")
         if last_checkpoint is None:
