@@ -153,6 +153,9 @@ class TrainingRun(Generic[Configuration]):
             storing_device="cpu",
             track_traj_ids=False,
             auto_register_policy_transforms=False,
+            # For one observation the policy is calls, hardly arithmetic. TorchRL's default runs the first call of each
+            # process eagerly, which draws other random numbers: a resumed run would differ.
+            compile_policy={"warmup": 0} if config.compile else False,
         )
         frames = FramesDataset(
             collector,
