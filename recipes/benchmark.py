@@ -208,15 +208,21 @@ def measure_update(seconds: float, device: torch.device, jax_python: str | None)
     return rows
 
 
+def child(script: Path, *arguments: object, python: str | None = None) -> Row:
+    """What a script prints as JSON, run in a process of its own."""
+    command = [python or sys.executable, str(script), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise rl.UserError(f"{script.name} failed: {(done.stderr.strip() or 'no output').splitlines()[-1]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
 def measure_jax(python: str | None, seconds: float) -> float | None:
     if python is None and importlib.util.find_spec("jax") is None:
         return None
-    command = [python or sys.executable, str(HERE / "peers" / "jax_qsm.py"), "--seconds", str(seconds)]
-    command += [part for name in ("hidden", "steps", "batch") for part in (f"--{name}", str(SIZE[name]))]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise rl.UserError(f"the JAX peer failed: {done.stderr.strip().splitlines()[-1]}")
-    return float(json.loads(done.stdout)["updates_per_second"])
+    flags = [part for name in ("hidden", "steps", "batch") for part in (f"--{name}", SIZE[name])]
+    done = child(HERE / "peers" / "jax_qsm.py", "--seconds", seconds, *flags, python=python)
+    return float(done["updates_per_second"])
 
 
 def measure_acting(seconds: float, device: torch.device) -> list[Row]:
@@ -241,7 +247,7 @@ def measure_acting(seconds: float, device: torch.device) -> list[Row]:
     return rows
 
 
-def measure_frames(seconds: float, device: torch.device, env: str = "HalfCheetah-v5", count: int = 8) -> list[Row]:
+def measure_collection(seconds: float, device: torch.device, env: str = "HalfCheetah-v5", count: int = 8) -> list[Row]:
     """Collection alone, beside Gymnasium's own vectorised stepping with the same network."""
     environment = rl.make_environment(env, num_envs=count, seed=0)
     spec = environment.action_spec_unbatched
@@ -275,21 +281,25 @@ def measure_frames(seconds: float, device: torch.device, env: str = "HalfCheetah
     ]
 
 
+def measure_recipe(seconds: float, device: torch.device) -> list[Row]:
+    """Frames of the whole recipe at one update per frame, beside the same updates alone, by turns in one process."""
+    script, turns = HERE / "peers" / "recipe_frames.py", max(3, round(seconds))
+    rows = []
+    for hidden, steps in ((SIZE["hidden"], SIZE["steps"]), (256, 10)):
+        for batch in (1, 10):
+            sizes = ("--hidden", hidden, "--steps", steps, "--frames_per_batch", batch)
+            rows += child(script, *sizes, "--turns", turns, "--device", device)["rows"]
+    return rows
+
+
 def measure_growth(seconds: float) -> list[Row]:
     """Each point in a process of its own, which also knows its peak memory, libraries included."""
     rows = []
     for axis, values in GROWTH.items():
         for value in values:
-            arguments = [
-                sys.executable,
-                __file__,
-                "--point",
-                json.dumps({**SIZE, axis: value}),
-                "--seconds",
-                str(seconds),
-            ]
-            done = subprocess.run(arguments, capture_output=True, text=True, check=True)
-            row = {"part": "growth", "what": f"{axis} {value}", "axis": axis, "value": value, **json.loads(done.stdout)}
+            point = json.dumps({**SIZE, axis: value})
+            measured = child(Path(__file__), "--point", point, "--seconds", seconds)
+            row = {"part": "growth", "what": f"{axis} {value}", "axis": axis, "value": value, **measured}
             rows.append(row)
         first = rows[-len(values)]
         for row in rows[-len(values) :]:
@@ -325,8 +335,9 @@ def write_report(rows: Sequence[Row], about: Row, output: Path) -> None:
     lines = ["| part | what | per second | ratio | |", "|---|---|---|---|---|"]
     for row in rows:
         amount = f"{row['per_second']:.4g}" if "per_second" in row else f"{row['seconds']:.1f} s each"
-        memory = f"{row['peak_mib']:.0f} MiB" if "peak_mib" in row else ""
-        lines.append(f"| {row['part']} | {row['what']} | {amount} | {row['ratio']:.2f} | {memory} |")
+        note = f"{row['peak_mib']:.0f} MiB" if "peak_mib" in row else ""
+        note += f"{row['processor_ratio']:.2f} by processor time" if "processor_ratio" in row else ""
+        lines.append(f"| {row['part']} | {row['what']} | {amount} | {row['ratio']:.2f} | {note} |")
     text = "\n".join(lines) + "\n"
     output.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
@@ -370,7 +381,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     measure: dict[str, Callable[[], list[Row]]] = {
         "update": lambda: measure_update(options.seconds, device, options.jax_python),
         "acting": lambda: measure_acting(options.seconds, device),
-        "frames": lambda: measure_frames(options.seconds, device),
+        "frames": lambda: measure_collection(options.seconds, device) + measure_recipe(options.seconds, device),
         "growth": lambda: measure_growth(options.seconds),
         "start": measure_start,
     }

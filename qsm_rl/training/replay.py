@@ -10,15 +10,18 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
 from torchrl.data import ReplayBuffer
-from torchrl.envs.transforms import MultiStepTransform
 
 from qsm_rl.atomic_files import write_atomically
 from qsm_rl.training.errors import UserError
 
 __all__ = ["ReplayArchive", "TransitionWriter"]
 
-ENTRIES = ("observation", "action", *(("next", key) for key in ("observation", "reward", "done", "terminated")))
+NEXT = ("observation", "reward", "done", "terminated")
+ENTRIES: tuple[str | tuple[str, str], ...] = ("observation", "action", *(("next", key) for key in NEXT))
+
+Frames = dict[str | tuple[str, str], Tensor]  # the entries of frames in the order of time, (num_envs, T, size) each
 
 
 class TransitionWriter:
@@ -38,7 +41,7 @@ class TransitionWriter:
         self.replay = replay
         self.n_step = n_step
         self.gamma = gamma
-        self._multi_step = self._new_multi_step()
+        self._held: Frames | None = None  # frames whose next n_step - 1 are still to come
 
     def write(self, batch: TensorDictBase) -> None:
         """Adds a batch ``(num_envs, T)`` in the order of time.
@@ -46,24 +49,48 @@ class TransitionWriter:
         Args:
             batch: what the collector returned; its last step may be marked as truncated.
         """
-        transitions = batch.select(*ENTRIES)
-        if self._multi_step is None:
-            self.replay.extend(transitions.reshape(-1))
-            return
-        self._extend(self._multi_step.inv(transitions))
-        if bool(transitions["next", "done"][..., -1, :].all()):
-            # Every trajectory is over, so the held frames are complete: any rows that follow push them out unchanged.
-            following = transitions[..., -1:].expand(*transitions.shape[:-1], self.n_step).clone()
-            self._extend(self._multi_step.inv(following))
-            self._multi_step = self._new_multi_step()
+        # A frame is written between any two updates, so tensors go through here, not tensordicts.
+        frames: Frames = {key: batch.get(key) for key in ENTRIES}
+        steps = {}
+        if self.n_step > 1:
+            if self._held is not None:
+                frames = {key: torch.cat([self._held[key], value], 1) for key, value in frames.items()}
+            all_end = bool(frames["next", "done"][:, -1].all())
+            count = frames["action"].shape[1] - (0 if all_end else self.n_step - 1)
+            self._held = None if all_end else {key: value[:, max(count, 0) :] for key, value in frames.items()}
+            if count < 1:
+                return
+            frames, joined = _join_steps(frames, count, self.n_step, self.gamma)
+            steps["steps_to_next_obs"] = joined.flatten()
+        flat = {key: value.flatten(0, 1) for key, value in frames.items()}
+        following = {key[1]: value for key, value in flat.items() if isinstance(key, tuple)}
+        entries = {key: value for key, value in flat.items() if isinstance(key, str)}
+        self.replay.extend(TensorDict({**entries, "next": following, **steps}, flat["action"].shape[:1]))
 
-    def _extend(self, transitions: TensorDictBase | None) -> None:
-        if transitions is not None and transitions.numel() > 0:
-            self.replay.extend(transitions.select(*ENTRIES, "steps_to_next_obs").reshape(-1))
 
-    def _new_multi_step(self) -> MultiStepTransform | None:
-        # Without done_keys=[] the transition would keep the first frame's `terminated` and bootstrap beyond the end.
-        return MultiStepTransform(self.n_step, self.gamma, done_keys=[]) if self.n_step > 1 else None
+def _join_steps(frames: Frames, count: int, n_step: int, gamma: float) -> tuple[Frames, Tensor]:
+    """The first ``count`` of L frames with ``n_step`` rewards each, fewer where the episode ends before.
+
+    TorchRL's MultiStepTransform gives the same at four times the cost for a single frame.
+
+    Returns:
+        The joined frames, and how many of them each one joins, ``(num_envs, count)``.
+    """
+    reward, done = frames["next", "reward"], frames["next", "done"]
+    missing = count + n_step - 1 - reward.shape[1]  # above 0 only behind the end of all episodes: never summed
+    if missing > 0:
+        reward, done = (torch.cat([x, x[:, -1:].expand(-1, missing, -1)], 1) for x in (reward, done))
+    total, goes_on = reward[:, :count], ~done[:, :count]
+    steps = torch.ones_like(goes_on, dtype=torch.long)
+    for k in range(1, n_step):
+        total = torch.addcmul(total, goes_on, reward[:, k : k + count], value=gamma**k)
+        steps = steps + goes_on
+        goes_on = goes_on & ~done[:, k : k + count]
+    end = steps + torch.arange(-1, count - 1, device=steps.device).unsqueeze(-1)
+    joined: Frames = {key: frames[key][:, :count] for key in ("observation", "action")}
+    for key in (("next", "observation"), ("next", "done"), ("next", "terminated")):
+        joined[key] = frames[key].gather(1, end.expand(-1, -1, frames[key].shape[-1]))
+    return {**joined, ("next", "reward"): total}, steps.squeeze(-1)
 
 
 class Segment(NamedTuple):

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qsm_rl.training import UserError
 from recipes import benchmark
+from recipes.peers import recipe_frames
 
 CPU = torch.device("cpu")
 SMALL = {**benchmark.SIZE, "hidden": 32, "batch": 8}
@@ -89,3 +90,15 @@ def test_a_jax_that_is_not_there_is_named(tmp_path):
     fake.chmod(0o755)
     with pytest.raises(UserError, match="No module named jax"):
         benchmark.measure_jax(str(fake), 0.1)
+
+
+def test_the_recipe_and_its_update_alone_take_turns(monkeypatch):
+    monkeypatch.setattr(recipe_frames, "FIRST", 2)
+    monkeypatch.setattr(recipe_frames, "TURN", 3)
+    monkeypatch.setattr(benchmark.rl, "QSMUpdate", recipe_frames.InterleavedUpdate)
+    update, batch = benchmark.make_update(SMALL, CPU), benchmark.make_batch(SMALL["batch"], CPU)
+    for _ in range(9):  # turns alone before the third, sixth and ninth call; two of the recipe between them
+        assert set(update(batch)) == {"qvalue", "actor"}
+    assert {name: len(turns) for name, turns in update.seconds.items()} == {"recipe": 2, "alone": 3}
+    assert update.num_updates == 9 + 3 * 3
+    assert all(wall > 0 and processor > 0 for turns in update.seconds.values() for wall, processor in turns)

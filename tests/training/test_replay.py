@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tensordict import TensorDict
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.envs.transforms import MultiStepTransform
 
 from qsm_rl.training import ReplayArchive, TransitionWriter, UserError
 
@@ -59,9 +60,31 @@ def test_frames_whose_future_is_open_are_held_back():
     replay = new_replay(20)
     writer = TransitionWriter(replay, n_step=2, gamma=1.0)
     writer.write(frames(0, 4))
-    held = 4 - len(replay)
-    assert held >= 1
-    assert column(replay, "next", "observation") == [t + 2 for t in range(4 - held)]
+    assert column(replay, "next", "observation") == [2, 3, 4]
+    writer.write(frames(4, 1))
+    assert column(replay, "observation") == [0, 1, 2, 3]
+
+
+def test_steps_joined_over_several_environments_equal_torchrls():
+    """Episodes of random lengths in three environments, in uneven batches; the last one ends all of them."""
+    torch.manual_seed(0)
+    done = torch.rand(3, 40, 1) < 0.2
+    done[:, -1] = True
+    following = {"observation": torch.randn(3, 40, 2), "reward": torch.randn(3, 40, 1), "done": done}
+    following["terminated"] = done & (torch.rand(3, 40, 1) < 0.5)
+    entries = {"observation": torch.randn(3, 40, 2), "action": torch.arange(120.0).reshape(3, 40, 1)}
+    whole = TensorDict({**entries, "next": following}, [3, 40])
+    replay = new_replay(200)
+    writer = TransitionWriter(replay, n_step=4, gamma=0.9)
+    for first, last in ((0, 1), (1, 2), (2, 3), (3, 4), (4, 20), (20, 22), (22, 40)):
+        writer.write(whole[:, first:last])
+    ours = replay[:]
+    ours = ours[ours["action"].flatten().argsort()]
+    padded = torch.cat([whole, whole[:, -1:].expand(3, 4).clone()], 1)  # its transform holds the last frames back
+    theirs = MultiStepTransform(4, 0.9, done_keys=[]).inv(padded)[:, :40].reshape(-1)
+    assert len(ours) == 120
+    for key in ("observation", "action", "steps_to_next_obs", *(("next", name) for name in following)):
+        torch.testing.assert_close(ours[key], theirs[key], msg=str(key))
 
 
 def test_restored_buffer_has_the_same_rows_in_the_same_places_and_goes_on_the_same(tmp_path):
