@@ -84,7 +84,7 @@ class DiffusionPolicyGradientLoss(DiffusionActorCriticLoss):
         qvalue_network: TensorDictModule | Sequence[TensorDictModule],
         *,
         num_qvalue_nets: int | None = None,
-        num_samples: int = 8,
+        num_samples: int = 4,
         min_std: float = 0.1,
         loss_function: Literal["l2", "l1", "smooth_l1"] = "l2",
         target_aggregation: Literal["min", "mean"] | float = "min",

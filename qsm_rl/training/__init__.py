@@ -5,6 +5,12 @@ from qsm_rl.training.callbacks import restore_checkpoint
 from qsm_rl.training.checkpoints import CheckpointFolder
 from qsm_rl.training.command_line import parse_configuration
 from qsm_rl.training.configuration import TrainingConfiguration, capped_warmup
+from qsm_rl.training.diffusion_configuration import (
+    DiffusionConfiguration,
+    DiffusionPGConfiguration,
+    DiffusionQLConfiguration,
+)
+from qsm_rl.training.diffusion_update import DiffusionUpdate
 from qsm_rl.training.environments import make_environment
 from qsm_rl.training.errors import TrainingError, UserError, exit_on_error, user_errors
 from qsm_rl.training.evaluation import EvaluationResult, evaluate_policy
@@ -36,6 +42,10 @@ __all__ = [
     "CellTable",
     "CheckpointFolder",
     "DeterministicPolicy",
+    "DiffusionConfiguration",
+    "DiffusionPGConfiguration",
+    "DiffusionQLConfiguration",
+    "DiffusionUpdate",
     "EvaluationResult",
     "Film",
     "FramesDataset",

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from qsm_rl.training.configuration import TrainingConfiguration
+from qsm_rl.training.diffusion_configuration import DiffusionConfiguration
 
 __all__ = ["PRESETS", "QSMConfiguration"]
 
@@ -63,7 +63,7 @@ PAPER_SCORE_SCALES = {"dm_control/quadruped-walk": 120.0, "dm_control/humanoid-w
 
 
 @dataclass(kw_only=True)
-class QSMConfiguration(TrainingConfiguration):
+class QSMConfiguration(DiffusionConfiguration):
     """Settings of Q-score matching."""
 
     presets: ClassVar[dict[str, dict[str, Any]]] = PRESETS
@@ -71,24 +71,6 @@ class QSMConfiguration(TrainingConfiguration):
     preset: Literal["default", "paper"] = "default"
     """Named set of values for everything not given otherwise: default (what works best) or paper (the authors'
     settings)."""
-
-    num_steps: int = 10
-    """Denoising steps T of the policy. More makes finer policies and costs time in acting and in TD targets; usual
-    range 5 to 20."""
-
-    schedule: Literal["vp", "cosine", "linear"] = "cosine"
-    """How noise grows over the steps. linear is made for hundreds of steps."""
-
-    sampler: Literal["ddpm", "ddim"] = "ddpm"
-    """Reverse process: ddpm adds fresh noise at each step, ddim only at the start."""
-
-    clip: Literal["sample", "clean", "none"] = "clean"
-    """What the sampler clips to the action bounds at each step: the sample (the authors), the predicted clean action,
-    or nothing."""
-
-    sampler_temperature: float = 1.0
-    """Factor on the fresh noise of the ddpm sampler's steps, in acting and in TD targets. Below 1 is greedier, above 1
-    explores more; usual range 0.3 to 1."""
 
     score_target: Literal["scaled", "boltzmann", "normalized", "posterior"] = "normalized"
     """How the critics become the denoiser's target: scaled is the authors' -M_q dQ/da; boltzmann is -sigma_t dQ/da /
@@ -127,9 +109,6 @@ class QSMConfiguration(TrainingConfiguration):
     """Weight of behaviour cloning on the replayed actions beside the score target. More keeps the policy nearer to
     them, for offline data and fine-tuning; usual range 0.1 to 10, 0 for none."""
 
-    critic_layer_norm: bool = True
-    """Whether mlp critics normalise before each activation. Keeps Q-values bounded away from the data."""
-
     critic: Literal["mlp", "simba", "crossq"] = "mlp"
     """Network of the critics. mlp; simba: residual blocks with layer norms, one for each of critic_hidden_dims, which
     must be equal, each eight times the work of a layer, bears wider critics and more updates; crossq: batch
@@ -139,9 +118,6 @@ class QSMConfiguration(TrainingConfiguration):
 
     critic_adam_beta1: float = 0.9
     """Decay of the critics' momentum in Adam. Lower follows moving targets faster; 0.5 is CrossQ's."""
-
-    policy_delay: int = 1
-    """Critic updates for each update of the actor. More saves time and lets the critics settle; usual range 1 to 3."""
 
     critic_bins: int | None = None
     """Points of a value support for critics that classify (two-hot cross-entropy) where the others regress; null
@@ -155,14 +131,6 @@ class QSMConfiguration(TrainingConfiguration):
     critic_symlog: bool = True
     """Whether the value support is fine near 0 and coarse far out, for returns of unknown size; otherwise even."""
 
-    num_critics: int = 2
-    """Critics of the ensemble. More are steadier and cost time in proportion; usual range 2 to 10."""
-
-    target_aggregation: Literal["min", "mean"] | float = "min"
-    """How the target critics are joined in the TD target: min (the authors), mean, or a number rho for mean minus rho
-    times their standard deviation. min grows more pessimistic with the number of critics; usual range of rho 0 to 1,
-    more is more pessimistic."""
-
     best_of: int = 1
     """Actions sampled for each frame collected, of which the one with the largest mean Q is taken. More is greedier and
     leans on the critics; 1 is the policy itself, usual range 1 to 16."""
@@ -170,14 +138,6 @@ class QSMConfiguration(TrainingConfiguration):
     eval_best_of: int = 1
     """The same for evaluation, beside that of the policy itself and logged apart as eval/best_of_N/return_mean;
     eval/return_mean and the published actor are without it. 1 for none; usual range 4 to 64."""
-
-    exploration_noise_std: float = 0.1
-    """Gaussian noise added to actions while collecting, in units of half the action range, then clipped. More explores
-    wider; usual range 0 to 0.2."""
-
-    target_action_noise_std: float = 0.1
-    """Gaussian noise added to the next action of the TD target, in units of half the action range, then clipped. More
-    smooths Q over actions; usual range 0 to 0.2."""
 
     entropy_temperature: float | None = None
     """Weight of the policy's entropy in the TD target, in units of Q; null gives none. More keeps the policy wider.
@@ -191,10 +151,6 @@ class QSMConfiguration(TrainingConfiguration):
     actor_learning_rate_decay: int | None = None
     """Updates over which the actor's learning rate falls to zero along a cosine; null keeps it. 2,000,000 is the
     authors'."""
-
-    actor_ema: float | None = None
-    """Decay of an exponential moving average of the actor, used for evaluation and published; null uses the actor
-    itself. Higher is smoother and lags more; usual range 0.99 to 0.9999."""
 
     actor_ema_acts: bool = False
     """Whether the averaged actor also collects the frames, steadier and later to change."""
@@ -219,7 +175,6 @@ class QSMConfiguration(TrainingConfiguration):
             UserError: naming the field, its value and what was expected.
         """
         super().__post_init__()
-        self._check("num_steps", self.num_steps >= 1, "at least 1")
         self._check("score_particles", self.score_particles >= 2, "at least 2")
         spread = self.score_spread
         self._check("score_spread", spread is None or 0 < spread <= 1, "null, or above 0 and at most 1")
@@ -228,7 +183,7 @@ class QSMConfiguration(TrainingConfiguration):
         for name in ("score_scale", "score_temperature"):
             self._check(name, getattr(self, name) > 0, "above 0")
         self._check("critic_adam_beta1", 0 <= self.critic_adam_beta1 < 1, "0 or more and below 1")
-        for name in ("num_critics", "policy_delay", "best_of", "eval_best_of"):
+        for name in ("best_of", "eval_best_of"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
         if self.critic == "simba":
             self._check(
@@ -239,13 +194,7 @@ class QSMConfiguration(TrainingConfiguration):
         self._check(
             "critic_support", -math.inf < low <= 0 <= high < math.inf and low < high, "null, or two ends around 0"
         )
-        self._check("sampler_temperature", self.sampler_temperature >= 0, "0 or more")
-        if self.sampler == "ddim":
-            self._check(
-                "sampler_temperature", self.sampler_temperature == 1, "1 with the ddim sampler, which adds no noise"
-            )
-        for name in ("bc_weight", "exploration_noise_std", "target_action_noise_std"):
-            self._check(name, getattr(self, name) >= 0, "0 or more")
+        self._check("bc_weight", self.bc_weight >= 0, "0 or more")
         entropy = self.entropy_temperature
         self._check("entropy_temperature", entropy is None or entropy > 0, "null or above 0")
         self._check("entropy_samples", self.entropy_samples >= 2, "at least 2")
@@ -253,4 +202,3 @@ class QSMConfiguration(TrainingConfiguration):
         self._check("actor_learning_rate_decay", decay is None or decay >= 1, "null or at least 1")
         if self.actor_ema is None:
             self._check("actor_ema_acts", not self.actor_ema_acts, "false without --actor_ema")
-        self._check("actor_ema", self.actor_ema is None or 0 < self.actor_ema < 1, "null or between 0 and 1")

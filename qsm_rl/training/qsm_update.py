@@ -2,167 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from typing import Any
 
-import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
-from torch.optim import Adam, Optimizer
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torchrl.objectives import SoftUpdate
 
-from qsm_rl.action_selection import BestOfN
-from qsm_rl.actor import DiffusionActor
 from qsm_rl.objectives import QScoreMatchingLoss
 from qsm_rl.temperature import SpreadTuner
-from qsm_rl.training.random_state import isolated_random_state
-from qsm_rl.training.updates import Update, accelerated, cosine_decay, gradient_step
+from qsm_rl.training.diffusion_update import DiffusionUpdate
 
 __all__ = ["QSMUpdate"]
 
 TUNING_PERIOD = 10
-SPREAD_SAMPLES = 8
-SPREAD_OBSERVATIONS = 32
 
 
-class QSMUpdate(Update):
-    """Critics first, then their targets, then the actor with the critics just updated.
-
-    ``qvalue_loss``, critic step, Polyak step of the target networks where the loss has any, ``actor_loss``, actor step.
+class QSMUpdate(DiffusionUpdate):
+    """:class:`DiffusionUpdate`, with a temperature that may tune itself.
 
     Args:
         loss: the loss, with its value estimator made and on its device.
-        actor_learning_rate: Adam's step size for the actor.
-        critic_learning_rate: Adam's step size for the critics.
-        tau: share of the critics that the target critics take over, if there are any.
-        critic_adam_beta1: decay of the critics' momentum in Adam, in [0, 1).
-        policy_delay: critic updates for each of the actor's, at least 1.
-        actor_learning_rate_decay: its updates over which the actor's rate falls to zero along a cosine; None keeps it.
-        gradient_clipping: largest gradient norm, for actor and critics each; None clips nothing.
-        actor_ema: decay of the moving average of the actor; None keeps none.
         spread_tuner: moves the score target's temperature; None leaves it. It is asked every ``TUNING_PERIOD`` updates
-            with :data:`SPREAD_SAMPLES` actions for the batch's first :data:`SPREAD_OBSERVATIONS` observations.
-        eval_best_of: N of the best of N samples by the mean of the critics that is evaluated beside the actor; 1 for
-            none.
-        precision: arithmetic of the matrix products, ``"float32"`` or ``"bfloat16"``. With bfloat16 the losses run
-            under ``torch.autocast``; weights, optimisers, Q-values, predicted noises and losses stay float32.
-        compile: whether the losses go through ``torch.compile``; their first call then takes about a minute.
-
-    Attributes:
-        ema: the averaged actor; None without ``actor_ema``.
+            with 8 actions for each of the batch's first 32 observations.
+        **options: those of :class:`DiffusionUpdate`.
     """
 
     loss: QScoreMatchingLoss
 
-    def __init__(
-        self,
-        loss: QScoreMatchingLoss,
-        *,
-        actor_learning_rate: float,
-        critic_learning_rate: float,
-        tau: float,
-        critic_adam_beta1: float = 0.9,
-        policy_delay: int = 1,
-        actor_learning_rate_decay: int | None = None,
-        gradient_clipping: float | None = None,
-        actor_ema: float | None = None,
-        spread_tuner: SpreadTuner | None = None,
-        eval_best_of: int = 1,
-        precision: Literal["float32", "bfloat16"] = "float32",
-        compile: bool = False,
-    ) -> None:
-        actor_parameters = list(loss.actor_network_params.parameters())
-        critic_parameters = list(loss.qvalue_network_params.parameters())
-        optimizers: dict[str, Optimizer] = {
-            "actor": Adam(actor_parameters, lr=actor_learning_rate, fused=True),
-            "critic": Adam(critic_parameters, lr=critic_learning_rate, betas=(critic_adam_beta1, 0.999), fused=True),
-        }
-        super().__init__(loss, optimizers)
-        self.actor_parameters = actor_parameters
-        self.critic_parameters = critic_parameters
-        self.policy_delay = policy_delay
-        self.actor_learning_rate = actor_learning_rate
-        self.actor_learning_rate_decay = actor_learning_rate_decay
-        self.eval_best_of = eval_best_of
-        self.gradient_clipping = gradient_clipping
-        self._spread_tuner = (spread_tuner,)  # it holds the loss's score target: in a tuple, as the actor below
-        has_targets = loss.delay_actor or loss.delay_qvalue
-        self.target_updater = SoftUpdate(loss, tau=tau) if has_targets else None
-        # A view on the loss's parameters; in a tuple, so that they are not registered a second time.
-        self._actor = (loss.get_stateful_net("actor_network"),)
-        self.ema: AveragedModel | None = None
-        if actor_ema is not None:
-            self.ema = AveragedModel(self._actor[0], multi_avg_fn=get_ema_multi_avg_fn(actor_ema))
-        self._qvalue_loss = accelerated(loss.qvalue_loss, precision, compile)
-        self._actor_loss = accelerated(loss.actor_loss, precision, compile)
-        self._qvalue_info: dict[str, Tensor] | None = None
-        self._actor_info: dict[str, Tensor] | None = None
-        self._observation: Tensor | None = None
-
-    @property
-    def actor(self) -> DiffusionActor:
-        """What is published: the averaged actor if there is one, else the actor itself."""
-        return self._actor[0] if self.ema is None else cast(DiffusionActor, self.ema.module)
-
-    @property
-    def policies(self) -> dict[str, TensorDictModuleBase]:
-        """:attr:`actor`, and where asked for its best of ``eval_best_of`` samples by the critics as they are now."""
-        policies = super().policies
-        if self.eval_best_of > 1:
-            critics = self.loss.trained_critics(live=True)
-            policies[f"best_of_{self.eval_best_of}"] = BestOfN(self.actor, critics, num_samples=self.eval_best_of)
-        return policies
-
-    def begin(self, transitions: TensorDictBase) -> None:
-        """Chooses the value support of critics that were given none."""
-        self.loss.choose_value_support(transitions)
+    def __init__(self, loss: QScoreMatchingLoss, *, spread_tuner: SpreadTuner | None = None, **options: Any) -> None:
+        super().__init__(loss, **options)
+        self._spread_tuner = (spread_tuner,)  # it holds the loss's score target: in a tuple, as the actor
 
     def forward(self, batch: TensorDictBase) -> dict[str, Tensor]:
-        """See :meth:`Update.forward`; returns ``qvalue`` (mean over critics) and, where it is its turn, ``actor``."""
-        loss_qvalue, self._qvalue_info = self._qvalue_loss(batch)
-        self._step("critic", "loss_qvalue", loss_qvalue, self.critic_parameters)
-        if self.target_updater is not None:
-            self.target_updater.step()
-        losses = {"qvalue": loss_qvalue.detach() / self.loss.num_qvalue_nets}
-
-        self.num_updates += 1
-        if self.num_updates % self.policy_delay == 0:
-            losses["actor"] = self._update_actor(batch)
-        self._observation = self._actor[0].observation(batch)[:SPREAD_OBSERVATIONS]
+        """See :meth:`DiffusionUpdate.forward`; then the temperature, where it is its turn."""
+        losses = super().forward(batch)
         (tuner,) = self._spread_tuner
         if tuner is not None and self.num_updates % TUNING_PERIOD == 0:
             tuner(self._samples())
         return losses
 
-    def _update_actor(self, batch: TensorDictBase) -> Tensor:
-        loss_actor, self._actor_info = self._actor_loss(batch)
-        steps = self.num_updates // self.policy_delay - 1
-        rate = self.actor_learning_rate * cosine_decay(steps, self.actor_learning_rate_decay)
-        self.optimizers["actor"].param_groups[0]["lr"] = rate
-        self._step("actor", "loss_actor", loss_actor, self.actor_parameters)
-        if self.ema is not None:
-            self.ema.update_parameters(self._actor[0])
-        return loss_actor.detach()
-
     def diagnostics(self) -> dict[str, Tensor]:
-        """Sizes of Q, dQ/da, the score target and the predicted noise, share of saturated actions, policy's spread."""
-        qvalue_info, actor_info = self._qvalue_info, self._actor_info
-        if qvalue_info is None or actor_info is None:
-            return {}
-        out = self.loss.diagnostics(qvalue_info, actor_info)
-        out["action_saturation"] = (qvalue_info["next_action"].abs() > 0.999).float().mean()
-        with isolated_random_state(0):  # how often a row is written must not change the training
-            out["policy_spread"] = self._samples().std(0, correction=0).mean()
-        if hasattr(self.loss.score_target, "temperature"):
+        """The base's, with sizes of dQ/da, the score target and the predicted noise, and the temperature."""
+        out = super().diagnostics()
+        if out and hasattr(self.loss.score_target, "temperature"):
             out["temperature"] = self.loss.score_target.get_buffer("temperature").clone()
         return out
-
-    @torch.no_grad()
-    def _samples(self) -> Tensor:
-        """Actions of the policy in box units, ``(SPREAD_SAMPLES, SPREAD_OBSERVATIONS, A)``."""
-        assert self._observation is not None, "asked before the first update"
-        return self._actor[0].sample(self._observation.expand(SPREAD_SAMPLES, *self._observation.shape))
-
-    def _step(self, optimizer: str, name: str, loss: Tensor, parameters: list[Tensor]) -> None:
-        gradient_step(name, loss, self.optimizers[optimizer], parameters, self.gradient_clipping)

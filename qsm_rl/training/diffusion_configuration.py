@@ -1,0 +1,128 @@
+"""What the recipes of diffusion policies can be told beyond the shared settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from qsm_rl.training.configuration import TrainingConfiguration
+
+__all__ = ["DiffusionConfiguration", "DiffusionPGConfiguration", "DiffusionQLConfiguration"]
+
+
+@dataclass(kw_only=True)
+class DiffusionConfiguration(TrainingConfiguration):
+    """Settings of a diffusion policy and its critics, whatever trains them."""
+
+    num_steps: int = 10
+    """Denoising steps T of the policy. More makes finer policies and costs time in acting and in TD targets; usual
+    range 5 to 20."""
+
+    schedule: Literal["vp", "cosine", "linear"] = "cosine"
+    """How noise grows over the steps. linear is made for hundreds of steps."""
+
+    sampler: Literal["ddpm", "ddim"] = "ddpm"
+    """Reverse process: ddpm adds fresh noise at each step, ddim only at the start."""
+
+    clip: Literal["sample", "clean", "none"] = "clean"
+    """What the sampler clips to the action bounds at each step: the sample (the QSM authors), the predicted clean
+    action, or nothing."""
+
+    sampler_temperature: float = 1.0
+    """Factor on the fresh noise of the ddpm sampler's steps, in acting and in TD targets. Below 1 is greedier, above 1
+    explores more; usual range 0.3 to 1."""
+
+    critic_layer_norm: bool = True
+    """Whether mlp critics normalise before each activation. Keeps Q-values bounded away from the data."""
+
+    num_critics: int = 2
+    """Critics of the ensemble. More are steadier and cost time in proportion; usual range 2 to 10."""
+
+    target_aggregation: Literal["min", "mean"] | float = "min"
+    """How the target critics are joined in the TD target: min (as usual), mean, or a number rho for mean minus rho
+    times their standard deviation. min grows more pessimistic with the number of critics; usual range of rho 0 to 1,
+    more is more pessimistic."""
+
+    exploration_noise_std: float = 0.1
+    """Gaussian noise added to actions while collecting, in units of half the action range, then clipped. More explores
+    wider; usual range 0 to 0.2."""
+
+    target_action_noise_std: float = 0.1
+    """Gaussian noise added to the next action of the TD target, in units of half the action range, then clipped. More
+    smooths Q over actions; usual range 0 to 0.2."""
+
+    policy_delay: int = 1
+    """Critic updates for each update of the actor. More saves time and lets the critics settle; usual range 1 to 3."""
+
+    actor_ema: float | None = None
+    """Decay of an exponential moving average of the actor, used for evaluation and published; null uses the actor
+    itself. Higher is smoother and lags more; usual range 0.99 to 0.9999."""
+
+    def __post_init__(self) -> None:
+        """Checks every field.
+
+        Raises:
+            UserError: naming the field, its value and what was expected.
+        """
+        super().__post_init__()
+        for name in ("num_steps", "num_critics", "policy_delay"):
+            self._check(name, getattr(self, name) >= 1, "at least 1")
+        self._check("sampler_temperature", self.sampler_temperature >= 0, "0 or more")
+        if self.sampler == "ddim":
+            self._check(
+                "sampler_temperature", self.sampler_temperature == 1, "1 with the ddim sampler, which adds no noise"
+            )
+        for name in ("exploration_noise_std", "target_action_noise_std"):
+            self._check(name, getattr(self, name) >= 0, "0 or more")
+        self._check("actor_ema", self.actor_ema is None or 0 < self.actor_ema < 1, "null or between 0 and 1")
+
+
+@dataclass(kw_only=True)
+class DiffusionQLConfiguration(DiffusionConfiguration):
+    """Settings of Diffusion-QL."""
+
+    eta: float = 1.0
+    """Weight of Q, in units of its mean size, beside behaviour cloning. More is greedier; the paper takes 0.005 to 3.5
+    by task. Without behaviour cloning it changes nothing."""
+
+    bc_weight: float = 0.0
+    """Weight of behaviour cloning on the replayed actions. More keeps the policy nearer to them; 1 is the paper's,
+    which is offline, 0 the online variant."""
+
+    delay_actor: bool = False
+    """Whether TD targets sample a slowly following copy of the actor, as the paper's do. Steadier, and later to
+    change."""
+
+    def __post_init__(self) -> None:
+        """Checks every field.
+
+        Raises:
+            UserError: naming the field, its value and what was expected.
+        """
+        super().__post_init__()
+        for name in ("eta", "bc_weight"):
+            self._check(name, getattr(self, name) >= 0, "0 or more")
+        self._check("eta", self.eta > 0 or self.bc_weight > 0, "above 0 without --bc_weight, or nothing is learned")
+
+
+@dataclass(kw_only=True)
+class DiffusionPGConfiguration(DiffusionConfiguration):
+    """Settings of the policy gradient of the chain's likelihood."""
+
+    num_samples: int = 4
+    """Chains sampled for each observation of an update, compared with each other. More is less noisy and costs time in
+    proportion; usual range 4 to 16."""
+
+    min_std: float = 0.1
+    """Floor of the noise of every reverse step in updates, in units of half the action range. Less is closer to the
+    acting policy and makes the gradient noisier; usual range 0.05 to 0.2."""
+
+    def __post_init__(self) -> None:
+        """Checks every field.
+
+        Raises:
+            UserError: naming the field, its value and what was expected.
+        """
+        super().__post_init__()
+        self._check("num_samples", self.num_samples >= 2, "at least 2")
+        self._check("min_std", self.min_std > 0, "above 0")

@@ -1,0 +1,90 @@
+"""Trains a diffusion policy by the likelihood of its chain on a MuJoCo task, HalfCheetah-v5 if none is given.
+
+python recipes/mujoco_diffusion_pg.py --env Hopper-v5 --total_frames 200000 --seed 1
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    print("loading PyTorch, TorchRL and Lightning, some seconds", file=sys.stderr, flush=True)
+
+from tensordict.nn import TensorDictModule, TensorDictSequential
+
+from qsm_rl import (
+    DDIMSampler,
+    DDPMSampler,
+    DiffusionActor,
+    DiffusionPolicyGradientLoss,
+    GaussianExploration,
+    NoiseSchedule,
+    QValueMLP,
+    ScoreMLP,
+)
+from qsm_rl import training as rl
+
+
+@rl.exit_on_error
+def main(arguments: list[str] | None = None) -> int:
+    config = rl.parse_configuration(rl.DiffusionPGConfiguration, arguments, description=__doc__)
+    if config.seeds > 1:
+        return rl.run_seeds(config, Path(__file__))
+    run = rl.TrainingRun.begin(config, recipe=__file__)
+    config, device = run.config, run.device
+
+    # Policy: a network that predicts the noise in an action, a noise schedule, and a sampler that walks it back.
+    clip = None if config.clip == "none" else config.clip
+    if config.sampler == "ddpm":
+        sampler = DDPMSampler(clip=clip, temperature=config.sampler_temperature)
+    else:
+        sampler = DDIMSampler(clip=clip)
+    actor = DiffusionActor(
+        ScoreMLP(run.observation_dim, run.action_dim, config.actor_hidden_dims),
+        action_spec=run.action_spec,
+        noise_schedule=getattr(NoiseSchedule, config.schedule)(config.num_steps),
+        sampler=sampler,
+    ).to(device)
+
+    # Critics.
+    critics = [
+        TensorDictModule(
+            QValueMLP(
+                run.observation_dim, run.action_dim, config.critic_hidden_dims, layer_norm=config.critic_layer_norm
+            ),
+            in_keys=["observation", "action"],
+            out_keys=["state_action_value"],
+        )
+        for _ in range(config.num_critics)
+    ]
+
+    # Loss and update.
+    loss = DiffusionPolicyGradientLoss(
+        actor,
+        critics,
+        num_samples=config.num_samples,
+        min_std=config.min_std,
+        target_aggregation=config.target_aggregation,
+        target_action_noise_std=config.target_action_noise_std,
+    ).to(device)
+    loss.make_value_estimator(gamma=config.gamma)
+    update = rl.DiffusionUpdate(
+        loss,
+        actor_learning_rate=config.actor_learning_rate,
+        critic_learning_rate=config.critic_learning_rate,
+        tau=config.tau,
+        policy_delay=config.policy_delay,
+        gradient_clipping=config.gradient_clipping,
+        actor_ema=config.actor_ema,
+        precision=config.precision,
+        compile=config.compile,
+    )
+
+    # Acting: a sample of the policy, with noise added.
+    exploration = GaussianExploration(run.action_spec, std=config.exploration_noise_std).to(device)
+    return run.train(update, TensorDictSequential(actor, exploration))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
