@@ -30,7 +30,7 @@ from qsm_rl.training.replay import ReplayArchive, TransitionWriter
 from qsm_rl.training.run_folder import RunFolder
 from qsm_rl.training.running import finish_run, make_callbacks, make_loggers, print_summary
 from qsm_rl.training.sac_update import SACConfiguration, SACUpdate
-from qsm_rl.training.statistics import mean_interval
+from qsm_rl.training.statistics import curve_intervals, mean_interval
 from qsm_rl.training.td3_update import TD3Configuration, TD3Update
 from qsm_rl.training.training_run import TrainingRun
 from qsm_rl.training.updates import Update
@@ -71,6 +71,7 @@ __all__ = [
     "choose_arithmetic",
     "choose_device",
     "copy_observation_statistics",
+    "curve_intervals",
     "derived_seed",
     "evaluate_policy",
     "exit_on_error",

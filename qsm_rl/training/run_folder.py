@@ -56,6 +56,7 @@ class RunFolder:
             # The warm-up that the run really has: more total_frames on resuming must not move its end.
             warmup = capped_warmup(configuration.warmup_frames, configuration.total_frames)
             with (path / CONFIGURATION_FILE).open("x", encoding="utf-8") as file:
+                file.write(f"# python recipes/{recipe}.py --config {CONFIGURATION_FILE}\n")
                 file.write(saved_text(replace(configuration, warmup_frames=warmup)))
         except OSError as error:
             raise UserError(f"--run_dir {path} cannot be made: {error.strerror}; choose another folder.") from error

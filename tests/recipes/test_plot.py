@@ -1,34 +1,39 @@
 from __future__ import annotations
 
 import csv
-import subprocess
-import sys
-from pathlib import Path
 
-PLOT = Path(__file__).parents[2] / "recipes" / "plot.py"
+import pytest
+from matplotlib import image
 
-
-def plot(*arguments, **options):
-    return subprocess.run([sys.executable, PLOT, *map(str, arguments)], capture_output=True, text=True, **options)
+from recipes.plot import main
 
 
-def write_run(folder, seed, returns):
+def plot(*arguments) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    return ended.value.code
+
+
+def write_run(folder, seed, returns, recipe="mujoco_qsm"):
+    """A run's files; the best of two samples has twice the return."""
     folder.mkdir()
-    (folder / "config.yaml").write_text(f"env: Hopper-v5\npreset: default\nseed: {seed}\n")
-    rows = "".join(f"{frames},{value},1.0\n" for frames, value in returns.items())
-    (folder / "metrics.csv").write_text(f"frames,eval/return_mean,eval/return_std\n500,,\n{rows}")
+    text = f"# python recipes/{recipe}.py\nenv: Hopper-v5\npreset: default\nseed: {seed}\n"
+    (folder / "config.yaml").write_text(text)
+    rows = "".join(f"{frames},{value},1.0,{2 * value},2.0\n" for frames, value in returns.items())
+    names = [f"eval/{way}return_{name}" for way in ("", "best_of_2/") for name in ("mean", "std")]
+    (folder / "metrics.csv").write_text(f"frames,{','.join(names)}\n500,,,,\n{rows}")
     return folder
 
 
-def test_table_and_picture_over_seeds(tmp_path):
+def test_table_and_picture_over_seeds(tmp_path, capsys):
     first = write_run(tmp_path / "a", 0, {1000: 10.0, 2000: 30.0, 3000: 99.0})
     second = write_run(tmp_path / "b", 1, {1000: 20.0, 2000: 50.0})
     reference = tmp_path / "reference.csv"
     reference.write_text("env,curve,frames,return_mean\nHopper-v5,elsewhere,1000,15\nHopper-v5,elsewhere,2000,25\n")
-    result = plot(first, second, "--output", tmp_path / "out" / "curves", "--reference", reference)
-    assert result.returncode == 0, result.stderr
-    assert "Hopper-v5, qsm default, 2,000 frames: mean 40.0, seeds [30.0, 50.0]" in result.stdout
-    with (tmp_path / "out" / "curves.csv").open() as file:
+    assert plot(first, second, "--output", tmp_path / "out" / "v1.0", "--reference", reference) == 0
+    printed = capsys.readouterr().out
+    assert "| Hopper-v5 | qsm default | 2,000 | 2 | 40.0 | 30.0 to 50.0 | 30.0, 50.0 |" in printed
+    with (tmp_path / "out" / "v1.0.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["seed"], row["frames"], row["return_mean"]) for row in rows] == [
         ("0", "1000", "10.0"),
@@ -37,12 +42,33 @@ def test_table_and_picture_over_seeds(tmp_path):
         ("1", "1000", "20.0"),
         ("1", "2000", "50.0"),
     ]
-    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    pixels = image.imread(tmp_path / "out" / "v1.0.png")
+    assert ((pixels[..., 2] - pixels[..., 0]) > 0.3).sum() > 300  # the blue curve in its band
 
 
-def test_what_is_no_run_is_refused_in_a_line(tmp_path):
-    result = plot(tmp_path / "nothing", cwd=tmp_path)
-    assert result.returncode == 2
-    assert "is not the folder of a run" in result.stderr
-    assert "Traceback" not in result.stderr
-    assert not list(tmp_path.iterdir())
+def test_recipes_and_ways_of_acting_are_curves_of_their_own(tmp_path, capsys):
+    runs = [write_run(tmp_path / "a", 0, {1000: 10.0}), write_run(tmp_path / "b", 0, {1000: 7.0}, "mujoco_sac")]
+    assert plot(*runs, "--output", tmp_path / "c", "--ways", "sampling", "best_of_2") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[1:5] for line in lines if line.startswith("| Hopper")] == [
+        ["qsm default", "1,000", "1", "10.0"],
+        ["qsm default, best_of_2", "1,000", "1", "20.0"],
+        ["sac default", "1,000", "1", "7.0"],
+        ["sac default, best_of_2", "1,000", "1", "14.0"],
+    ]
+
+
+def test_what_cannot_be_drawn_is_refused_in_a_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    first, again = (write_run(tmp_path / name, 0, {1000: 10.0}) for name in ("a", "b"))
+    other = write_run(tmp_path / "c", 1, {1500: 10.0})
+    for arguments, words in (
+        ([tmp_path / "nothing"], "is not the folder of a run"),
+        ([first, again], "two runs of Hopper-v5, qsm default have seed 0"),
+        ([first, other], "were never evaluated at the same frame"),
+        ([first, "--ways", "deterministic"], "--ways are here sampling, best_of_2"),
+        ([first, "--last_frame", "600"], "no evaluation up to frame 600"),
+    ):
+        assert plot(*arguments) == 2
+        assert words in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "c"}
