@@ -134,6 +134,17 @@ def test_every_formula_can_be_drawn():
 TEXTS = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 
 
+def test_every_recipe_has_a_page_in_the_same_form():
+    form = ["Overview", "Command", "What it writes and what it means", "How it differs from the paper", "Results"]
+    for recipe in (ROOT / "recipes").glob("*.py"):
+        if recipe.stem == "multigoal":  # its results are still being looked into
+            continue
+        page = DOCS / "recipes" / f"{recipe.stem}.md"
+        headings = re.findall(r"^## (.*)$", page.read_text(encoding="utf-8"), flags=re.M)
+        assert len(headings) == len(form), f"{page.name} has the headings {headings}, expected {form}"
+        assert all(map(str.startswith, headings, form)), f"{page.name} has the headings {headings}, expected {form}"
+
+
 def test_flags_on_the_pages_exist():
     known = {"help", "logdir", "strict", "all-files", "benchmark-autosave", "benchmark-compare"}  # of other programs
     for path in [*(ROOT / "qsm_rl" / "training").rglob("*.py"), *(ROOT / "recipes").rglob("*.py")]:
