@@ -3,6 +3,7 @@
 from qsm_rl.training.actor_files import load_actor, publish_actor
 from qsm_rl.training.callbacks import restore_checkpoint
 from qsm_rl.training.checkpoints import CheckpointFolder
+from qsm_rl.training.collection import make_collector
 from qsm_rl.training.command_line import parse_configuration
 from qsm_rl.training.configuration import TrainingConfiguration, capped_warmup
 from qsm_rl.training.diffusion_configuration import (
@@ -35,6 +36,7 @@ from qsm_rl.training.td3_update import TD3Configuration, TD3Update
 from qsm_rl.training.training_run import TrainingRun
 from qsm_rl.training.updates import Update
 from qsm_rl.training.videos import Film, check_filming
+from qsm_rl.training.worker_collector import WorkerCollector
 
 __all__ = [
     "PRESETS",
@@ -66,6 +68,7 @@ __all__ = [
     "TransitionWriter",
     "Update",
     "UserError",
+    "WorkerCollector",
     "capped_warmup",
     "check_filming",
     "choose_arithmetic",
@@ -79,6 +82,7 @@ __all__ = [
     "limit_threads",
     "load_actor",
     "make_callbacks",
+    "make_collector",
     "make_environment",
     "make_loggers",
     "mean_interval",

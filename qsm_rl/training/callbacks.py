@@ -27,6 +27,7 @@ from qsm_rl.training.random_state import derived_seed
 from qsm_rl.training.replay import ReplayArchive
 from qsm_rl.training.run_folder import RunFolder
 from qsm_rl.training.videos import Film
+from qsm_rl.training.worker_collector import WorkerCollector
 
 __all__ = [
     "CheckpointWriter",
@@ -256,6 +257,8 @@ class MetricRows(PeriodicCallback):
         row["time/frames_per_second"] = (module.env_frames - self._last_frames) / seconds
         row["time/updates_per_second"] = (module.grad_steps - self._last_steps) / seconds
         row["time/elapsed_seconds"] = now - self._begin
+        if isinstance(self.frames.collector, WorkerCollector):
+            row["train/worker_replacements"] = self.frames.collector.replacements
         self._last_time, self._last_frames, self._last_steps = now, module.env_frames, module.grad_steps
         for logger in trainer.loggers:
             logger.log_metrics({name: row[name] for name in sorted(row)}, step=module.env_frames)

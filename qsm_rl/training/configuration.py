@@ -108,6 +108,14 @@ class TrainingConfiguration:
     """Frames collected between two rounds of updates, a multiple of num_envs. More is faster and acts with older
     weights; 1 is the paper's with one environment."""
 
+    num_workers: int = 0
+    """Processes that collect while this one updates, num_envs split over them, with weights that are one batch old; 0
+    collects in this process. Pays where collecting takes long; give --frames_per_batch of 16 num_envs or more."""
+
+    worker_backend: Literal["process", "ray"] = "process"
+    """Where workers run: process (on this machine) or ray (actors on the Ray cluster that RAY_ADDRESS names, or that
+    runs here; needs the ray extra)."""
+
     warmup_frames: int = 10_000
     """Frames of uniformly random actions before the first update, capped at a fifth of total_frames. More fills the
     replay buffer with wider data and starts learning later; usual range 1,000 to 25,000."""
@@ -168,6 +176,7 @@ class TrainingConfiguration:
             self._check(name, bool(widths) and all(width >= 1 for width in widths), "one or more widths of at least 1")
         self._check("stop_at_return", not math.isnan(self.stop_at_return or 0), "null or a number")
         self._check("gamma", 0 <= self.gamma <= 1, "from 0 to 1")
+        self._check_workers()
         self._check("tau", 0 < self.tau <= 1, "above 0 and at most 1")
         self._check(
             "gradient_clipping", self.gradient_clipping is None or self.gradient_clipping > 0, "null or above 0"
@@ -178,6 +187,18 @@ class TrainingConfiguration:
         self._check(
             "device", re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device) is not None, "auto, cpu, cuda or cuda:N"
         )
+
+    def _check_workers(self) -> None:
+        workers = self.num_workers
+        self._check("num_workers", workers >= 0, "0 or more")
+        if workers == 0:
+            self._check(
+                "worker_backend", self.worker_backend == "process", "process without workers; give --num_workers"
+            )
+            return
+        self._check("num_envs", self.num_envs % workers == 0, f"a multiple of num_workers={workers}")
+        # Each worker would normalise by statistics of its own.
+        self._check("normalize_observation", not self.normalize_observation, "false with workers")
 
     @classmethod
     def preset_values(cls, preset: str, env: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from torch.utils.data import IterableDataset
 from torchrl.collectors import Collector
 
 from qsm_rl.training.random_state import derived_seed, seed_everything
+from qsm_rl.training.worker_collector import WorkerCollector
 
 __all__ = ["FramesDataset", "period_ended"]
 
@@ -35,7 +36,7 @@ class FramesDataset(IterableDataset[TensorDictBase]):
     Batches have the collector's shape ``(num_envs, T)``; ``("next", "episode_end")`` says where episodes really ended.
 
     Args:
-        collector: collects ``frames_per_batch`` frames at a time, without end (``total_frames=-1``).
+        collector: collects ``frames_per_batch`` frames at a time, without end.
         seed: the run's seed.
         total_frames: frames of the whole run.
         checkpoint_every: frames between cuts.
@@ -43,7 +44,13 @@ class FramesDataset(IterableDataset[TensorDictBase]):
     """
 
     def __init__(
-        self, collector: Collector, *, seed: int, total_frames: int, checkpoint_every: int, first_frame: int = 0
+        self,
+        collector: Collector | WorkerCollector,
+        *,
+        seed: int,
+        total_frames: int,
+        checkpoint_every: int,
+        first_frame: int = 0,
     ) -> None:
         self.collector = collector
         self.seed = seed
@@ -80,6 +87,6 @@ class FramesDataset(IterableDataset[TensorDictBase]):
         self.collector.shutdown()
 
     def _begin(self, frames: int) -> None:
-        self.collector.env.set_seed(derived_seed(self.seed, "environments", frames))
+        self.collector.set_seed(derived_seed(self.seed, "environments", frames))
         self.collector.reset()
         seed_everything(derived_seed(self.seed, "training", frames))

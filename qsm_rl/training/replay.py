@@ -42,15 +42,27 @@ class TransitionWriter:
         self.n_step = n_step
         self.gamma = gamma
         self._held: Frames | None = None  # frames whose next n_step - 1 are still to come
+        self._next_count: Tensor | None = None  # step_count of the frames that would continue them
 
     def write(self, batch: TensorDictBase) -> None:
         """Adds a batch ``(num_envs, T)`` in the order of time.
 
         Args:
-            batch: what the collector returned; its last step may be marked as truncated.
+            batch: what the collector returned; its last step may be marked as truncated. Where it does not go on where
+                the one before ended, since a worker was replaced, that one's end counts as truncated.
         """
         # A frame is written between any two updates, so tensors go through here, not tensordicts.
         frames: Frames = {key: batch.get(key) for key in ENTRIES}
+        if self.n_step > 1 and (count := batch.get("step_count", None)) is not None:
+            if self._held is not None and self._next_count is not None and not count[:, 0].equal(self._next_count):
+                held, self._held = self._held, None
+                held["next", "done"][:, -1] = True
+                self._write(held)
+            done = frames["next", "done"][:, -1]
+            self._next_count = torch.where(done, 0, batch["next", "step_count"][:, -1])
+        self._write(frames)
+
+    def _write(self, frames: Frames) -> None:
         steps = {}
         if self.n_step > 1:
             if self._held is not None:

@@ -11,13 +11,13 @@ from typing import Any, Generic, TypeVar
 import torch
 from lightning.pytorch import Trainer
 from tensordict.nn import TensorDictModuleBase
-from torchrl.collectors import Collector
 from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs import EnvBase
 
 from qsm_rl.training.actor_files import publish_actor
 from qsm_rl.training.callbacks import restore_checkpoint
 from qsm_rl.training.checkpoints import CheckpointFolder
+from qsm_rl.training.collection import check_workers, make_collector
 from qsm_rl.training.configuration import TrainingConfiguration, capped_warmup
 from qsm_rl.training.environments import make_environment
 from qsm_rl.training.errors import user_errors
@@ -79,6 +79,7 @@ class TrainingRun(Generic[Configuration]):
             normalize_observation=config.normalize_observation,
         )
         check_logger(config.logger)
+        check_workers(config)
         with user_errors(ValueError, ImportError):
             if config.eval_video:
                 check_filming(config.env, make)
@@ -143,19 +144,13 @@ class TrainingRun(Generic[Configuration]):
         storage = LazyTensorStorage(config.replay_size, device=self.device)
         replay = TensorDictReplayBuffer(storage=storage, batch_size=config.batch_size)
         archive = ReplayArchive(folder.checkpoints / "replay")
-        collector = Collector(
+        collector = make_collector(
+            config,
             self.environment,
+            self.make_environment,
             acting,
-            frames_per_batch=config.frames_per_batch,
-            init_random_frames=max(0, self.warmup_frames - self.first_frame),
-            env_device="cpu",
-            policy_device=self.device,
-            storing_device="cpu",
-            track_traj_ids=False,
-            auto_register_policy_transforms=False,
-            # For one observation the policy is calls, hardly arithmetic. TorchRL's default runs the first call of each
-            # process eagerly, which draws other random numbers: a resumed run would differ.
-            compile_policy={"warmup": 0} if config.compile else False,
+            self.device,
+            warmup_frames=max(0, self.warmup_frames - self.first_frame),
         )
         frames = FramesDataset(
             collector,
@@ -165,28 +160,32 @@ class TrainingRun(Generic[Configuration]):
             first_frame=self.first_frame,
         )
 
-        # Training: one step for each batch of frames.
-        module = OffPolicyModule(
-            update,
-            TransitionWriter(replay, n_step=config.n_step, gamma=config.gamma),
-            env=config.env,
-            warmup_frames=self.warmup_frames,
-            updates_per_frame=config.updates_per_frame,
-        )
-        if self.checkpoint:
-            restore_checkpoint(self.checkpoint, module, frames, archive)
-        trainer = Trainer(
-            accelerator=self.device.type,
-            devices=[self.device.index] if self.device.type == "cuda" else 1,
-            max_epochs=1,
-            logger=make_loggers(config, folder, first_frame=self.first_frame),
-            callbacks=make_callbacks(config, folder, frames, archive, self.make_environment),
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            log_every_n_steps=0,  # the callbacks log, by frames
-        )
-        trainer.fit(module, frames)
+        try:
+            # Training: one step for each batch of frames.
+            module = OffPolicyModule(
+                update,
+                TransitionWriter(replay, n_step=config.n_step, gamma=config.gamma),
+                env=config.env,
+                warmup_frames=self.warmup_frames,
+                updates_per_frame=config.updates_per_frame,
+            )
+            if self.checkpoint:
+                restore_checkpoint(self.checkpoint, module, frames, archive)
+            trainer = Trainer(
+                accelerator=self.device.type,
+                devices=[self.device.index] if self.device.type == "cuda" else 1,
+                max_epochs=1,
+                logger=make_loggers(config, folder, first_frame=self.first_frame),
+                callbacks=make_callbacks(config, folder, frames, archive, self.make_environment),
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                log_every_n_steps=0,  # the callbacks log, by frames
+            )
+            trainer.fit(module, frames)
+        except BaseException:
+            frames.close()  # workers that live would keep this process from ending
+            raise
 
         publish_actor(
             folder.actor,

@@ -65,6 +65,21 @@ def test_frames_whose_future_is_open_are_held_back():
     assert column(replay, "observation") == [0, 1, 2, 3]
 
 
+def test_joined_steps_do_not_span_the_gap_that_a_replaced_worker_leaves():
+    """Frames 0 to 2, then the environment was reset: frames 10 and 11 begin an episode. gamma is 1."""
+    replay = new_replay(20)
+    writer = TransitionWriter(replay, n_step=3, gamma=1.0)
+    for first, count, steps in ((0, 2, 0), (2, 1, 2), (10, 2, 0), (12, 1, 2)):
+        batch = frames(first, count, done=(12,))
+        batch["step_count"] = torch.arange(steps, steps + count).reshape(1, count, 1)
+        batch["next", "step_count"] = batch["step_count"] + 1
+        writer.write(batch)
+    assert column(replay, "observation") == [0, 1, 2, 10, 11, 12]
+    assert column(replay, "next", "observation") == [3, 3, 3, 13, 13, 13]
+    assert column(replay, "steps_to_next_obs") == [3, 2, 1, 3, 2, 1]
+    assert not any(column(replay, "next", "terminated"))
+
+
 def test_steps_joined_over_several_environments_equal_torchrls():
     """Episodes of random lengths in three environments, in uneven batches; the last one ends all of them."""
     torch.manual_seed(0)
