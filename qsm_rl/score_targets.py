@@ -325,8 +325,7 @@ class PosteriorGradientQScore(PosteriorQScore):
         # Of chunks (k, *B, A) the leading dimension is the critics' particle dimension already.
         q_scores = self._in_chunks(torch.func.grad(lambda chunk: q_value(chunk).sum()), particles)
         cumprod = noise_schedule.alphas_cumprod[t]
-        size = 1 / torch.softmax(log_weights, 0).square().sum(0)
-        target = F.posterior_gradient_noise(q_scores, cumprod, temperature, log_weights)
+        target, size = F.posterior_gradient_noise(q_scores, cumprod, temperature, log_weights)
         return target, {"effective_sample_size": size}
 
 

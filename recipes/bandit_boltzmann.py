@@ -8,8 +8,10 @@ true draws. Writes a table and a figure into the output folder, in a few minutes
 from __future__ import annotations
 
 import argparse
-import csv
+from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
+from typing import Literal
 
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -25,21 +27,28 @@ from qsm_rl import (
     DiffusionActor,
     NoiseSchedule,
     NormalizedQScore,
+    PosteriorGradientQScore,
     PosteriorQScore,
     QScoreMatchingLoss,
     ScaledQScore,
     ScoreMLP,
+    ScoreTarget,
 )
+from qsm_rl.atomic_files import write_csv_atomically
+
+Clip = Literal["sample", "clean"] | None
 
 WEIGHTS = torch.tensor([0.4, 0.3, 0.2, 0.1])
 STD = 0.12
 SAMPLES = 2_000
-TARGETS = {
-    "posterior": lambda: PosteriorQScore(1.0, 128),
-    "boltzmann": lambda: BoltzmannQScore(1.0),
-    "normalized, 0.1": lambda: NormalizedQScore(0.1),
-    "scaled, 1": lambda: ScaledQScore(1.0),
-    "scaled, 0.04": lambda: ScaledQScore(0.04),
+PARTICLES = 128
+TARGETS: dict[str, Callable[[int], ScoreTarget]] = {
+    "posterior": lambda particles: PosteriorQScore(1.0, particles),
+    "posterior gradient": lambda particles: PosteriorGradientQScore(1.0, particles),
+    "boltzmann": lambda _: BoltzmannQScore(1.0),
+    "normalized, 0.1": lambda _: NormalizedQScore(0.1),
+    "scaled, 1": lambda _: ScaledQScore(1.0),
+    "scaled, 0.04": lambda _: ScaledQScore(0.04),
 }
 
 
@@ -73,19 +82,21 @@ def energy_distance(a: Tensor, b: Tensor) -> float:
     return (2 * torch.cdist(a, b).mean() - within).item()
 
 
-def train(
-    critic: MixtureCritic, target: str, schedule: NoiseSchedule, clip: str | None, updates: int
-) -> DiffusionActor:
-    """Trains an actor on the given critic by one score target."""
-    action_dim = critic.centers.shape[-1]
-    actor = DiffusionActor(
+def make_actor(action_dim: int, schedule: NoiseSchedule, clip: Clip = "clean") -> DiffusionActor:
+    """An untrained actor on the box."""
+    return DiffusionActor(
         ScoreMLP(1, action_dim, (256, 256)),
         action_spec=Bounded(-1.0, 1.0, (action_dim,)),
         noise_schedule=schedule,
         sampler=DDPMSampler(clip=clip),
     )
+
+
+def train(critic: MixtureCritic, target: ScoreTarget, actor: DiffusionActor, updates: int) -> None:
+    """Trains an actor on the given critic by one score target."""
+    action_dim = critic.centers.shape[-1]
     q_network = TensorDictModule(critic, ["observation", "action"], ["state_action_value"])
-    loss = QScoreMatchingLoss(actor, [q_network], score_target=TARGETS[target](), delay_qvalue=False)
+    loss = QScoreMatchingLoss(actor, [q_network], score_target=target, delay_qvalue=False)
     optimizer = torch.optim.Adam(actor.parameters(), lr=3e-3, fused=True)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
     for _ in range(updates):
@@ -95,7 +106,16 @@ def train(
         loss.actor_loss(batch)[0].backward()
         optimizer.step()
         decay.step()
-    return actor
+
+
+@torch.no_grad()
+def measure(critic: MixtureCritic, action: Tensor, truth: Tensor) -> dict[str, str]:
+    """How far samples are from true draws, as a row of the tables."""
+    return {
+        "energy_distance": f"{energy_distance(action, truth):.4f}",
+        "mode_weights": " ".join(f"{w:.2f}" for w in critic.mode_weights(action).tolist()),
+        "mean_q": f"{critic(torch.zeros(len(action), 1), action).mean().item():.3f}",
+    }
 
 
 def draw_figure(critic: MixtureCritic, samples: dict[str, Tensor], picture: Path) -> None:
@@ -120,10 +140,43 @@ def draw_figure(critic: MixtureCritic, samples: dict[str, Tensor], picture: Path
     figure.savefig(picture)
 
 
+def draw_score_field(critic: MixtureCritic, before: DiffusionActor, after: DiffusionActor, picture: Path) -> None:
+    """dQ/da beside the learned score, -predicted noise / sigma_t, before and after training: the paper's picture."""
+    grid = torch.linspace(-0.95, 0.95, 20)
+    points = torch.cartesian_prod(grid, grid)
+    actions = nn.functional.pad(points, (0, critic.centers.shape[-1] - 2))
+    observation = torch.zeros(len(points), 1)
+    field = torch.func.grad(lambda a: critic(observation, a).sum())(actions)
+    last = after.noise_schedule.num_steps - 1
+    panels = {"dQ/da, the critic's": field}
+    for title, actor, t in (
+        ("score at t = 0, untrained", before, 0),
+        ("score at t = 0, trained", after, 0),
+        (f"score at t = {last // 2}, trained", after, last // 2),
+    ):
+        with torch.no_grad():
+            noise = actor.predict_noise(actions, observation, torch.full((len(points),), t))
+        panels[title] = -noise / actor.noise_schedule.sigmas[t]
+    figure = Figure(figsize=(3.2 * len(panels), 3.4), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (title, arrows) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        size = arrows[:, :2].norm(dim=-1, keepdim=True)
+        direction = (arrows[:, :2] / size.clamp_min(1e-9)).numpy()
+        axes.quiver(*points.T.numpy(), *direction.T, size.squeeze(-1).numpy(), cmap="viridis", pivot="mid", scale=24)
+        axes.plot(*critic.centers[:, :2].T.numpy(), "x", color="C3")
+        axes.set(xlim=(-1, 1), ylim=(-1, 1), aspect="equal", xticks=[-1, 0, 1], yticks=[-1, 0, 1])
+        axes.set_title(title, fontsize=10)
+    figure.savefig(picture)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument(
-        "--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS), help="score targets to train"
+        "--targets",
+        nargs="+",
+        default=list(TARGETS),
+        choices=list(TARGETS),
+        help="score targets to train",
     )
     parser.add_argument("--schedule", default="cosine", choices=["vp", "cosine"], help="noise schedule")
     parser.add_argument("--num_steps", type=int, default=20, help="denoising steps T")
@@ -131,6 +184,7 @@ def main() -> None:
     parser.add_argument(
         "--action_dim", type=int, default=2, help="action dimensions, at least 2; the modes lie in two of them"
     )
+    parser.add_argument("--particles", type=int, default=PARTICLES, help="particles of the posterior targets")
     parser.add_argument("--updates", type=int, default=4_000, help="updates for each target")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
     parser.add_argument("--output", type=Path, default=Path("bandit_boltzmann"), help="folder of table and figure")
@@ -141,37 +195,30 @@ def main() -> None:
 
     critic = MixtureCritic(arguments.action_dim)
     schedule = getattr(NoiseSchedule, arguments.schedule)(arguments.num_steps)
-    observation = torch.zeros(SAMPLES, 1)
+    clip = None if arguments.clip == "none" else arguments.clip
     torch.manual_seed(arguments.seed)
     truth = critic.draw(SAMPLES)
     samples, rows = {}, []
 
     def report(name: str, action: Tensor) -> None:
-        weights = [round(w, 3) for w in critic.mode_weights(action).tolist()]
-        rows.append(
-            {
-                "target": name,
-                "energy_distance": round(energy_distance(action, truth), 4),
-                "mode_weights": " ".join(f"{w:.2f}" for w in weights),
-                "mean_q": round(critic(observation, action).mean().item(), 3),
-            }
-        )
+        rows.append({"target": name, **measure(critic, action, truth)})
         print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
 
     report("true draws", critic.draw(SAMPLES))
+    fields = {}
     for name in arguments.targets:
         torch.manual_seed(arguments.seed)
-        clip = None if arguments.clip == "none" else arguments.clip
-        actor = train(critic, name, schedule, clip, arguments.updates)
+        actor = make_actor(arguments.action_dim, schedule, clip)
+        untrained = deepcopy(actor)
+        train(critic, TARGETS[name](arguments.particles), actor, arguments.updates)
         with torch.no_grad():
-            samples[name] = actor.sample(observation)
+            samples[name] = actor.sample(torch.zeros(SAMPLES, 1))
         report(name, samples[name])
-    with (arguments.output / "table.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+        fields[name] = untrained, actor
+    write_csv_atomically(arguments.output / "table.csv", list(rows[0]), rows)
     draw_figure(critic, samples, arguments.output / "samples.png")
-    print(f"wrote {arguments.output / 'table.csv'} and {arguments.output / 'samples.png'}")
+    draw_score_field(critic, *fields[arguments.targets[0]], arguments.output / "score_field.png")
+    print(f"wrote table.csv, samples.png and score_field.png ({arguments.targets[0]}) in {arguments.output}")
 
 
 if __name__ == "__main__":

@@ -2,14 +2,15 @@
 
 A point moves in the plane from the middle; four goals lie around it, worth 1, 0.9, 0.8 and 0.7 (the QSM paper's
 continuous gridworld, with unequal goals). Q-score matching with several targets and TorchRL's SAC, whose policy is one
-Gaussian, are trained online with real steps, the same sizes of networks, replay buffer and number of updates. Writes
-the trajectories as a figure, and the share of each goal and the spread of the first action as a table.
+Gaussian, are trained online with real steps, the same sizes of networks, replay buffer and number of updates. The
+soft-optimal policy, which exp(Q / temperature) is if the backup carries the entropy bonus, is computed by value
+iteration on a grid and stands beside them. Writes the trajectories as a figure, and the share of each goal and the
+spread of the first action as a table.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -36,8 +37,10 @@ from torchrl.objectives import SACLoss, SoftUpdate
 from tqdm import tqdm
 
 from qsm_rl import (
+    BoltzmannQScore,
     DDPMSampler,
     DiffusionActor,
+    EntropyBonus,
     NoiseSchedule,
     NormalizedQScore,
     PosteriorQScore,
@@ -48,6 +51,7 @@ from qsm_rl import (
     ScoreTarget,
 )
 from qsm_rl import training as rl
+from qsm_rl.atomic_files import write_csv_atomically
 
 GOALS = np.array([[0.8, 0.0], [0.0, 0.8], [-0.8, 0.0], [0.0, -0.8]])
 REWARDS = np.array([1.0, 0.9, 0.8, 0.7])
@@ -56,11 +60,15 @@ SPEED = 0.25
 GAMMA = 0.6  # a far-sighted agent may turn round at any time, and hardly minds where it goes first
 HIDDEN = (64, 64)
 EPISODES = 200
+TEMPERATURE = 0.1  # in units of Q, whose best value in the middle is gamma^2 = 0.36
 TARGETS: dict[str, Callable[[], ScoreTarget]] = {
-    "posterior": lambda: PosteriorQScore(0.5, 32, normalize=True),
+    "posterior": lambda: PosteriorQScore(TEMPERATURE, 32),
+    "posterior, no bonus": lambda: PosteriorQScore(TEMPERATURE, 32),
+    "boltzmann": lambda: BoltzmannQScore(TEMPERATURE),
     "normalized": lambda: NormalizedQScore(0.1),
     "scaled": lambda: ScaledQScore(50.0),
 }
+WITH_BONUS = ("posterior", "boltzmann")
 
 
 class MultiGoal(gymnasium.Env):
@@ -106,9 +114,18 @@ def make_qsm(environment: EnvBase, target: str) -> tuple[nn.Module, Callable[[Te
         noise_schedule=NoiseSchedule.cosine(10),
         sampler=DDPMSampler(clip="clean"),
     )
-    loss = QScoreMatchingLoss(actor, make_critics(), score_target=TARGETS[target]())
+    # The mean of the critics: their minimum counts against goals that are seen less often, which then are seen still
+    # less.
+    loss = QScoreMatchingLoss(
+        actor,
+        make_critics(),
+        score_target=TARGETS[target](),
+        score_critics="target",
+        target_aggregation="mean",
+        entropy_bonus=EntropyBonus(TEMPERATURE, 8) if target in WITH_BONUS else None,
+    )
     loss.make_value_estimator(gamma=GAMMA)
-    return actor, rl.QSMUpdate(loss, actor_learning_rate=1e-3, critic_learning_rate=1e-3, tau=0.01)
+    return actor, rl.QSMUpdate(loss, actor_learning_rate=1e-3, critic_learning_rate=1e-3, tau=0.02)
 
 
 def make_sac(environment: EnvBase) -> tuple[nn.Module, Callable[[TensorDictBase], object]]:
@@ -128,7 +145,7 @@ def make_sac(environment: EnvBase) -> tuple[nn.Module, Callable[[TensorDictBase]
     loss = SACLoss(actor, make_critics(), target_entropy=-2.0, action_spec=spec, loss_function="l2")
     loss.make_value_estimator(gamma=GAMMA)
     optimizer = torch.optim.Adam(loss.parameters(), lr=1e-3)
-    targets = SoftUpdate(loss, tau=0.01)
+    targets = SoftUpdate(loss, tau=0.02)
 
     def update(batch: TensorDictBase) -> None:
         losses = loss(batch)
@@ -141,15 +158,15 @@ def make_sac(environment: EnvBase) -> tuple[nn.Module, Callable[[TensorDictBase]
 
 
 def train(name: str, frames: int, seed: int) -> tuple[nn.Module, np.ndarray]:
-    """Trains online, one update for each frame behind the first thousand; returns the policy and its episodes."""
+    """Trains online, an update for every second frame behind the random ones; returns the policy and its episodes."""
     torch.manual_seed(seed)
-    environment = rl.make_environment("qsm_rl/MultiGoal-v0", seed=seed)
+    environment = rl.make_environment("qsm_rl/MultiGoal-v0", num_envs=10, seed=seed)
     policy, update = make_sac(environment) if name == "sac" else make_qsm(environment, name)
-    replay = TensorDictReplayBuffer(storage=LazyTensorStorage(frames), batch_size=128)
+    replay = TensorDictReplayBuffer(storage=LazyTensorStorage(frames), batch_size=256)
     collector = Collector(
         environment,
         policy,
-        frames_per_batch=10,
+        frames_per_batch=20,
         total_frames=frames,
         init_random_frames=min(2_000, frames // 3),
         track_traj_ids=False,
@@ -160,7 +177,7 @@ def train(name: str, frames: int, seed: int) -> tuple[nn.Module, np.ndarray]:
     for batch in collector:
         replay.extend(batch.reshape(-1))
         if len(replay) > min(2_000, frames // 3):
-            for _ in range(batch.numel()):
+            for _ in range(batch.numel() // 2):
                 update(replay.sample())
         bar.update(batch.numel())
     bar.close()
@@ -186,18 +203,71 @@ def measure(policy: nn.Module, places: np.ndarray) -> dict[str, float]:
     """Share of each goal, mean return, and spread of the action in the middle (0.58 for uniform actions)."""
     ends = [episode[~np.isnan(episode[:, 0])][-1] for episode in places]
     goals = [nearest_goal(end) for end in ends]
-    shares = [goals.count(goal) / len(goals) for goal in range(len(GOALS))]
     with set_exploration_type(ExplorationType.RANDOM):
         action = policy(observation=torch.zeros(1_000, 2))
     action = action if isinstance(action, Tensor) else action[-1]
+    return shares_row([-1 if goal is None else goal for goal in goals], action.std(0).mean().item())
+
+
+def shares_row(goals: list[int], spread: float) -> dict[str, float]:
+    """A row of the table from the goal of each episode, -1 for none."""
+    shares = [goals.count(goal) / len(goals) for goal in range(len(GOALS))]
     entropy = -sum(share * math.log(share) for share in shares if share > 0)
     return {
         **{f"goal worth {reward}": share for reward, share in zip(REWARDS, shares, strict=True)},
-        "none": goals.count(None) / len(goals),
+        "none": goals.count(-1) / len(goals),
         "mean reward": float(np.dot(shares, REWARDS)),
         "goals kept": math.exp(entropy),
-        "spread of the first action": action.std(0).mean().item(),
+        "spread of the first action": spread,
     }
+
+
+def soft_optimal(temperature: float, seed: int, size: int = 41, pushes: int = 13) -> dict[str, float]:
+    """The row of the soft-optimal policy: value iteration on a grid of places and actions, then episodes on it.
+
+    Args:
+        temperature: lambda of ``V(s) = lambda log(integral of exp(Q(s, a) / lambda) over the box)``.
+        seed: seed of the episodes.
+        size: places along each side, with bilinear interpolation between them.
+        pushes: actions along each side of the box.
+    """
+    line = np.linspace(-1, 1, size)
+    places = np.stack(np.meshgrid(line, line, indexing="ij"), -1).reshape(-1, 2)
+    middles = -1 + (2 * np.arange(pushes) + 1) / pushes
+    actions = np.stack(np.meshgrid(middles, middles, indexing="ij"), -1).reshape(-1, 2)
+    steps = SPEED * actions / np.maximum(1, np.linalg.norm(actions, axis=1, keepdims=True))
+
+    def outcomes(places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Of each place and action: where it leads, the goal reached (-1 for none), four cells and their weights."""
+        following = np.clip(places[:, None] + steps, -1, 1)
+        distances = np.linalg.norm(following[:, :, None] - GOALS, axis=-1)
+        goals = np.where(distances.min(-1) < RADIUS, distances.argmin(-1), -1)
+        at = (following + 1) / 2 * (size - 1)
+        low = np.clip(np.floor(at).astype(int), 0, size - 2)
+        (x, y), corner = np.moveaxis(at - low, -1, 0), low[..., 0] * size + low[..., 1]
+        weights = np.stack([(1 - x) * (1 - y), (1 - x) * y, x * (1 - y), x * y], -1)
+        return following, goals, corner[..., None] + np.array([0, 1, size, size + 1]), weights
+
+    def q_values(value: np.ndarray, goals: np.ndarray, cells: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        return np.where(goals >= 0, REWARDS[goals], GAMMA * (value[cells] * weights).sum(-1))
+
+    value = np.zeros(size * size)
+    _, *where = outcomes(places)
+    for _ in range(30):  # gamma^30 is 2e-7
+        q = q_values(value, *where) / temperature
+        most = q.max(1, keepdims=True)
+        value = temperature * (most[:, 0] + np.log(np.exp(q - most).sum(1) * (2 / pushes) ** 2))
+    random = np.random.default_rng(seed)
+    at, reached, first = random.normal(0, 0.05, (1_000, 2)), np.full(1_000, -1), None
+    for _ in range(50):
+        live = np.flatnonzero(reached < 0)
+        following, goals, *rest = outcomes(at[live])
+        q = q_values(value, goals, *rest)
+        cumulative = np.exp((q - q.max(1, keepdims=True)) / temperature).cumsum(1)
+        chosen = (cumulative < random.random((len(live), 1)) * cumulative[:, -1:]).sum(1)
+        first = actions[chosen] if first is None else first
+        at[live], reached[live] = following[np.arange(len(live)), chosen], goals[np.arange(len(live)), chosen]
+    return shares_row(reached.tolist(), float(first.std(0).mean()))
 
 
 def draw(episodes: dict[str, np.ndarray], picture: Path) -> None:
@@ -226,15 +296,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise rl.UserError(f"--frames must be at least 100, got {options.frames}.")
     rl.limit_threads(torch.device("cpu"))
     options.output.mkdir(parents=True, exist_ok=True)
-    episodes, rows = {}, []
+    episodes: dict[str, np.ndarray] = {}
+    rows: list[dict[str, str]] = []
+
+    def report(name: str, measured: dict[str, float]) -> None:
+        rows.append({"policy": name, **{key: f"{value:.2f}" for key, value in measured.items()}})
+        print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+
+    report(f"soft-optimal at {TEMPERATURE:g}", soft_optimal(TEMPERATURE, options.seed))
     for name in options.policies:
         policy, episodes[name] = train(name, options.frames, options.seed)
-        rows.append({"policy": name, **{key: f"{value:.2f}" for key, value in measure(policy, episodes[name]).items()}})
-        print(rows[-1], flush=True)
-    with (options.output / "table.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+        report(name, measure(policy, episodes[name]))
+        write_csv_atomically(options.output / "table.csv", list(rows[0]), rows)
     draw(episodes, options.output / "trajectories.png")
     print(f"wrote {options.output / 'table.csv'} and {options.output / 'trajectories.png'}")
     return 0

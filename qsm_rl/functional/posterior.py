@@ -109,7 +109,7 @@ def posterior_noise(
 
 def posterior_gradient_noise(
     q_scores: Tensor, alphas_cumprod_t: Tensor, temperature: Tensor | float, log_weights: Tensor
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """The gradient form of :func:`posterior_noise`.
 
     ``-sigma_t E[dQ/da(a_0) | a_t] / (temperature sqrt(alphas_cumprod_t))``.
@@ -124,13 +124,15 @@ def posterior_gradient_noise(
         log_weights: as for :func:`posterior_noise`, shape ``(K, *B)``.
 
     Returns:
-        The noise, shape ``(*B, A)``.
+        The noise, shape ``(*B, A)``, and the effective sample size in [1, K], shape ``(*B,)``.
 
     Example:
         >>> posterior_gradient_noise(torch.tensor([[3.0], [5.0]]), torch.tensor(0.64), 2.0, torch.tensor([0.0, 0.0]))
-        tensor([-1.5000])
+        (tensor([-1.5000]), tensor(2.))
     """
     assert q_scores.shape[:-1] == log_weights.shape, (q_scores.shape, log_weights.shape)
-    q_score = (torch.softmax(log_weights, 0).unsqueeze(-1) * q_scores).sum(0)
+    weights = torch.softmax(log_weights, 0)
+    q_score = (weights.unsqueeze(-1) * q_scores).sum(0)
     alphas_cumprod_t = alphas_cumprod_t.unsqueeze(-1)
-    return -((1 - alphas_cumprod_t) / alphas_cumprod_t).sqrt() * q_score / temperature
+    noise = -((1 - alphas_cumprod_t) / alphas_cumprod_t).sqrt() * q_score / temperature
+    return noise, 1 / weights.square().sum(0)

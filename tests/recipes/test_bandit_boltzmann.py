@@ -35,7 +35,8 @@ def test_the_posterior_target_finds_the_weights_of_the_modes():
     torch.manual_seed(0)
     critic = bandit.MixtureCritic(2)
     schedule = bandit.NoiseSchedule.cosine(20)
-    actor = bandit.train(critic, "posterior", schedule, "clean", 4_000)
+    actor = bandit.make_actor(2, schedule)
+    bandit.train(critic, bandit.TARGETS["posterior"](bandit.PARTICLES), actor, 4_000)
     with torch.no_grad():
         samples = actor.sample(torch.zeros(2_000, 1))
     torch.testing.assert_close(critic.mode_weights(samples), bandit.WEIGHTS, atol=0.06, rtol=0)

@@ -49,6 +49,16 @@ def test_shares_and_spread_by_hand():
     assert not math.isnan(places[0, 2, 0])
 
 
+def test_the_soft_optimal_policy_by_hand():
+    """Hot it walks at random and finds all goals alike; cold it takes the best one, unless another is a step nearer."""
+    hot, cold, between = (multigoal.soft_optimal(t, seed=0, size=21, pushes=9) for t in (100.0, 0.003, 0.1))
+    assert cold["goal worth 1.0"] > 0.8 and cold["mean reward"] > 0.97
+    assert hot["spread of the first action"] == pytest.approx(0.577, abs=0.02)
+    shares = [hot[f"goal worth {reward}"] for reward in multigoal.REWARDS]
+    assert max(shares) - min(shares) < 0.06
+    assert between["goal worth 1.0"] > between["goal worth 0.9"] > between["goal worth 0.8"] > between["goal worth 0.7"]
+
+
 @pytest.mark.parametrize("name", ["posterior", "sac"])
 def test_every_policy_trains(name):
     policy, places = multigoal.train(name, 120, seed=0)
