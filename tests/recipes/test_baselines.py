@@ -12,7 +12,7 @@ from tensordict import TensorDict
 
 from qsm_rl.training import load_actor
 from recipes import mujoco_sac, mujoco_td3
-from tests.recipes.test_mujoco_qsm import checkpoint, differences, metrics
+from tests.recipes.test_mujoco_qsm import checkpoint, differences, metrics, unexplained
 
 SMALL = [
     *("--env", "InvertedPendulum-v5", "--total_frames", "120", "--warmup_frames", "1000", "--checkpoint_every", "60"),
@@ -35,6 +35,7 @@ def test_a_run_leaves_an_actor_and_goes_on_to_the_bit(tmp_path, capsys, recipe, 
     rows = metrics(whole)
     assert [int(row["frames"]) for row in rows if "eval/return_mean" in row] == [60, 120]
     assert {"loss/qvalue", "loss/actor", "train/td_error"} <= rows[-1].keys()
+    assert unexplained(whole) == set()
 
     shutil.copytree(whole, cut)
     (cut / "checkpoints" / "frames-000000000120.pt").unlink()

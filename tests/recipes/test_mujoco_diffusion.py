@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from recipes import mujoco_diffusion_pg, mujoco_diffusion_ql
+from tests.recipes.test_mujoco_qsm import unexplained
 
 SMALL = [
     *("--env", "InvertedPendulum-v5", "--total_frames", "80", "--warmup_frames", "1000", "--checkpoint_every", "40"),
@@ -45,6 +46,7 @@ def test_a_run_and_the_rest_of_it_after_a_cut_are_the_same(recipe, options, logg
     rows = metrics(whole)
     assert [int(row["frames"]) for row in rows] == [20, 40, 60, 80]
     assert {"eval/return_mean", "loss/actor", "loss/qvalue", "train/policy_q_value", logged} <= rows[-1].keys()
+    assert unexplained(whole) == set()
     shutil.copytree(whole, cut)
     (last,) = (cut / "checkpoints").glob("frames-*80.pt")
     last.unlink()
