@@ -35,8 +35,10 @@ from qsm_rl import (
     ScoreTarget,
 )
 from qsm_rl.atomic_files import write_csv_atomically
+from qsm_rl.training.updates import accelerated
 
 Clip = Literal["sample", "clean"] | None
+Precision = Literal["float32", "bfloat16"]
 
 WEIGHTS = torch.tensor([0.4, 0.3, 0.2, 0.1])
 STD = 0.12
@@ -92,18 +94,27 @@ def make_actor(action_dim: int, schedule: NoiseSchedule, clip: Clip = "clean") -
     )
 
 
-def train(critic: MixtureCritic, target: ScoreTarget, actor: DiffusionActor, updates: int) -> None:
+def train(
+    critic: MixtureCritic,
+    target: ScoreTarget,
+    actor: DiffusionActor,
+    updates: int,
+    *,
+    precision: Precision = "float32",
+    compile: bool = False,
+) -> None:
     """Trains an actor on the given critic by one score target."""
     action_dim = critic.centers.shape[-1]
     q_network = TensorDictModule(critic, ["observation", "action"], ["state_action_value"])
     loss = QScoreMatchingLoss(actor, [q_network], score_target=target, delay_qvalue=False)
+    actor_loss = accelerated(loss.actor_loss, precision, compile)
     optimizer = torch.optim.Adam(actor.parameters(), lr=3e-3, fused=True)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
     for _ in range(updates):
         # Actions all over the box, as random warm-up would store them.
         batch = TensorDict({"observation": torch.zeros(512, 1), "action": torch.rand(512, action_dim) * 2 - 1}, [512])
         optimizer.zero_grad()
-        loss.actor_loss(batch)[0].backward()
+        actor_loss(batch)[0].backward()
         optimizer.step()
         decay.step()
 
@@ -186,6 +197,10 @@ def main() -> None:
     )
     parser.add_argument("--particles", type=int, default=PARTICLES, help="particles of the posterior targets")
     parser.add_argument("--updates", type=int, default=4_000, help="updates for each target")
+    parser.add_argument(
+        "--precision", default="float32", choices=["float32", "bfloat16"], help="arithmetic of the matrix products"
+    )
+    parser.add_argument("--compile", action="store_true", help="compile the loss, as the recipes do on a CPU")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
     parser.add_argument("--output", type=Path, default=Path("bandit_boltzmann"), help="folder of table and figure")
     arguments = parser.parse_args()
@@ -210,7 +225,8 @@ def main() -> None:
         torch.manual_seed(arguments.seed)
         actor = make_actor(arguments.action_dim, schedule, clip)
         untrained = deepcopy(actor)
-        train(critic, TARGETS[name](arguments.particles), actor, arguments.updates)
+        target = TARGETS[name](arguments.particles)
+        train(critic, target, actor, arguments.updates, precision=arguments.precision, compile=arguments.compile)
         with torch.no_grad():
             samples[name] = actor.sample(torch.zeros(SAMPLES, 1))
         report(name, samples[name])

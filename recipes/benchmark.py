@@ -324,6 +324,8 @@ def measure_start() -> list[Row]:
             subprocess.run([sys.executable, "-c", f"import {module}"], check=True, capture_output=True)
             times.append(time.perf_counter() - begin)
         rows.append({"part": "start", "what": f"import {module}", "seconds": statistics.median(times)})
+    first_frame = child(HERE / "peers" / "first_frame.py")
+    rows.append({"part": "start", "what": "from the recipe's command to its first frame, not compiled", **first_frame})
     for row in rows:
         row["ratio"] = row["seconds"] / rows[0]["seconds"]
     return rows

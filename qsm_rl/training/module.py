@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from qsm_rl.training.updates import NonFiniteLossError, Update
 
 __all__ = ["NonFiniteDataError", "OffPolicyModule"]
 
+MOST_DRAWN_TOGETHER = 16
 CHECKED_ENTRIES = ("observation", "action", ("next", "reward"), ("next", "observation"))
 
 
@@ -84,9 +86,9 @@ class OffPolicyModule(LightningModule):
             return
         if self.grad_steps == 0 and self.updates_due > 0:
             self.update.begin(replay[:])
-        for _ in range(self.updates_due - self.grad_steps):
+        for drawn in self._draw(self.updates_due - self.grad_steps):
             try:
-                losses = self.update(replay.sample())
+                losses = self.update(drawn)
             except NonFiniteLossError as error:
                 raise NonFiniteLossError(
                     f"{error} at frame {self.env_frames:,}, update {self.grad_steps:,}; "
@@ -117,6 +119,14 @@ class OffPolicyModule(LightningModule):
         """Takes over what :meth:`checkpoint_state` returned."""
         self.env_frames, self.grad_steps = state["env_frames"], state["grad_steps"]
         self.update.restore_state(state["update"])
+
+    def _draw(self, count: int) -> Iterator[TensorDictBase]:
+        """Batches from the replay buffer. Drawing several costs hardly more than drawing one."""
+        replay = self.writer.replay
+        while count > 0:
+            together = min(count, MOST_DRAWN_TOGETHER)
+            yield from replay.sample(together * replay.batch_size).split(replay.batch_size)
+            count -= together
 
     def _log_episodes(self, batch: TensorDictBase) -> None:
         ended = batch["next", "episode_end"]

@@ -53,6 +53,7 @@ def print_summary(
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*init_random_frames.*is not exactly a multiple")
+    warnings.filterwarnings("ignore", message="Got conflicting batch_sizes")  # several batches drawn at once
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
     warnings.filterwarnings("ignore", message=".*inline_inbuilt_nn_modules is deprecated")
     warnings.filterwarnings("ignore", message="Using lock_.. inside a compiled graph")

@@ -63,9 +63,19 @@ def test_a_non_finite_loss_stops_before_the_weights_are_touched():
         module.update(batch)
     for name, value in module.update.state_dict().items():
         assert torch.equal(value, before[name]), name
-    module.writer.replay.sample = lambda: batch
+    module.writer.replay.sample = lambda count: batch
     with pytest.raises(NonFiniteLossError, match="at frame 61, update 41"):
         module.training_step(next(iter(build("Slide")[0])), 0)
+
+
+@pytest.mark.filterwarnings("ignore:Got conflicting batch_sizes")
+def test_batches_are_drawn_together_and_used_one_by_one():
+    frames, module = build("Slide")
+    run(frames, module)
+    drawn = list(module._draw(20))  # one draw of 16 batches and one of 4
+    assert [batch.batch_size for batch in drawn] == [(16,)] * 20
+    assert len({tuple(batch["index"].tolist()) for batch in drawn}) == 20
+    assert torch.cat([batch["index"] for batch in drawn]).unique().numel() > 50  # of 60 rows
 
 
 def test_metrics_average_losses_and_count_only_whole_episodes():
