@@ -19,6 +19,7 @@ __all__ = ["Progress"]
 
 BAR_INTERVAL = 0.5
 LINE_INTERVAL = 15.0
+WIDE = 110  # columns from which a bar and whole words fit
 MEMORY = 20.0  # seconds over which speeds are averaged, for a warm-up is many times faster than what follows
 
 
@@ -61,10 +62,15 @@ class Progress(Callback):
         now = time.perf_counter()
         self._frame_speed, self._update_speed = Speed(module.env_frames, now), Speed(module.grad_steps, now)
         self._next = now + (0.0 if self._terminal else LINE_INTERVAL)
+        columns = shutil.get_terminal_size().columns  # 80 where a terminal says that it has none
+        self._wide = columns >= WIDE or not self._terminal
         self._bar = tqdm(
             total=self.frames.total_frames,
-            bar_format="{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} frames{postfix}",
-            ncols=shutil.get_terminal_size().columns,  # 80 where a terminal says that it has none
+            bar_format="{percentage:3.0f}% "
+            + ("{bar} {n_fmt}/{total_fmt} frames" if self._wide else "{n_fmt}/{total_fmt}")
+            + "{postfix}",
+            unit_scale=not self._wide,
+            ncols=columns,
             mininterval=0,
             file=self.stream,
             disable=not self._terminal,
@@ -95,10 +101,9 @@ class Progress(Callback):
         left = tqdm.format_interval((total - module.env_frames) / max(frame_speed, 1e-9))
         result = self.evaluation.last
         evaluated = None if result is None else result.metrics()["eval/return_mean"]
-        status = (
-            f"{frame_speed:.0f} frames/s, {update_speed:.0f} updates/s, {left} left; "
-            f"return: train {_number(self._training_return)}, eval {_number(evaluated)}"
-        )
+        left += " left; return:" if self._wide else ","
+        returns = f"train {_number(self._training_return)}, eval {_number(evaluated)}"
+        status = f"{frame_speed:.0f} frames/s, {update_speed:.0f} updates/s, {left} {returns}"
         if self._terminal:
             self._bar.set_postfix_str(status, refresh=False)
             self._bar.update(module.env_frames - self._bar.n)
@@ -108,4 +113,4 @@ class Progress(Callback):
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
+    return "-" if value is None else f"{value:.1f}" if abs(value) < 1000 else f"{value:.0f}"
