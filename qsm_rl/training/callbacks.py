@@ -24,6 +24,7 @@ from qsm_rl.training.module import OffPolicyModule
 from qsm_rl.training.observation_statistics import copy_observation_statistics
 from qsm_rl.training.plotting import plot_learning_curve
 from qsm_rl.training.random_state import derived_seed
+from qsm_rl.training.ranks import any_rank, gather_objects, rank
 from qsm_rl.training.replay import ReplayArchive
 from qsm_rl.training.run_folder import RunFolder
 from qsm_rl.training.videos import Film
@@ -64,7 +65,7 @@ class PeriodicCallback(Callback):
         self, trainer: Trainer, module: OffPolicyModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Lightning's hook."""
-        if self.due(module.env_frames - batch.numel(), module.env_frames):
+        if self.due(module.env_frames - batch.numel() * module.num_ranks, module.env_frames):
             self.run(trainer, module)
 
 
@@ -107,12 +108,17 @@ class StopSignals(Callback):
             if self.signal is not None and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self.signal = signal.Signals(number)
-            trainer.should_stop = True
             if self._interruptible:
                 raise StopRequested
 
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, stop)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: OffPolicyModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Ends training on all ranks if one of them has a reason to."""
+        trainer.should_stop = any_rank(self.signal is not None or trainer.should_stop, module.device)
 
     def on_train_end(self, trainer: Trainer, module: OffPolicyModule) -> None:
         """Gives the signals back."""
@@ -310,12 +316,15 @@ class CheckpointWriter(PeriodicCallback):
         """
         try:
             manifest = self.archive.save(module.writer.replay)
-            state = {
-                "training": module.checkpoint_state(),
-                "environment": dict(self.frames.collector.env.state_dict()),
-                "replay": manifest,
-            }
-            self.checkpoints.save(module.env_frames, state)
+            manifests = gather_objects(manifest)
+            if rank() == 0:
+                state = {
+                    "training": module.checkpoint_state(),
+                    "environment": dict(self.frames.collector.env.state_dict()),
+                    "replay": manifest,
+                    "replay_of_other_ranks": manifests[1:],
+                }
+                self.checkpoints.save(module.env_frames, state)
         except OSError as error:
             folder, last = self.checkpoints.path, self.last_frame
             raise TrainingError(
@@ -349,10 +358,16 @@ def restore_checkpoint(
     """
     if state["frames"] >= frames.total_frames:
         raise UserError(f"the run is finished at frame {state['frames']:,}; give a larger --total_frames to go on.")
+    manifests = [state["replay"], *state.get("replay_of_other_ranks", [])]
+    if len(manifests) != frames.num_ranks:
+        raise UserError(
+            f"the run was trained by {len(manifests)} processes together, each with a replay buffer of its own; "
+            f"continue it with --devices {len(manifests)}, got {frames.num_ranks}."
+        )
     try:
         module.restore_state(state["training"])
         frames.collector.env.load_state_dict(state["environment"])
-        archive.restore(module.writer.replay, state["replay"])
+        archive.restore(module.writer.replay, manifests[rank()])
     except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"the checkpoint at frame {state['frames']:,} does not fit this run: {reason[:300]}") from error

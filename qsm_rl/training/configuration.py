@@ -14,7 +14,7 @@ __all__ = ["TrainingConfiguration", "capped_warmup"]
 
 COUNTS = (
     *("total_frames", "eval_every", "eval_episodes", "checkpoint_every", "log_every"),
-    *("seeds", "action_repeat", "num_envs", "frames_per_batch", "replay_size", "batch_size", "n_step"),
+    *("seeds", "devices", "action_repeat", "num_envs", "frames_per_batch", "replay_size", "batch_size", "n_step"),
 )
 
 
@@ -43,6 +43,11 @@ class TrainingConfiguration:
 
     device: str = "auto"
     """Where the networks and the replay buffer live: auto (a GPU when there is one), cpu, cuda, cuda:1."""
+
+    devices: int = 1
+    """Processes that train one model together, a GPU each where device is a GPU: every update averages their gradients,
+    so a batch is that many times batch_size. Each has num_envs environments and its share of replay_size; frames are
+    those of all."""
 
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the matrix products in updates: float32, bfloat16 (about three digits; weights, optimisers, outputs
@@ -177,6 +182,10 @@ class TrainingConfiguration:
         self._check("stop_at_return", not math.isnan(self.stop_at_return or 0), "null or a number")
         self._check("gamma", 0 <= self.gamma <= 1, "from 0 to 1")
         self._check_workers()
+        if self.devices > 1:
+            self._check("device", ":" not in self.device, f"without an index for --devices {self.devices}")
+            # Each rank would normalise by statistics of its own.
+            self._check("normalize_observation", not self.normalize_observation, "false with several devices")
         self._check("tau", 0 < self.tau <= 1, "above 0 and at most 1")
         self._check(
             "gradient_clipping", self.gradient_clipping is None or self.gradient_clipping > 0, "null or above 0"

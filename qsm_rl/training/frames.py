@@ -41,6 +41,7 @@ class FramesDataset(IterableDataset[TensorDictBase]):
         total_frames: frames of the whole run.
         checkpoint_every: frames between cuts.
         first_frame: frames that an earlier process has collected; a cut.
+        num_ranks: processes that collect together, as many frames each; all of them are counted.
     """
 
     def __init__(
@@ -51,16 +52,19 @@ class FramesDataset(IterableDataset[TensorDictBase]):
         total_frames: int,
         checkpoint_every: int,
         first_frame: int = 0,
+        num_ranks: int = 1,
     ) -> None:
         self.collector = collector
         self.seed = seed
         self.total_frames = total_frames
         self.checkpoint_every = checkpoint_every
         self.first_frame = first_frame
+        self.num_ranks = num_ranks
 
     def __len__(self) -> int:
         """Number of batches; knowing it, Lightning fetches none ahead, and each is collected by the newest actor."""
-        return max(0, -(-(self.total_frames - self.first_frame) // self.collector.requested_frames_per_batch))
+        frames = self.collector.requested_frames_per_batch * self.num_ranks
+        return max(0, -(-(self.total_frames - self.first_frame) // frames))
 
     def __iter__(self) -> Iterator[TensorDictBase]:
         """Collects; draws no random numbers before its first batch is asked for."""
@@ -70,7 +74,7 @@ class FramesDataset(IterableDataset[TensorDictBase]):
             if cut:
                 self._begin(frames)
             batch = next(batches)
-            before, frames = frames, frames + batch.numel()
+            before, frames = frames, frames + batch.numel() * self.num_ranks
             batch["next", "episode_end"] = batch["next", "done"].clone()
             cut = self.is_cut(before, frames)
             if cut:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from qsm_rl.training.errors import TrainingError
 from qsm_rl.training.metrics import MetricWindow
+from qsm_rl.training.ranks import from_rank_zero
 from qsm_rl.training.replay import TransitionWriter
 from qsm_rl.training.updates import NonFiniteLossError, Update
 
@@ -38,6 +39,7 @@ class OffPolicyModule(LightningModule):
         env: name of the environment, for messages.
         warmup_frames: frames before the first update.
         updates_per_frame: updates for each frame after that.
+        num_ranks: processes that train together, each on frames of its own; all of them are counted.
 
     Attributes:
         env_frames: frames collected since the run began.
@@ -46,7 +48,14 @@ class OffPolicyModule(LightningModule):
     """
 
     def __init__(
-        self, update: Update, writer: TransitionWriter, *, env: str, warmup_frames: int, updates_per_frame: float
+        self,
+        update: Update,
+        writer: TransitionWriter,
+        *,
+        env: str,
+        warmup_frames: int,
+        updates_per_frame: float,
+        num_ranks: int = 1,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -55,6 +64,7 @@ class OffPolicyModule(LightningModule):
         self.env = env
         self.warmup_frames = max(1, warmup_frames)
         self.updates_per_frame = updates_per_frame
+        self.num_ranks = num_ranks
         # Plain integers: buffers would live on the GPU, and reading them there would wait for it at every frame.
         self.env_frames = 0
         self.grad_steps = 0
@@ -78,14 +88,14 @@ class OffPolicyModule(LightningModule):
             NonFiniteLossError: naming the loss and the frame.
         """
         self._check_finite(batch)
-        self.env_frames += batch.numel()
+        self.env_frames += batch.numel() * self.num_ranks
         self._log_episodes(batch)
         self.writer.write(batch)
         replay = self.writer.replay
         if len(replay) == 0:
             return
         if self.grad_steps == 0 and self.updates_due > 0:
-            self.update.begin(replay[:])
+            self.update.begin(from_rank_zero(replay[:]))
         for drawn in self._draw(self.updates_due - self.grad_steps):
             try:
                 losses = self.update(drawn)

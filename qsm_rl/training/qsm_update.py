@@ -10,6 +10,7 @@ from torch import Tensor
 from qsm_rl.objectives import QScoreMatchingLoss
 from qsm_rl.temperature import SpreadTuner
 from qsm_rl.training.diffusion_update import DiffusionUpdate
+from qsm_rl.training.ranks import gather_rows
 
 __all__ = ["QSMUpdate"]
 
@@ -37,7 +38,7 @@ class QSMUpdate(DiffusionUpdate):
         losses = super().forward(batch)
         (tuner,) = self._spread_tuner
         if tuner is not None and self.num_updates % TUNING_PERIOD == 0:
-            tuner(self._samples())
+            tuner(gather_rows(self._samples(), dim=1))
         return losses
 
     def diagnostics(self) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from typing import TextIO
 from qsm_rl.training.command_line import CONFIGURATION_FILE, saved_text
 from qsm_rl.training.configuration import TrainingConfiguration, capped_warmup
 from qsm_rl.training.errors import UserError
+from qsm_rl.training.ranks import rank, run_folder_of_rank_zero
 
 __all__ = ["RunFolder"]
 
@@ -34,6 +35,8 @@ class RunFolder:
     def open(cls, configuration: TrainingConfiguration, recipe: str) -> RunFolder:
         """The folder of a new run, made with its config.yaml, or the one that ``configuration.resume`` names.
 
+        A process of a higher rank joins the one that rank 0 has opened.
+
         Args:
             configuration: ``run_dir`` names the folder; ``runs/RECIPE/ENV/TIME-sSEED`` when not given.
             recipe: name of the recipe.
@@ -41,6 +44,8 @@ class RunFolder:
         Raises:
             UserError: if the folder holds anything, cannot be made, or is in use by another process.
         """
+        if rank() > 0:
+            return cls(Path(run_folder_of_rank_zero()), recipe, resumed=configuration.resume is not None)
         if configuration.resume is not None:
             return cls(Path(configuration.resume), recipe, resumed=True)._locked()
         default = Path("runs") / recipe / configuration.env / f"{time.strftime('%Y%m%d-%H%M%S')}-s{configuration.seed}"
@@ -89,7 +94,8 @@ class RunFolder:
 
     def close(self) -> None:
         """Lets other processes continue the run."""
-        self._lock.close()
+        if rank() == 0:
+            self._lock.close()
 
     def _locked(self) -> RunFolder:
         # The lock belongs to the open file, so it ends with the process however that ends.
@@ -99,4 +105,5 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"{self.path} is in use by another process; stop that run first.") from error
         object.__setattr__(self, "_lock", file)
+        run_folder_of_rank_zero(str(self.path))
         return self

@@ -24,12 +24,25 @@ from qsm_rl.training.frames import FramesDataset
 from qsm_rl.training.loggers import MetricsTable, chosen_logger, read_metrics
 from qsm_rl.training.module import OffPolicyModule
 from qsm_rl.training.progress import Progress
+from qsm_rl.training.ranks import rank
 from qsm_rl.training.replay import ReplayArchive
 from qsm_rl.training.run_folder import RunFolder
 
-__all__ = ["check_unfinished", "finish_run", "make_callbacks", "make_loggers", "print_summary"]
+__all__ = ["check_unfinished", "finish_run", "make_callbacks", "make_loggers", "print_summary", "quiet_libraries"]
 
 CallbackType = TypeVar("CallbackType", bound=Callback)
+
+
+def quiet_libraries() -> None:
+    """Silences the remarks of libraries that nobody can act on."""
+    logging.getLogger("torchrl").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*init_random_frames.*is not exactly a multiple")
+    warnings.filterwarnings("ignore", message="Got conflicting batch_sizes")  # several batches drawn at once
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
+    warnings.filterwarnings("ignore", message=".*inline_inbuilt_nn_modules is deprecated")
+    warnings.filterwarnings("ignore", message="Using lock_.. inside a compiled graph")
 
 
 def print_summary(
@@ -40,7 +53,7 @@ def print_summary(
     *,
     first_frame: int = 0,
 ) -> None:
-    """Says what is about to run, and quiets the libraries' remarks that nobody can act on.
+    """Says what is about to run.
 
     Args:
         config: the run's settings.
@@ -49,14 +62,6 @@ def print_summary(
         device: device of the networks.
         first_frame: where the run continues.
     """
-    logging.getLogger("torchrl").setLevel(logging.WARNING)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*init_random_frames.*is not exactly a multiple")
-    warnings.filterwarnings("ignore", message="Got conflicting batch_sizes")  # several batches drawn at once
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
-    warnings.filterwarnings("ignore", message=".*inline_inbuilt_nn_modules is deprecated")
-    warnings.filterwarnings("ignore", message="Using lock_.. inside a compiled graph")
     observation_dim = environment.observation_spec["observation"].shape[-1]
     action_dim = environment.action_spec.shape[-1]
     threads = torch.get_num_threads()
@@ -65,7 +70,9 @@ def print_summary(
         f"{config.env}: observation {observation_dim}, action {action_dim}; preset {config.preset}, seed {config.seed}"
     )
     compiled = ", compiled (which takes about a minute at the first one)" if config.compile else ""
-    print(f"device: {device}, {threads} thread{'s' if threads > 1 else ''}; updates in {config.precision}{compiled}")
+    ranks = f", {config.devices} processes together" if config.devices > 1 else ""
+    plural = "s" if threads > 1 else ""
+    print(f"device: {device}{ranks}, {threads} thread{plural}; updates in {config.precision}{compiled}")
     print(f"run folder: {folder.path}")
     capped = f", a fifth of total_frames instead of {config.warmup_frames:,}" if warmup < config.warmup_frames else ""
     print(f"frames: {config.total_frames:,}; warm-up: {warmup:,} frames of random actions{capped}")
@@ -128,6 +135,8 @@ def make_callbacks(
 ) -> list[Callback]:
     """What happens at periods of frames: evaluation, row of the log, learning curve, checkpoint, progress.
 
+    Ranks above 0 only store their replay buffer.
+
     Args:
         config: the run's settings.
         folder: its folder.
@@ -136,6 +145,8 @@ def make_callbacks(
         make_environment: makes an environment from a seed, for evaluations.
     """
     stop = StopSignals()
+    if rank() > 0:
+        return [CheckpointWriter(frames, folder, archive), stop]
     evaluation = Evaluation(
         frames,
         config.eval_every,

@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from tensordict.nn import TensorDictModuleBase
 from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs import EnvBase
@@ -25,10 +26,18 @@ from qsm_rl.training.frames import FramesDataset
 from qsm_rl.training.hardware import choose_arithmetic, choose_device, limit_threads
 from qsm_rl.training.loggers import check_logger
 from qsm_rl.training.module import OffPolicyModule
-from qsm_rl.training.random_state import seed_everything
+from qsm_rl.training.random_state import derived_seed, seed_everything
+from qsm_rl.training.ranks import rank
 from qsm_rl.training.replay import ReplayArchive, TransitionWriter
 from qsm_rl.training.run_folder import RunFolder
-from qsm_rl.training.running import check_unfinished, finish_run, make_callbacks, make_loggers, print_summary
+from qsm_rl.training.running import (
+    check_unfinished,
+    finish_run,
+    make_callbacks,
+    make_loggers,
+    print_summary,
+    quiet_libraries,
+)
 from qsm_rl.training.updates import Update
 from qsm_rl.training.videos import check_filming
 
@@ -68,7 +77,10 @@ class TrainingRun(Generic[Configuration]):
         Raises:
             UserError: if device, environment or folder cannot be had; nothing has been written then.
         """
+        quiet_libraries()
         device = choose_device(config.device)
+        if device.type == "cuda" and config.devices > 1:
+            device = choose_device(f"cuda:{rank()}")
         config = choose_arithmetic(config, device)
         limit_threads(device)
         seed_everything(config.seed)
@@ -94,6 +106,8 @@ class TrainingRun(Generic[Configuration]):
             folder=folder,
             checkpoint=checkpoint,
         )
+        if rank() > 0:
+            return run
         if folder.resumed:
             check_unfinished(config, folder, run.first_frame)
         print_summary(config, folder, environment, device, first_frame=run.first_frame)
@@ -138,26 +152,27 @@ class TrainingRun(Generic[Configuration]):
             UserError: if the checkpoint does not fit the networks.
             TrainingError: if training cannot go on.
         """
-        config, folder = self.config, self.folder
+        config, folder, ranks = self.config, self.folder, self.config.devices
 
-        # Data: frames from the collector, transitions in the replay buffer.
-        storage = LazyTensorStorage(config.replay_size, device=self.device)
+        # Data: frames from the collector, transitions in the replay buffer, both a rank's own.
+        storage = LazyTensorStorage(-(-config.replay_size // ranks), device=self.device)
         replay = TensorDictReplayBuffer(storage=storage, batch_size=config.batch_size)
-        archive = ReplayArchive(folder.checkpoints / "replay")
+        archive = ReplayArchive(folder.checkpoints / ("replay" if rank() == 0 else f"replay-rank-{rank()}"))
         collector = make_collector(
             config,
             self.environment,
             self.make_environment,
             acting,
             self.device,
-            warmup_frames=max(0, self.warmup_frames - self.first_frame),
+            warmup_frames=max(0, -(-(self.warmup_frames - self.first_frame) // ranks)),
         )
         frames = FramesDataset(
             collector,
-            seed=config.seed,
+            seed=config.seed if rank() == 0 else derived_seed(config.seed, "rank", rank()),
             total_frames=config.total_frames,
             checkpoint_every=config.checkpoint_every,
             first_frame=self.first_frame,
+            num_ranks=ranks,
         )
 
         try:
@@ -168,14 +183,19 @@ class TrainingRun(Generic[Configuration]):
                 env=config.env,
                 warmup_frames=self.warmup_frames,
                 updates_per_frame=config.updates_per_frame,
+                num_ranks=ranks,
             )
             if self.checkpoint:
                 restore_checkpoint(self.checkpoint, module, frames, archive)
+            devices: int | list[int] = ranks
+            if self.device.type == "cuda" and ranks == 1:
+                devices = [self.device.index]
             trainer = Trainer(
                 accelerator=self.device.type,
-                devices=[self.device.index] if self.device.type == "cuda" else 1,
+                devices=devices,
+                strategy=DDPStrategy() if ranks > 1 else "auto",
                 max_epochs=1,
-                logger=make_loggers(config, folder, first_frame=self.first_frame),
+                logger=make_loggers(config, folder, first_frame=self.first_frame) if rank() == 0 else [],
                 callbacks=make_callbacks(config, folder, frames, archive, self.make_environment),
                 enable_checkpointing=False,
                 enable_progress_bar=False,
@@ -186,6 +206,9 @@ class TrainingRun(Generic[Configuration]):
         except BaseException:
             frames.close()  # workers that live would keep this process from ending
             raise
+        if rank() > 0:
+            frames.close()
+            return 0
 
         publish_actor(
             folder.actor,

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torchrl.objectives import LossModule
 
 from qsm_rl.training.errors import TrainingError
+from qsm_rl.training.ranks import average_gradients
 
 __all__ = ["NonFiniteLossError", "Update", "accelerated", "cosine_decay", "gradient_step"]
 
@@ -95,13 +96,13 @@ class Update(nn.Module):
 def gradient_step(
     name: str, loss: Tensor, optimizer: Optimizer, parameters: Iterable[Tensor], gradient_clipping: float | None = None
 ) -> None:
-    """Backward and one optimiser step.
+    """Backward, the mean of the gradients over all ranks, and one optimiser step.
 
     Args:
         name: name of the loss, for the error.
         loss: scalar loss.
         optimizer: its optimiser.
-        parameters: what the optimiser trains, for the clipping.
+        parameters: what the optimiser trains.
         gradient_clipping: largest norm of the gradient over all parameters; None clips nothing.
 
     Raises:
@@ -111,6 +112,8 @@ def gradient_step(
         raise NonFiniteLossError(f"{name} is {loss.item()}")
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    parameters = list(parameters)
+    average_gradients(parameters)
     if gradient_clipping is not None:
         nn.utils.clip_grad_norm_(parameters, gradient_clipping)
     optimizer.step()

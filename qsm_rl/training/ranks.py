@@ -1,0 +1,103 @@
+"""Several processes that train one model: which of them this one is, and what they have to agree on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tensordict import TensorDictBase
+from torch import Tensor
+
+__all__ = [
+    "any_rank",
+    "average_gradients",
+    "from_rank_zero",
+    "gather_objects",
+    "gather_rows",
+    "rank",
+    "run_folder_of_rank_zero",
+]
+
+RUN_FOLDER = "QSM_RL_RUN_FOLDER"
+
+
+def rank() -> int:
+    """Number of this process among those that train together, 0 where there is one.
+
+    Lightning starts the others with the same command and ``LOCAL_RANK`` in their environment, so it is known before
+    they are connected.
+    """
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def run_folder_of_rank_zero(path: str | None = None) -> str:
+    """The run's folder, which rank 0 has made and the processes that it starts join.
+
+    Args:
+        path: given by rank 0, to be remembered for the others.
+    """
+    if path is not None:
+        os.environ[RUN_FOLDER] = path
+    return os.environ[RUN_FOLDER]
+
+
+def average_gradients(parameters: Iterable[Tensor]) -> None:
+    """Replaces the gradients by their mean over all ranks, equal on each to the bit; one message for all of them.
+
+    DistributedDataParallel's own hooks want one backward pass for each forward pass and would send the gradients of all
+    networks each time; an update has a pass for the critics and one for the actor.
+
+    Args:
+        parameters: what was differentiated; the same ones have a gradient on each rank.
+    """
+    if not _connected():
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def gather_rows(tensor: Tensor, dim: int = 0) -> Tensor:
+    """The tensors of all ranks joined along a dimension, the same on each; equal shapes."""
+    if not _connected():
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts, dim)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """The values of all ranks, in their order."""
+    if not _connected():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_rank_zero(data: TensorDictBase) -> TensorDictBase:
+    """The data of rank 0, which may have another size than this rank's; on this rank's device."""
+    if not _connected():
+        return data
+    values = [data.cpu()]
+    dist.broadcast_object_list(values, 0)
+    return values[0].to(data.device) if data.device is not None else values[0]
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any rank; the same on each."""
+    if not _connected():
+        return flag
+    flags = torch.tensor(float(flag), device=device)
+    dist.all_reduce(flags)
+    return bool(flags > 0)
+
+
+def _connected() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
