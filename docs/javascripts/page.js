@@ -6,4 +6,9 @@ document.addEventListener("DOMContentLoaded", () => {
     const [, display, inline] = element.textContent.trim().match(/^\\\[([^]*)\\\]$|^\\\(([^]*)\\\)$/);
     katex.render(display ?? inline, element, { displayMode: display !== undefined, throwOnError: false });
   }
+
+  // A name or flag goes to the next line in one piece, not broken behind its hyphens; a whole command may still break.
+  for (const code of document.querySelectorAll(".md-typeset :is(p, li) > code")) {
+    if (code.textContent.length < 40) code.style.whiteSpace = "nowrap";
+  }
 });
