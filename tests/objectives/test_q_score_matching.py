@@ -13,6 +13,7 @@ from torchrl.objectives import SoftUpdate, ValueEstimators
 
 from qsm_rl import (
     BoltzmannQScore,
+    DDPMSampler,
     DiffusionActor,
     NoiseSchedule,
     NormalizedQScore,
@@ -577,3 +578,39 @@ def test_a_single_critic_keeps_its_weights_and_trains(given, delay_qvalue):
     optimizer.step()
     moved = list(loss.trained_critics()[0].parameters())
     assert not any(torch.equal(mine, theirs) for mine, theirs in zip(moved, weights, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bc_weight", [0.0, 3.0])
+def test_offline_the_policy_stays_at_the_better_half_of_the_data_with_behaviour_cloning(bc_weight):
+    """Data at -0.5 and 0.5 with rewards 0 and 1: without cloning the policy follows the critics to the bound."""
+    torch.manual_seed(0)
+    actor = DiffusionActor(
+        ScoreMLP(1, 1, (64, 64), time_features=16, time_dim=16),
+        action_spec=Bounded(-1.0, 1.0, (1,)),
+        noise_schedule=NoiseSchedule.cosine(8),
+        sampler=DDPMSampler(clip="clean"),
+    )
+    critics = [
+        TensorDictModule(QValueMLP(1, 1, (64, 64)), ["observation", "action"], ["state_action_value"]) for _ in range(2)
+    ]
+    loss = QScoreMatchingLoss(
+        actor, critics, score_target=NormalizedQScore(0.3), bc_weight=bc_weight, delay_qvalue=False
+    )
+    side = torch.randint(2, (512,)) - 0.5
+    data = hand_batch((side + 0.05 * torch.randn(512)).tolist(), terminated=[True] * 512)
+    data["next", "reward"] = side.unsqueeze(-1) + 0.5
+    optimizer = torch.optim.Adam(loss.parameters(), 3e-3)
+    for _ in range(600):
+        optimizer.zero_grad()
+        output = loss(data[torch.randint(512, (128,))])
+        (output["loss_actor"] + output["loss_qvalue"]).backward()
+        optimizer.step()
+    with torch.no_grad():
+        action = actor.sample(torch.zeros(2000, 1))
+    better, worse = (((action - center).abs() < 0.2).float().mean() for center in (0.5, -0.5))
+    at_the_bound = (action > 0.9).float().mean()
+    if bc_weight > 0:
+        assert better > 0.4 and worse < 0.15 and at_the_bound < 0.2
+    else:
+        assert better < 0.25 and at_the_bound > 0.4

@@ -1,0 +1,209 @@
+"""Counts the modes that a policy keeps: Q-score matching, Diffusion-QL and SAC on one critic with two equal peaks.
+
+The critic is given, Q = log p of two equal Gaussians at each of several states, so the policy exp(Q) is known: half of
+the actions at each peak. A mode counts where at least 5 % of the actions lie within three standard deviations of it.
+Writes OUTPUT/table.csv and OUTPUT/actions.png.
+
+python recipes/modes.py --output docs/results/modes
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import Tensor, nn
+from torch.optim import Adam
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torchrl.data import Bounded
+from torchrl.objectives import SACLoss
+
+from qsm_rl import (
+    BoltzmannQScore,
+    DDPMSampler,
+    DiffusionActor,
+    DiffusionQLLoss,
+    NoiseSchedule,
+    PosteriorQScore,
+    QScoreMatchingLoss,
+    ScoreMLP,
+)
+from qsm_rl import training as rl
+
+STD = 0.15
+SPEC = Bounded(-1.0, 1.0, (1,))
+STATES = torch.tensor([[-0.5], [0.0], [0.5]])
+SAMPLES = 2_000
+
+
+class TwoPeaks(nn.Module):
+    """Q(s, a) = log p(a), p two equal Gaussians at ``0.3 s - 0.5`` and ``0.3 s + 0.5``."""
+
+    def peaks(self, observation: Tensor) -> Tensor:
+        """Where they are, ``(*B, 2)``."""
+        return 0.3 * observation + torch.tensor([-0.5, 0.5])
+
+    def forward(self, observation: Tensor, action: Tensor) -> Tensor:
+        """Q up to a constant, ``(*B, 1)``."""
+        return torch.logsumexp(-((action - self.peaks(observation)) ** 2) / (2 * STD**2), -1, keepdim=True)
+
+
+def make_batch(size: int) -> TensorDict:
+    """States between the shown ones and actions all over the box, as random warm-up would store them."""
+    following = {"observation": torch.zeros(size, 1), "reward": torch.zeros(size, 1)}
+    following |= {name: torch.ones(size, 1, dtype=torch.bool) for name in ("done", "terminated")}
+    entries = {"observation": torch.rand(size, 1) - 0.5, "action": torch.rand(size, 1) * 2 - 1}
+    return TensorDict({**entries, "next": following}, [size])
+
+
+def fit(parameters: Sequence[Tensor], actor_loss: Callable[[TensorDict], Tensor], updates: int, rate: float) -> None:
+    optimizer = Adam(parameters, lr=rate, fused=True)
+    decay = CosineAnnealingLR(optimizer, updates)
+    for _ in range(updates):
+        optimizer.zero_grad()
+        actor_loss(make_batch(512)).backward()
+        optimizer.step()
+        decay.step()
+
+
+def train_diffusion(make_loss: Callable[..., nn.Module], critic: TensorDictModule, updates: int) -> Callable:
+    actor = DiffusionActor(
+        ScoreMLP(1, 1, (256, 256)),
+        action_spec=SPEC,
+        noise_schedule=NoiseSchedule.cosine(10),
+        sampler=DDPMSampler(clip="clean"),
+    )
+    loss = make_loss(actor, [critic])
+    fit(list(actor.parameters()), lambda batch: loss.actor_loss(batch)[0], updates, 3e-3)
+    return lambda observation: actor.sample(observation)
+
+
+def train_sac(critic: TensorDictModule, updates: int) -> Callable:
+    """A squashed Gaussian by TorchRL's SAC actor loss at temperature 1, whose best policy would be exp(Q)."""
+    actor = rl.TanhGaussianActor(1, SPEC, (256, 256))
+    loss = SACLoss(actor, [critic], num_qvalue_nets=1, alpha_init=1.0, fixed_alpha=True, delay_qvalue=False)
+    fit(list(actor.parameters()), lambda batch: loss.actor_loss(batch)[0].mean(), updates, 3e-3)
+    return lambda observation: actor(TensorDict({"observation": observation}, observation.shape[:-1]))["action"]
+
+
+POLICIES: dict[str, Callable[[TensorDictModule, int], Callable]] = {
+    "QSM, posterior": lambda critic, updates: train_diffusion(
+        lambda *networks: QScoreMatchingLoss(*networks, score_target=PosteriorQScore(1.0, 64), delay_qvalue=False),
+        critic,
+        updates,
+    ),
+    "QSM, boltzmann": lambda critic, updates: train_diffusion(
+        lambda *networks: QScoreMatchingLoss(*networks, score_target=BoltzmannQScore(1.0), delay_qvalue=False),
+        critic,
+        updates,
+    ),
+    "Diffusion-QL": lambda critic, updates: train_diffusion(
+        lambda *networks: DiffusionQLLoss(*networks, bc_weight=0.0, delay_actor=False, delay_qvalue=False),
+        critic,
+        updates,
+    ),
+    "SAC": train_sac,
+}
+
+
+def shares_of_peaks(action: Tensor, peaks: Tensor) -> Tensor:
+    """Share of the actions ``(N,)`` within three standard deviations of each peak, ``(2,)``."""
+    return ((action.unsqueeze(-1) - peaks).abs() < 3 * STD).float().mean(0)
+
+
+def count_modes(action: Tensor, bandwidth: float = 0.05) -> int:
+    """Modes of the actions ``(N,)``: peaks of their Gaussian kernel density with valleys between them.
+
+    A peak counts if it is at least a twentieth as high as the highest, and the valley to the next one is at most half
+    as high as either.
+    """
+    grid = torch.linspace(-1.2, 1.2, 481)
+    density = torch.exp(-0.5 * ((grid.unsqueeze(-1) - action) / bandwidth) ** 2).mean(-1)
+    density = density / density.max()
+    modes, rising, extreme = 0, False, 0.0
+    for height in density.tolist():
+        if rising:
+            extreme = max(extreme, height)
+            if height < extreme / 2:
+                rising, extreme = False, height
+        else:
+            extreme = min(extreme, height)
+            if height > max(2 * extreme, 0.05):
+                rising, extreme = True, height
+                modes += 1
+    return modes
+
+
+def draw_figure(actions: dict[str, Tensor], critic: TwoPeaks, picture: Path) -> None:
+    """A row for each policy, a column for each state."""
+    figure = Figure(figsize=(2.6 * len(STATES), 1.5 * len(actions)), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(actions), len(STATES), squeeze=False, sharex=True)
+    grid = torch.linspace(-1, 1, 401).unsqueeze(-1)
+    for row, (name, action) in zip(panels, actions.items(), strict=True):
+        for axes, state, own in zip(row, STATES, action.unbind(1), strict=True):
+            density = critic(state.expand(401, 1), grid).exp().squeeze(-1)
+            axes.hist(own.numpy(), bins=80, range=(-1, 1), density=True, color="tab:blue", alpha=0.7)
+            axes.plot(grid.squeeze(-1), density / density.mean() / 2, color="black", linewidth=0.8)
+            axes.set(yticks=[], ylim=(0, 6))
+            axes.spines[["top", "right", "left"]].set_visible(False)
+            if row is panels[0]:
+                axes.set_title(f"state {state.item():g}", fontsize=9)
+            if row is panels[-1]:
+                axes.set_xlabel("action")
+        row[0].set_ylabel(name, fontsize=9)
+    figure.savefig(picture)
+
+
+@rl.exit_on_error
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES), help="what to train")
+    parser.add_argument("--updates", type=int, default=2_500, help="updates for each policy")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    parser.add_argument("--output", type=Path, default=Path("runs/modes"), help="folder of table and figure")
+    options = parser.parse_args(arguments)
+    if options.updates < 1:
+        raise rl.UserError(f"--updates must be at least 1, got {options.updates}.")
+    options.output.mkdir(parents=True, exist_ok=True)
+    critic, rows, actions = TwoPeaks(), [], {}
+    q_network = TensorDictModule(critic, ["observation", "action"], ["state_action_value"])
+    for name in options.policies:
+        torch.manual_seed(options.seed)
+        sample = POLICIES[name](q_network, options.updates)
+        with torch.no_grad():
+            actions[name] = sample(STATES.expand(SAMPLES, *STATES.shape)).squeeze(-1)
+        for state, action in zip(STATES, actions[name].unbind(1), strict=True):
+            shares = shares_of_peaks(action, critic.peaks(state))
+            q_value = critic(state.expand(SAMPLES, 1), action.unsqueeze(-1)).mean()
+            rows.append(
+                {
+                    "policy": name,
+                    "state": state.item(),
+                    "modes": count_modes(action),
+                    "left": round(shares[0].item(), 2),
+                    "right": round(shares[1].item(), 2),
+                    "elsewhere": round(1 - shares.sum().item(), 2),
+                    "mean_q": round(q_value.item(), 2),
+                }
+            )
+            print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+    with (options.output / "table.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    draw_figure(actions, critic, options.output / "actions.png")
+    print(f"wrote {options.output / 'table.csv'} and {options.output / 'actions.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
