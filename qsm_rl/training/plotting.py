@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 from qsm_rl.atomic_files import write_atomically
@@ -35,6 +36,9 @@ def plot_learning_curve(metrics: Path, picture: Path, *, title: str) -> None:
         low, high = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
         axes.fill_between(frames, low, high, color="tab:blue", alpha=0.2, linewidth=0, label="± 1 std over episodes")
         axes.plot(frames, means, color="tab:blue", marker="o", markersize=3, label="evaluation, mean")
+    ways = [match.group(1) for name in columns if (match := re.fullmatch(r"eval/(\w+)/return_mean", name))]
+    for color, way in zip(("tab:orange", "tab:green"), ways, strict=False):
+        axes.plot(*_points(columns, f"eval/{way}/return_mean"), color=color, marker="o", markersize=3, label=way)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=9)
     axes.set(title=title, xlabel="frames", ylabel="return of an episode")

@@ -93,3 +93,20 @@ def test_what_stands_in_the_way_of_a_logger_is_said_in_a_line(tmp_path, monkeypa
         with pytest.raises(UserError, match=f"^--logger: .*{words}") as caught:
             parse_configuration(QSMConfiguration, flags)
         assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_weights_and_biases_offline(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    choice = parse_configuration(QSMConfiguration, ["--logger", "WandbLogger", "--logger.offline", "true"]).logger
+    runs = []
+    for step in (100, 200):
+        logger = chosen_logger(choice, tmp_path, {"seed": 3})
+        logger.log_metrics({"eval/return_mean": 1.5}, step=step)
+        run = logger.experiment
+        runs.append((run.id, run.name, run.project, run.config["seed"], run.summary["eval/return_mean"]))
+        wandb.finish()
+    assert runs[0] == runs[1] == ((tmp_path / "logger_id.txt").read_text().strip(), tmp_path.name, "qsm_rl", 3, 1.5)
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) >= 1
