@@ -11,18 +11,14 @@ import argparse
 import csv
 import math
 import re
-from collections import defaultdict
 from pathlib import Path
 
 import yaml
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from qsm_rl import training as rl
 
 COLUMNS = ("env", "curve", "seed", "frames", "return_mean", "return_std")
 SAMPLING = "sampling"
-Curve = dict[int, dict[int, float]]  # seed -> frames -> return
 
 
 def evaluations(run_dir: Path, curve: str | None, ways: list[str]) -> list[dict[str, object]]:
@@ -57,73 +53,11 @@ def evaluations(run_dir: Path, curve: str | None, ways: list[str]) -> list[dict[
     return rows
 
 
-def read_reference(path: Path) -> list[dict[str, object]]:
-    """Curves from elsewhere, in the columns that this script writes."""
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or not {"env", "curve", "frames", "return_mean"} <= rows[0].keys():
-        raise rl.UserError(f"--reference {path} needs the columns env, curve, frames, return_mean.")
-    return [{**row, "frames": int(row["frames"]), "return_mean": float(row["return_mean"])} for row in rows]
-
-
-def by_curve(rows: list[dict[str, object]]) -> dict[tuple[str, str], Curve]:
-    """The returns by environment and name of the curve.
-
-    Raises:
-        UserError: if two runs of a curve have the same seed, or its seeds no evaluation in common.
-    """
-    curves: dict[tuple[str, str], Curve] = defaultdict(lambda: defaultdict(dict))
-    for row in rows:
-        seed = curves[row["env"], row["curve"]][row["seed"]]
-        if row["frames"] in seed:
-            raise rl.UserError(
-                f"two runs of {row['env']}, {row['curve']} have seed {row['seed']}: a curve needs a run for each seed. "
-                "Draw runs of different settings apart, each with a name by --curve."
-            )
-        seed[row["frames"]] = row["return_mean"]
-    for (env, name), curve in curves.items():
-        if not common_frames(curve):
-            raise rl.UserError(
-                f"the seeds of {env}, {name} were never evaluated at the same frame: draw them apart, by --curve."
-            )
-    return dict(sorted(curves.items()))
-
-
-def common_frames(curve: Curve) -> list[int]:
-    """Frame counts at which every seed was evaluated."""
-    return sorted(set.intersection(*(set(seed) for seed in curve.values())))
-
-
-def draw(curves: dict[tuple[str, str], Curve], reference: list[dict[str, object]], picture: Path) -> None:
-    """One panel for each environment; the interval of each curve, dashes for the reference."""
-    envs = sorted({env for env, _ in curves})
-    figure = Figure(figsize=(5.2 * len(envs), 4.2), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, env in zip(figure.subplots(1, len(envs), squeeze=False)[0], envs, strict=True):
-        for color, name in enumerate(name for other, name in curves if other == env):
-            curve = curves[env, name]
-            frames = common_frames(curve)
-            means, lows, highs = rl.curve_intervals([[seed[frame] for frame in frames] for seed in curve.values()])
-            axes.fill_between(frames, lows, highs, color=f"C{color}", alpha=0.2, linewidth=0)
-            label = f"{name}, {len(curve)} seed{'s' if len(curve) > 1 else ''}"
-            axes.plot(frames, means, color=f"C{color}", marker="o", markersize=3, label=label)
-        for name in sorted({str(row["curve"]) for row in reference if row["env"] == env}):
-            points = sorted(
-                (row["frames"], row["return_mean"]) for row in reference if (row["env"], row["curve"]) == (env, name)
-            )
-            axes.plot(*zip(*points, strict=True), color="0.2", linestyle="--", marker="s", markersize=3, label=name)
-        axes.set(title=env, xlabel="frames", ylabel="evaluation return, mean and 95 % interval over seeds")
-        axes.legend(frameon=False, fontsize=9)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(picture)
-
-
-def table(curves: dict[tuple[str, str], Curve]) -> str:
+def table(curves: rl.curves.Curves) -> str:
     """The last evaluation that all seeds of a curve have in common, as Markdown."""
     lines = ["| environment | curve | frames | seeds | mean | 95 % interval | returns |", "|" + "---|" * 7]
     for (env, name), curve in curves.items():
-        frame = common_frames(curve)[-1]
+        frame = rl.common_frames(curve)[-1]
         returns = [seed[frame] for _, seed in sorted(curve.items())]
         mean, low, high = rl.mean_interval([[value] for value in returns])
         each = ", ".join(f"{value:.1f}" for value in returns)
@@ -151,11 +85,11 @@ def main(arguments: list[str] | None = None) -> int:
     rows = [row for row in rows if last_frame is None or row["frames"] <= last_frame]
     if not rows:
         raise rl.UserError(f"no evaluation up to frame {last_frame:,}; raise --last_frame.")
-    curves = by_curve(rows)
+    curves = rl.curves_of(rows)
     text = table(curves)
-    reference = read_reference(given.reference) if given.reference else []
+    reference = rl.read_reference(given.reference) if given.reference else []
     output.parent.mkdir(parents=True, exist_ok=True)
-    draw(curves, reference, Path(f"{output}.png"))
+    rl.plot_curves(curves, reference, Path(f"{output}.png"))
     with Path(f"{output}.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()

@@ -1,11 +1,14 @@
 """The Lightning training side, which all recipes share. Importing :mod:`qsm_rl` alone does not import it."""
 
 from qsm_rl.training.actor_files import load_actor, publish_actor
+from qsm_rl.training.algorithms import ALGORITHMS, Algorithm, check_cells
 from qsm_rl.training.callbacks import restore_checkpoint
+from qsm_rl.training.cell_tables import final_rows, markdown_table
 from qsm_rl.training.checkpoints import CheckpointFolder
 from qsm_rl.training.collection import make_collector
 from qsm_rl.training.command_line import parse_configuration
 from qsm_rl.training.configuration import TrainingConfiguration, capped_warmup
+from qsm_rl.training.curves import common_frames, curves_of, plot_curves, read_reference
 from qsm_rl.training.diffusion_configuration import (
     DiffusionConfiguration,
     DiffusionPGConfiguration,
@@ -16,7 +19,7 @@ from qsm_rl.training.environments import make_environment
 from qsm_rl.training.errors import TrainingError, UserError, exit_on_error, user_errors
 from qsm_rl.training.evaluation import EvaluationResult, evaluate_policy
 from qsm_rl.training.frames import FramesDataset
-from qsm_rl.training.grid import Cell, CellTable, read_grid, run_cells
+from qsm_rl.training.grid import Cell, CellTable, make_cells, read_grid, run_cells
 from qsm_rl.training.hardware import choose_arithmetic, choose_device, limit_threads
 from qsm_rl.training.loggers import read_metrics
 from qsm_rl.training.many_seeds import run_seeds
@@ -31,7 +34,13 @@ from qsm_rl.training.replay import ReplayArchive, TransitionWriter
 from qsm_rl.training.run_folder import RunFolder
 from qsm_rl.training.running import finish_run, make_callbacks, make_loggers, print_summary
 from qsm_rl.training.sac_update import SACConfiguration, SACUpdate
-from qsm_rl.training.statistics import curve_intervals, mean_interval
+from qsm_rl.training.statistics import (
+    curve_intervals,
+    interval_estimates,
+    mean_interval,
+    performance_profiles,
+    require_rliable,
+)
 from qsm_rl.training.td3_update import TD3Configuration, TD3Update
 from qsm_rl.training.training_run import TrainingRun
 from qsm_rl.training.updates import Update
@@ -39,7 +48,9 @@ from qsm_rl.training.videos import Film, check_filming
 from qsm_rl.training.worker_collector import WorkerCollector
 
 __all__ = [
+    "ALGORITHMS",
     "PRESETS",
+    "Algorithm",
     "Cell",
     "CellTable",
     "CheckpointFolder",
@@ -70,28 +81,39 @@ __all__ = [
     "UserError",
     "WorkerCollector",
     "capped_warmup",
+    "check_cells",
     "check_filming",
     "choose_arithmetic",
     "choose_device",
+    "common_frames",
     "copy_observation_statistics",
     "curve_intervals",
+    "curves_of",
     "derived_seed",
     "evaluate_policy",
     "exit_on_error",
+    "final_rows",
     "finish_run",
+    "interval_estimates",
     "limit_threads",
     "load_actor",
     "make_callbacks",
+    "make_cells",
     "make_collector",
     "make_environment",
     "make_loggers",
+    "markdown_table",
     "mean_interval",
     "parse_configuration",
+    "performance_profiles",
+    "plot_curves",
     "plot_learning_curve",
     "print_summary",
     "publish_actor",
     "read_grid",
     "read_metrics",
+    "read_reference",
+    "require_rliable",
     "restore_checkpoint",
     "run_cells",
     "run_seeds",

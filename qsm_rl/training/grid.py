@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from tqdm import tqdm
@@ -26,9 +27,10 @@ from qsm_rl.atomic_files import write_csv_atomically
 from qsm_rl.training.errors import UserError
 from qsm_rl.training.loggers import read_metrics
 
-__all__ = ["Cell", "CellTable", "read_grid", "run_cells"]
+__all__ = ["Cell", "CellTable", "make_cells", "read_grid", "run_cells"]
 
-COLUMNS = ("env", "variant", "seed", "frames", "return_mean", "return_std", "updates_per_second", "settings")
+KEY = ("env", "variant", "seed")
+COLUMNS = (*KEY, "frames", "return_mean", "return_std", "updates_per_second", "elapsed_seconds", "settings")
 POLL_SECONDS = 1.0
 SECONDS_TO_STOP = 60.0
 
@@ -66,6 +68,25 @@ class Cell:
         return int(json.loads(self.settings)["total_frames"])
 
 
+def make_cells(
+    recipe: str, variant: str, settings: dict[str, Any], env: str, seeds: Iterable[int], runs: Path
+) -> list[Cell]:
+    """The cells of one variant on one task, a seed each.
+
+    Args:
+        recipe: name of the recipe's file, without ending.
+        variant: name of the settings.
+        settings: flags of the recipe, ``total_frames`` at least.
+        env: environment id.
+        seeds: seeds.
+        runs: folder for the runs' folders; cells with other settings get another one.
+    """
+    text = json.dumps(settings, sort_keys=True)
+    digest = hashlib.sha256(f"{recipe} {text}".encode()).hexdigest()[:8]
+    folder = runs / env.replace("/", "-") / f"{_file_name(variant)}-{digest}"
+    return [Cell(recipe, variant, text, env, seed, folder / f"seed_{seed}") for seed in seeds]
+
+
 def read_grid(path: Path, runs: Path) -> list[Cell]:
     """The cells of a grid file, seed by seed, so that every variant has its first result early.
 
@@ -99,10 +120,7 @@ def read_grid(path: Path, runs: Path) -> list[Cell]:
             settings = {**grid["settings"], **task, **(grid["variants"][variant] or {})}
             if "total_frames" not in settings:
                 raise UserError(f"{path}: the task {env} needs total_frames.")
-            text = json.dumps(settings, sort_keys=True)
-            digest = hashlib.sha256(f"{grid['recipe']} {text}".encode()).hexdigest()[:8]
-            folder = runs / env.replace("/", "-") / f"{_file_name(variant)}-{digest}"
-            cells += [Cell(grid["recipe"], variant, text, env, seed, folder / f"seed_{seed}") for seed in seeds]
+            cells += make_cells(grid["recipe"], variant, settings, env, seeds, runs)
     return sorted(cells, key=lambda cell: cell.seed)
 
 
@@ -122,9 +140,10 @@ class CellTable:
         if path.exists():
             with path.open(newline="", encoding="utf-8") as file:
                 reader = csv.DictReader(file)
-                if tuple(reader.fieldnames or ()) != COLUMNS:
+                found = set(reader.fieldnames or ())
+                if not set(COLUMNS) - {"elapsed_seconds"} <= found <= set(COLUMNS):  # which older tables lack
                     raise UserError(f"{path} is no table of cells: its columns are not {', '.join(COLUMNS)}.")
-                self.rows = list(reader)
+                self.rows = [{name: row.get(name, "") for name in COLUMNS} for row in reader]
 
     def rows_of(self, cell: Cell) -> list[dict[str, str]]:
         """The rows of a cell, none if it has not finished with these settings."""
@@ -137,12 +156,14 @@ class CellTable:
         rates = [rate for rate in columns["time/updates_per_second"] if rate > 0]
         key = (cell.env, cell.variant, str(cell.seed))
         self.rows = [row for row in self.rows if tuple(row[name] for name in ("env", "variant", "seed")) != key]
-        points = zip(columns["frames"], columns["eval/return_mean"], columns["eval/return_std"], strict=True)
-        for frames, mean, std in points:
+        clock = _total_elapsed(columns.get("time/elapsed_seconds", []), len(columns["frames"]))
+        points = zip(columns["frames"], columns["eval/return_mean"], columns["eval/return_std"], clock, strict=True)
+        for frames, mean, std, elapsed in points:
             if mean == mean:  # rows without an evaluation hold NaN
                 values = (
                     *(*key, str(int(frames)), f"{mean:.2f}", f"{std:.2f}"),
-                    *(f"{statistics.median_high(rates):.1f}" if rates else "", cell.settings),
+                    f"{statistics.median_high(rates):.1f}" if rates else "",
+                    *(elapsed, cell.settings),
                 )
                 self.rows.append(dict(zip(COLUMNS, values, strict=True)))
         self.rows.sort(key=lambda row: (row["env"], row["variant"], int(row["seed"]), int(row["frames"])))
@@ -179,6 +200,10 @@ def run_cells(cells: Sequence[Cell], table: CellTable, recipes: Path, *, workers
             for worker in range(workers):
                 if worker not in running and waiting:
                     cell = waiting.pop(0)
+                    if _finished(cell):  # by a grid that was killed before it took the results over
+                        table.add(cell)
+                        done += cell.total_frames
+                        continue
                     process = _start(cell, recipes)
                     if workers <= len(cores):  # a core each: moving about costs a tenth
                         os.sched_setaffinity(process.pid, {cores[worker]})
@@ -243,6 +268,20 @@ def _frames(folder: Path) -> int:
     except (OSError, ValueError):
         return 0  # not begun, or in the middle of writing
     return int(max(columns.get("frames", [0]), default=0))
+
+
+def _finished(cell: Cell) -> bool:
+    return (cell.folder / "actor" / "config.json").exists() and _frames(cell.folder) >= cell.total_frames
+
+
+def _total_elapsed(clock: Sequence[float], count: int) -> list[str]:
+    """Seconds of training up to each row of the log; the clock begins anew where a run was resumed."""
+    before, last, total = 0.0, 0.0, []
+    for now in clock:
+        before += last if now < last else 0.0
+        last = now
+        total.append(f"{before + now:.0f}")
+    return total or [""] * count
 
 
 def _log(folder: Path) -> Path:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 
 import numpy as np
 
 from qsm_rl.training.errors import UserError
 
-__all__ = ["curve_intervals", "mean_interval"]
+__all__ = ["curve_intervals", "interval_estimates", "mean_interval", "performance_profiles", "require_rliable"]
 
 
 def mean_interval(scores: Sequence[Sequence[float]], *, repetitions: int = 2000) -> tuple[float, float, float]:
@@ -61,22 +62,103 @@ def curve_intervals(
     return means.tolist(), lows.tolist(), highs.tolist()
 
 
+def interval_estimates(
+    scores: Mapping[str, Sequence[Sequence[float]]], *, repetitions: int = 2000
+) -> dict[str, dict[str, tuple[float, float, float]]]:
+    """Rliable's aggregates over runs and tasks, each with its 95 % stratified bootstrap interval.
+
+    Args:
+        scores: for each algorithm normalised scores, one row for each seed, one column for each task.
+        repetitions: bootstrap samples.
+
+    Returns:
+        For each algorithm the interquartile mean, the median, the mean and the optimality gap (how far scores fall
+        short of 1), each as value, lower and upper end; the same on every call.
+
+    Raises:
+        UserError: if rliable is not installed.
+
+    Example:
+        >>> interval_estimates({"sac": [[0.5], [0.5]]})["sac"]["optimality gap"]
+        (0.5, 0.5, 0.5)
+    """
+    require_rliable()
+    from rliable.metrics import aggregate_iqm, aggregate_mean, aggregate_median, aggregate_optimality_gap
+
+    aggregates = {
+        "interquartile mean": aggregate_iqm,
+        "median": aggregate_median,
+        "mean": aggregate_mean,
+        "optimality gap": aggregate_optimality_gap,
+    }
+    out = {}
+    for name, matrix in scores.items():
+        values, (lows, highs) = bootstrap(
+            matrix, lambda runs: np.array([aggregate(runs) for aggregate in aggregates.values()]), repetitions
+        )
+        triples = zip(values.tolist(), lows.tolist(), highs.tolist(), strict=True)
+        out[name] = dict(zip(aggregates, triples, strict=True))
+    return out
+
+
+def performance_profiles(
+    scores: Mapping[str, Sequence[Sequence[float]]], thresholds: Sequence[float], *, repetitions: int = 2000
+) -> dict[str, tuple[list[float], list[float], list[float]]]:
+    """For each threshold the share of runs with a higher score, with 95 % stratified bootstrap intervals.
+
+    Args:
+        scores: for each algorithm normalised scores, one row for each seed, one column for each task.
+        thresholds: scores to count beyond.
+        repetitions: bootstrap samples.
+
+    Returns:
+        For each algorithm shares, lower and upper ends, one for each threshold; the same on every call.
+
+    Raises:
+        UserError: if rliable is not installed.
+
+    Example:
+        >>> performance_profiles({"sac": [[0.2], [0.2]]}, [0.1, 0.3])["sac"][0]
+        [1.0, 0.0]
+    """
+    levels = np.asarray(thresholds, dtype=float)
+    out = {}
+    for name, matrix in scores.items():
+        shares, (lows, highs) = bootstrap(
+            matrix, lambda runs: (runs[..., None] > levels).mean(axis=(0, 1)), repetitions
+        )
+        out[name] = shares.tolist(), lows.tolist(), highs.tolist()
+    return out
+
+
+def require_rliable() -> ModuleType:
+    """Rliable's library, for programs that ask before hours of runs whether it is there.
+
+    Raises:
+        UserError: if rliable is not installed.
+    """
+    try:
+        from rliable import library
+    except ImportError as error:
+        raise UserError('intervals over seeds need rliable: pip install "qsm_rl[results]".') from error
+    return library
+
+
 def bootstrap(
     scores: Sequence[Sequence[float]] | np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], repetitions: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """A statistic of ``(seeds, tasks, ...)`` and its 95 % interval ``(2, ...)``, by rliable."""
+    library = require_rliable()
+    state = np.random.get_state()
+    np.random.seed(0)  # rliable draws from numpy's global generator, whatever it is given
     try:
-        from rliable.library import get_interval_estimates
-    except ImportError as error:
-        raise UserError('intervals over seeds need rliable: pip install "qsm_rl[results]".') from error
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="random_state is deprecated", category=FutureWarning
-        )  # rliable's call
-        estimates, intervals = get_interval_estimates(
-            {"": np.asarray(scores, dtype=float)},
-            statistic,
-            reps=repetitions,
-            random_state=np.random.RandomState(0),
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", message="random_state is deprecated", category=FutureWarning
+            )  # rliable's call
+            estimates, intervals = library.get_interval_estimates(
+                {"": np.asarray(scores, dtype=float)}, statistic, reps=repetitions
+            )
+    finally:
+        np.random.set_state(state)
     return np.asarray(estimates[""]), np.asarray(intervals[""])

@@ -49,8 +49,9 @@ for kind in ("fail", "wait"):
         time.sleep(60)
 frames = int(flags["--total_frames"])
 with (folder / "metrics.csv").open("w") as file:
-    file.write("frames,eval/return_mean,eval/return_std,time/updates_per_second\\n")
-    file.write(f"5,,,0\\n{frames // 2},1,0.5,40\\n{frames},{100 * float(flags['--tau'])},0.25,50\\n")
+    file.write("frames,eval/return_mean,eval/return_std,time/updates_per_second,time/elapsed_seconds\\n")
+    # Resumed in between: the clock begins anew.
+    file.write(f"5,,,0,7\\n{frames // 2},1,0.5,40,3\\n{frames},{100 * float(flags['--tau'])},0.25,50,9\\n")
 """
 
 
@@ -115,7 +116,7 @@ def test_finished_cells_are_kept_and_changed_ones_run_again(grid):
     assert len(rows(grid)) == 10  # two evaluations each; the row without one is left out
     assert finals["A-v0", "slow tau", "1"] == {
         **{"env": "A-v0", "variant": "slow tau", "seed": "1", "frames": "20", "updates_per_second": "50.0"},
-        **{"return_mean": "30.00", "return_std": "0.25"},
+        **{"return_mean": "30.00", "return_std": "0.25", "elapsed_seconds": "16"},
         "settings": '{"tau": 0.3, "total_frames": 20, "widths": [4, 4]}',
     }
     run(grid)
@@ -160,6 +161,30 @@ def test_a_signal_stops_the_cells_and_the_next_call_goes_on(grid):
     (grid / "wait").unlink()
     assert run(grid) == []
     assert len(rows(grid)) == 10
+
+
+def test_a_finished_run_that_a_killed_grid_left_behind_is_taken_over(grid):
+    run(grid)
+    table, before = grid / "cells.csv", rows(grid)
+    table.unlink()
+    for cell in read_grid(grid / "grid.yaml", grid / "runs"):
+        (cell.folder / "actor").mkdir()
+        (cell.folder / "actor" / "config.json").write_text("{}")
+    assert run(grid) == []
+    assert len(calls(grid)) == 5 and rows(grid) == before
+
+
+def test_a_table_from_before_the_clock_was_kept_is_read(grid):
+    run(grid)
+    lines = (grid / "cells.csv").read_text().splitlines()
+    position = lines[0].split(",").index("elapsed_seconds")
+    with (grid / "cells.csv").open(newline="") as file:
+        old = [row[:position] + row[position + 1 :] for row in csv.reader(file)]
+    with (grid / "cells.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(old)
+    assert {row["elapsed_seconds"] for row in CellTable(grid / "cells.csv").rows} == {""}
+    run(grid)
+    assert len(calls(grid)) == 5
 
 
 def test_a_file_of_another_kind_is_not_written_over(tmp_path):

@@ -1,0 +1,190 @@
+"""Compares algorithms on the same environments, collectors, replay and evaluations, over seeds.
+
+python recipes/compare.py --algos qsm,sac,td3 --envs HalfCheetah-v5,dm_control/walker-walk --seeds 5 \\
+    --total_frames 200000 --output results/comparison
+
+Each cell, one algorithm on one environment with one seed, is a process of its own with one thread. Finished cells stand
+in OUTPUT/cells.csv and are not run again; begun ones go on from their last checkpoint. Stop it with Ctrl-C and give the
+same command to go on. OUTPUT gets table.md, intervals.csv, curves.png and profiles.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from qsm_rl import training as rl
+from qsm_rl.training.hardware import available_cores
+
+PUBLISHED = Path(__file__).with_name("published_returns.csv")
+THRESHOLDS = [step / 50 for step in range(51)]
+Scores = dict[str, list[list[float]]]
+
+
+def make_grid(options: argparse.Namespace) -> list[rl.Cell]:
+    """The cells, seed by seed, so that every algorithm has its first result early."""
+    settings: dict[str, Any] = {
+        "total_frames": options.total_frames,
+        "eval_every": options.eval_every or max(1, options.total_frames // 6),
+        "eval_episodes": options.eval_episodes,
+    }
+    if options.hidden_dims:
+        settings |= {name: options.hidden_dims for name in ("actor_hidden_dims", "critic_hidden_dims")}
+    cells = []
+    for env in options.envs:
+        for name in options.algos:
+            algorithm = rl.ALGORITHMS[name]
+            flags = {**settings, **algorithm.flags}
+            cells += rl.make_cells(algorithm.recipe, name, flags, env, range(options.seeds), options.runs)
+    return sorted(cells, key=lambda cell: cell.seed)
+
+
+def normalized_scores(cells: Sequence[rl.Cell], table: rl.CellTable) -> tuple[Scores, list[str]]:
+    """Last evaluations as scores, ``(seeds, environments)`` for each algorithm, of the environments that all finished.
+
+    A dm_control return is divided by 1,000, the most there is; another by the highest mean over seeds of any of the
+    algorithms there, if that is above 0.
+    """
+    finals = rl.final_rows(cells, table)
+    algorithms = list(dict.fromkeys(cell.variant for cell in cells))
+    seeds = sorted({cell.seed for cell in cells})
+    columns: dict[str, list[list[float]]] = {name: [] for name in algorithms}
+    envs = []
+    for env, variants in finals.items():
+        returns = {name: [float(row["return_mean"]) for row in rows] for name, rows in variants.items()}
+        if any(len(returns.get(name, [])) < len(seeds) for name in algorithms):
+            continue
+        best = max(sum(values) / len(values) for values in returns.values())
+        scale = 1000.0 if env.startswith("dm_control/") else best if best > 0 else 1.0
+        envs.append(env)
+        for name in algorithms:
+            columns[name].append([value / scale for value in returns[name]])
+    return {name: [list(row) for row in zip(*values, strict=True)] for name, values in columns.items() if values}, envs
+
+
+def write_intervals(scores: Scores, path: Path) -> None:
+    """rliable's aggregates over environments with their intervals, a row each."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("algorithm", "aggregate", "value", "low", "high"))
+        for name, aggregates in rl.interval_estimates(scores).items():
+            for aggregate, values in aggregates.items():
+                writer.writerow((name, aggregate, *(f"{value:.4f}" for value in values)))
+
+
+def draw_profiles(scores: Scores, picture: Path) -> None:
+    """For each score the share of runs above it."""
+    figure = Figure(figsize=(6.4, 4.2), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for color, (name, (share, low, high)) in enumerate(rl.performance_profiles(scores, THRESHOLDS).items()):
+        axes.fill_between(THRESHOLDS, low, high, color=f"C{color}", alpha=0.2)
+        axes.plot(THRESHOLDS, share, color=f"C{color}", label=name)
+    axes.set(xlabel="normalised score", ylabel="share of runs above it", ylim=(-0.02, 1.02))
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(picture)
+
+
+def published(envs: Sequence[str], total_frames: int) -> list[dict[str, Any]]:
+    """Published numbers at no more than twice the frames of the comparison, each named with source and protocol."""
+    rows = [row for row in rl.read_reference(PUBLISHED) if row["env"] in envs and row["frames"] <= 2 * total_frames]
+    return [{**row, "curve": f"{row['curve']}: {row['source']}, {row['protocol']}"} for row in rows]
+
+
+def write_results(cells: Sequence[rl.Cell], table: rl.CellTable, output: Path, total_frames: int) -> list[str]:
+    """Everything that follows from the table; the names of the files written."""
+    text = rl.markdown_table(cells, table)
+    envs = list(dict.fromkeys(cell.env for cell in cells))
+    references = published(envs, total_frames)
+    if references:
+        lines = ["| published | frames | return | source | protocol |", "|---|---|---|---|---|"]
+        for row in references:
+            name, _, _ = row["curve"].partition(": ")
+            lines.append(
+                f"| {row['env']}, {name} | {row['frames']:,} | {row['return_mean']:g} | {row['source']} "
+                f"| {row['protocol']} |"
+            )
+        text += "\n".join(["", *lines, ""])
+    (output / "table.md").write_text(text, encoding="utf-8")
+    written = ["table.md"]
+    rows = [row for cell in cells for row in table.rows_of(cell)]
+    curves = [
+        {**row, "curve": row["variant"], "frames": int(row["frames"]), "return_mean": float(row["return_mean"])}
+        for row in rows
+    ]
+    if curves:
+        rl.plot_curves(rl.curves_of(curves), references, output / "curves.png")
+        written.append("curves.png")
+    scores, complete = normalized_scores(cells, table)
+    if complete:
+        write_intervals(scores, output / "intervals.csv")
+        draw_profiles(scores, output / "profiles.png")
+        written += ["intervals.csv", "profiles.png"]
+        print(f"intervals and profiles over {', '.join(complete)}")
+    return written
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options, checked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--algos", required=True, help=f"names joined by commas, of {', '.join(rl.ALGORITHMS)}")
+    parser.add_argument("--envs", required=True, help="environment ids joined by commas")
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each with the seeds 0, 1, ...; default 5")
+    parser.add_argument("--total_frames", type=int, required=True, help="frames of each run")
+    parser.add_argument("--eval_every", type=int, help="frames between evaluations; default a sixth of the run")
+    parser.add_argument("--eval_episodes", type=int, default=5, help="episodes of an evaluation; default 5")
+    parser.add_argument(
+        "--hidden_dims", type=int, nargs="+", help="widths of all networks; default each algorithm's own"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--runs", type=Path, default=Path("runs/compare"), help="folder of the run folders")
+    parser.add_argument("--workers", type=int, default=available_cores(), help="runs at a time, one thread each")
+    parser.add_argument("--dry_run", action="store_true", help="check everything, say what is missing, write results")
+    options = parser.parse_args(arguments)
+    for name in ("algos", "envs"):
+        names = [part.strip() for part in getattr(options, name).split(",") if part.strip()]
+        if not names:
+            raise rl.UserError(f"--{name} names nothing; give one or more, joined by commas.")
+        setattr(options, name, list(dict.fromkeys(names)))
+    if unknown := [name for name in options.algos if name not in rl.ALGORITHMS]:
+        raise rl.UserError(f"--algos: unknown {', '.join(unknown)}; there are {', '.join(rl.ALGORITHMS)}.")
+    for name in ("seeds", "workers"):
+        if getattr(options, name) < 1:
+            raise rl.UserError(f"--{name} must be at least 1, got {getattr(options, name)}.")
+    return options
+
+
+@rl.exit_on_error
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    rl.require_rliable()
+    cells = make_grid(options)
+    rl.check_cells(cells)
+    options.output.mkdir(parents=True, exist_ok=True)
+    table = rl.CellTable(options.output / "cells.csv")
+    missing = [cell for cell in cells if not table.rows_of(cell)]
+    print(f"{len(cells)} cells, {len(cells) - len(missing)} finished; runs in {options.runs}", flush=True)
+    failures: list[str] = []
+    if options.dry_run:
+        for cell in missing:
+            print(f"missing: {cell.env}, {cell.variant}, seed {cell.seed}")
+    else:
+        failures = rl.run_cells(cells, table, Path(__file__).parent, workers=options.workers)
+    written = write_results(cells, table, options.output, options.total_frames)
+    print(f"wrote {', '.join(written)} in {options.output}")
+    for failure in failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
