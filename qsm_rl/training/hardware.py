@@ -46,16 +46,22 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def limit_threads(device: torch.device) -> int:
+def limit_threads(device: torch.device, workers: int = 0) -> int:
     """Limits PyTorch's threads to what small networks can use: one beside a GPU, at most four on the CPU.
 
-    More only spin while they wait for each other. ``OMP_NUM_THREADS`` overrides it.
+    More only spin while they wait for each other. Each worker process has a core of its own as far as there are enough,
+    for a spinning thread and a worker on one core slow each other down. ``OMP_NUM_THREADS`` overrides it.
+
+    Args:
+        device: device of the networks.
+        workers: processes on this machine that collect meanwhile, one thread each.
 
     Returns:
         The number of threads.
     """
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1 if device.type != "cpu" else min(MOST_THREADS, available_cores()))
+        free = max(1, available_cores() - workers)
+        torch.set_num_threads(1 if device.type != "cpu" else min(MOST_THREADS, free))
     return torch.get_num_threads()
 
 

@@ -82,7 +82,7 @@ class TrainingRun(Generic[Configuration]):
         if device.type == "cuda" and config.devices > 1:
             device = choose_device(f"cuda:{rank()}")
         config = choose_arithmetic(config, device)
-        limit_threads(device)
+        limit_threads(device, config.num_workers if config.worker_backend == "process" else 0)
         seed_everything(config.seed)
         make = partial(
             make_environment,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tensordict import TensorDict
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
 from qsm_rl import (
     BoltzmannQScore,
@@ -17,6 +18,7 @@ from qsm_rl import (
     ScaledQScore,
 )
 from qsm_rl.activations import mish
+from qsm_rl.training import TransitionWriter, make_environment
 from recipes.benchmark import SIZE, make_actor, make_batch, make_update
 
 pytestmark = pytest.mark.benchmark
@@ -83,8 +85,6 @@ def test_mish(benchmark, elements):
 
 
 def test_replay_write_and_sample(benchmark, batch):
-    from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
-
     replay = TensorDictReplayBuffer(storage=LazyTensorStorage(100_000), batch_size=SIZE["batch"])
     row: TensorDict = batch[:1]
 
@@ -93,3 +93,33 @@ def test_replay_write_and_sample(benchmark, batch):
         replay.sample()
 
     benchmark(write_and_sample)
+
+
+@pytest.mark.parametrize("frames", [1, 10])
+@pytest.mark.parametrize("n_step", [1, 5])
+def test_writing_frames(benchmark, batch, n_step, frames):
+    """What a batch of the collector costs on its way to the replay buffer."""
+    replay = TensorDictReplayBuffer(storage=LazyTensorStorage(100_000))
+    writer = TransitionWriter(replay, n_step=n_step)
+    collected = batch[:frames].reshape(1, frames)
+    benchmark(lambda: writer.write(collected))
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_stepping_environments(benchmark, count):
+    """One step and, at an episode's end, a reset, as a collector does them."""
+    environment = make_environment("HalfCheetah-v5", num_envs=count, seed=0)
+    state = {"now": environment.reset()}
+    action = torch.zeros(count, 6)
+
+    def step() -> None:
+        _, state["now"] = environment.step_and_maybe_reset(state["now"].set("action", action))
+
+    benchmark(step)
+
+
+@pytest.mark.parametrize("together", [1, 16])
+def test_drawing_batches(benchmark, together):
+    replay = TensorDictReplayBuffer(storage=LazyTensorStorage(100_000))
+    replay.extend(make_batch(100_000, CPU))
+    benchmark(lambda: replay.sample(together * SIZE["batch"]).split(SIZE["batch"]))

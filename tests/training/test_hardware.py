@@ -34,6 +34,16 @@ def test_threads_are_few_unless_the_user_says_otherwise(monkeypatch, variable, d
     assert asked == [] if expected is None else asked == [few if expected == "few" else expected]
 
 
+@pytest.mark.parametrize(("cores", "workers", "expected"), [(8, 0, 4), (8, 5, 3), (2, 1, 1), (2, 4, 1)])
+def test_workers_have_cores_of_their_own(monkeypatch, cores, workers, expected):
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(hardware, "available_cores", lambda: cores)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    limit_threads(torch.device("cpu"), workers)
+    assert asked == [expected]
+
+
 @pytest.mark.parametrize(
     ("given", "machine", "expected"),
     [
