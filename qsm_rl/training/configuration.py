@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,6 +133,11 @@ class TrainingConfiguration:
     replay_size: int = 1_000_000
     """Transitions kept; the oldest are overwritten. Smaller forgets sooner; usual range 100,000 to 1,000,000."""
 
+    replay_storage: str = "memory"
+    """Where the transitions lie: memory, disk (memory-mapped files in the run folder, for more than fits into memory),
+    or a folder for these files, such as /scratch/me on a fast local disk. They are removed at the end of the run; its
+    checkpoints hold the transitions too."""
+
     batch_size: int = 256
     """Transitions of one update. Larger is steadier and slower; usual range 128 to 1,024."""
 
@@ -182,6 +188,8 @@ class TrainingConfiguration:
         self._check("stop_at_return", not math.isnan(self.stop_at_return or 0), "null or a number")
         self._check("gamma", 0 <= self.gamma <= 1, "from 0 to 1")
         self._check_workers()
+        named = self.replay_storage in ("memory", "disk") or os.sep in self.replay_storage
+        self._check("replay_storage", named, "memory, disk, or a folder with a / in it")
         if self.devices > 1:
             self._check("device", ":" not in self.device, f"without an index for --devices {self.devices}")
             # Each rank would normalise by statistics of its own.

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from tensordict.nn import TensorDictModuleBase
-from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.data import Bounded, TensorDictReplayBuffer
 from torchrl.envs import EnvBase
 
 from qsm_rl.training.actor_files import publish_actor
@@ -29,6 +29,7 @@ from qsm_rl.training.module import OffPolicyModule
 from qsm_rl.training.random_state import derived_seed, seed_everything
 from qsm_rl.training.ranks import rank
 from qsm_rl.training.replay import ReplayArchive, TransitionWriter
+from qsm_rl.training.replay_storage import ReservedMemmapStorage, check_replay_space, make_storage
 from qsm_rl.training.run_folder import RunFolder
 from qsm_rl.training.running import (
     check_unfinished,
@@ -96,6 +97,7 @@ class TrainingRun(Generic[Configuration]):
             if config.eval_video:
                 check_filming(config.env, make)
             environment = make(num_envs=config.num_envs, seed=config.seed)
+        check_replay_space(config, environment)
         folder = RunFolder.open(config, recipe=Path(recipe).stem)
         checkpoint = CheckpointFolder(folder.checkpoints).newest() if folder.resumed else None
         run = cls(
@@ -155,8 +157,10 @@ class TrainingRun(Generic[Configuration]):
         config, folder, ranks = self.config, self.folder, self.config.devices
 
         # Data: frames from the collector, transitions in the replay buffer, both a rank's own.
-        storage = LazyTensorStorage(-(-config.replay_size // ranks), device=self.device)
+        storage = make_storage(config, folder.path, self.device)
         replay = TensorDictReplayBuffer(storage=storage, batch_size=config.batch_size)
+        if storage.device != self.device:
+            replay.append_transform(lambda batch: batch.to(self.device))
         archive = ReplayArchive(folder.checkpoints / ("replay" if rank() == 0 else f"replay-rank-{rank()}"))
         collector = make_collector(
             config,
@@ -206,6 +210,9 @@ class TrainingRun(Generic[Configuration]):
         except BaseException:
             frames.close()  # workers that live would keep this process from ending
             raise
+        finally:
+            if isinstance(storage, ReservedMemmapStorage):
+                storage.remove()
         if rank() > 0:
             frames.close()
             return 0

@@ -36,6 +36,7 @@ def parse(*arguments: str) -> QSMConfiguration:
         (["--num_workers", "2"], ["num_envs", "multiple of num_workers=2", "got 1"]),
         (["--worker_backend", "ray"], ["worker_backend", "--num_workers", "'ray'"]),
         (["--num_workers", "1", "--normalize_observation", "true"], ["normalize_observation", "false with workers"]),
+        (["--replay_storage", "dsk"], ["replay_storage", "memory, disk, or a folder", "dsk"]),
         (["--devices", "0"], ["devices", "at least 1", "0"]),
         (["--devices", "2", "--device", "cuda:1"], ["device", "without an index", "cuda:1"]),
         (["--device", "gpu"], ["device", "gpu", "cuda"]),
