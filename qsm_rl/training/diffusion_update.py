@@ -137,11 +137,15 @@ class DiffusionUpdate(Update):
         return loss_actor.detach()
 
     def diagnostics(self) -> dict[str, Tensor]:
-        """The loss's own, the share of saturated actions and the policy's spread."""
+        """The loss's own, spreads of Q and its targets, the share of saturated actions and the policy's spread."""
         qvalue_info, actor_info = self._qvalue_info, self._actor_info
         if qvalue_info is None or actor_info is None:
             return {}
         out = self.loss.diagnostics(qvalue_info, actor_info)
+        q_value = qvalue_info["q_value"]  # (critics, batch)
+        out["q_value_spread"] = q_value.mean(0).std(correction=0)
+        out["target_value_spread"] = qvalue_info["target_value"].std(correction=0)
+        out["critic_disagreement"] = q_value.std(0, correction=0).mean()
         out["action_saturation"] = (qvalue_info["next_action"].abs() > 0.999).float().mean()
         with isolated_random_state(0):  # how often a row is written must not change the training
             out["policy_spread"] = self._samples().std(0, correction=0).mean()

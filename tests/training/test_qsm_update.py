@@ -163,3 +163,17 @@ def test_compiled_updates_equal_eager_ones(batch):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=0)
     for name, value in expected.items():
         torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_statistics_of_the_critics_are_those_worked_out_by_hand(batch):
+    _, module = build("Slide")
+    module.update(batch)
+    module.update._qvalue_info |= {
+        "q_value": torch.tensor([[1.0, 2.0, 6.0], [3.0, 4.0, 8.0]]),
+        "target_value": torch.tensor([0.0, 2.0, 4.0]),
+    }
+    row = module.update.diagnostics()
+    assert row["q_value"].item() == pytest.approx(4.0)
+    assert row["q_value_spread"].item() == pytest.approx((14 / 3) ** 0.5)  # of the means 2, 3, 7
+    assert row["target_value_spread"].item() == pytest.approx((8 / 3) ** 0.5)
+    assert row["critic_disagreement"].item() == pytest.approx(1.0)
