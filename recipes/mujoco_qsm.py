@@ -12,7 +12,9 @@ from pathlib import Path
 if __name__ == "__main__":
     print("loading PyTorch, TorchRL and Lightning, some seconds", file=sys.stderr, flush=True)
 
+import torch
 from tensordict.nn import TensorDictModule, TensorDictSequential
+from torchrl.data import Bounded
 
 from qsm_rl import (
     BestOfN,
@@ -43,8 +45,14 @@ def main(arguments: list[str] | None = None) -> int:
     if config.seeds > 1:
         return rl.run_seeds(config, Path(__file__))
     run = rl.TrainingRun.begin(config, recipe=__file__)
-    config, device, action_spec = run.config, run.device, run.action_spec
-    observation_dim, action_dim = run.observation_dim, run.action_dim
+    return run.train(*build(run.config, run.observation_dim, run.action_spec, run.device))
+
+
+def build(
+    config: rl.QSMConfiguration, observation_dim: int, action_spec: Bounded, device: torch.device
+) -> tuple[rl.QSMUpdate, TensorDictSequential]:
+    """The update, and the policy that collects."""
+    action_dim = action_spec.shape[-1]
 
     # Policy: a network that predicts the noise in an action, a noise schedule, and a sampler that walks it back.
     clip = None if config.clip == "none" else config.clip
@@ -126,7 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
         acting = BestOfN(acting, loss.trained_critics(live=True), num_samples=config.best_of)
     exploration = GaussianExploration(action_spec, std=config.exploration_noise_std).to(device)
 
-    return run.train(update, TensorDictSequential(acting, exploration))
+    return update, TensorDictSequential(acting, exploration)
 
 
 if __name__ == "__main__":
