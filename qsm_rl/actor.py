@@ -322,7 +322,7 @@ class DiffusionActor(TensorDictModule):
             actor.noise_schedule.load_state_dict(parts[SCHEDULE])
         except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
-            missing = f"{error} is missing" if isinstance(error, LookupError) else reason[:300]
+            missing = f"{error} is missing" if isinstance(error, KeyError) else reason[:300]
             raise ValueError(f"{folder} holds no actor that can be read: {missing}") from error
         return actor
 

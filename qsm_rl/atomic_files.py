@@ -1,14 +1,15 @@
-"""Files that are either there in full or not at all, whatever kills the process."""
+"""Files that are either there in full or not at all, whatever kills the process, and are read without surprises."""
 
 from __future__ import annotations
 
 import csv
 import os
+import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["sweep_temporaries", "write_atomically", "write_csv_atomically"]
+__all__ = ["read_bounded", "sweep_temporaries", "write_atomically", "write_csv_atomically"]
 
 SUFFIX = ".incomplete"
 
@@ -58,3 +59,25 @@ def sweep_temporaries(folder: Path) -> None:
     """Removes what killed processes left half written in a folder and below it."""
     for temporary in folder.rglob(f"*{SUFFIX}"):
         temporary.unlink(missing_ok=True)
+
+
+def read_bounded(path: Path, largest: int, *, follow_links: bool = False) -> bytes:
+    """The content of a file that may come from anybody.
+
+    Args:
+        path: the file.
+        largest: most bytes that it may have.
+        follow_links: whether a symbolic link is read, which may lead anywhere.
+
+    Raises:
+        ValueError: if it is a link, a device or a pipe, or too large.
+        OSError: if it is missing or cannot be read.
+    """
+    about = path.stat(follow_symlinks=follow_links)
+    if stat.S_ISLNK(about.st_mode):
+        raise ValueError("it is a symbolic link; put the file itself there")
+    if not stat.S_ISREG(about.st_mode):
+        raise ValueError("it is no regular file")
+    if about.st_size > largest:
+        raise ValueError(f"it has {about.st_size:,} bytes, expected at most {largest:,}")
+    return path.read_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,15 +45,18 @@ def first_difference(found: Any, expected: Any, name: str = "") -> str | None:
 
 
 def first_non_finite(data: Any, name: str = "") -> str | None:
-    """Names the first tensor in nested dictionaries and lists that holds NaN or infinity.
+    """Names the first tensor or number in nested dictionaries and lists that is NaN or infinite.
 
     Example:
         >>> first_non_finite({"a": torch.ones(1), "b": [torch.tensor([1.0, float("nan")])]})
         'b.0 holds nan'
     """
+    if isinstance(data, float) and not math.isfinite(data):
+        return f"{name or 'it'} is {data}"
     if isinstance(data, Tensor):
-        bad = data[~torch.isfinite(data)] if data.is_floating_point() else data[:0]
-        return f"{name or 'it'} holds {bad.flatten()[0].item()}" if bad.numel() else None
+        if not data.is_floating_point() or bool(torch.isfinite(data).all()):
+            return None
+        return f"{name or 'it'} holds {data[~torch.isfinite(data)][0].item()}"
     children = data.items() if isinstance(data, Mapping) else enumerate(data) if _is_list(data) else ()
     found = (first_non_finite(child, _join(name, key)) for key, child in children)
     return next((bad for bad in found if bad is not None), None)

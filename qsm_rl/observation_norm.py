@@ -57,4 +57,5 @@ class NormalizedObservations(nn.Module):
 
     def reverse_chain(self, observation: Tensor, timesteps: Sequence[int]) -> Callable[[int, Tensor], Tensor]:
         """Noise prediction along a reverse chain, as the network's."""
-        return self.network.reverse_chain(normalize(observation, self.mean, self.variance), timesteps)
+        reverse_chain: Any = self.network.reverse_chain
+        return reverse_chain(normalize(observation, self.mean, self.variance), timesteps)

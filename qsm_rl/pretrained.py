@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
-from qsm_rl.atomic_files import sweep_temporaries, write_atomically
+from qsm_rl.atomic_files import read_bounded, sweep_temporaries, write_atomically
 from qsm_rl.comparison import first_difference, first_non_finite
 from qsm_rl.networks import FourierTimeEmbedding, ScoreMLP
 from qsm_rl.samplers import DDIMSampler, DDPMSampler, Sampler
@@ -75,23 +74,20 @@ def network_settings(network: nn.Module) -> dict[str, Any]:
     Raises:
         ValueError: if it is not exactly a :class:`~qsm_rl.ScoreMLP`.
     """
-    if type(network) is not ScoreMLP:
+    if not isinstance(network, ScoreMLP) or type(network) is not ScoreMLP:
         raise ValueError(
             f"the score network is a {type(network).__name__}; only a qsm_rl.ScoreMLP can be built anew from a "
             "configuration. Save state_dict() of yours and build it in code."
         )
-    widths = [layer.out_features for layer in network.mlp if isinstance(layer, nn.Linear)]
-    time_widths = [layer.out_features for layer in network.time_mlp if isinstance(layer, nn.Linear)]
-    first = next(layer for layer in network.mlp if isinstance(layer, nn.Linear))
-    first_of_time = next(layer for layer in network.time_mlp if isinstance(layer, nn.Linear))
+    layers, of_time = ([m for m in part if isinstance(m, nn.Linear)] for part in (network.mlp, network.time_mlp))
     return {
-        "observation_dim": first.in_features - network.action_dim - time_widths[-1],
+        "observation_dim": layers[0].in_features - network.action_dim - of_time[-1].out_features,
         "action_dim": network.action_dim,
-        "hidden_dims": widths[:-1],
+        "hidden_dims": [layer.out_features for layer in layers[:-1]],
         "layer_norm": any(isinstance(layer, nn.LayerNorm) for layer in network.mlp),
         "time_embedding": "fourier" if isinstance(network.time_mlp[0], FourierTimeEmbedding) else "sinusoidal",
-        "time_features": first_of_time.in_features,
-        "time_dim": time_widths[-1],
+        "time_features": of_time[0].in_features,
+        "time_dim": of_time[-1].out_features,
     }
 
 
@@ -145,7 +141,7 @@ def build_sampler(settings: Mapping[str, Any]) -> Sampler:
 
 
 def _content(path: Path, largest: int) -> bytes:
-    about = path.stat()
-    if not stat.S_ISREG(about.st_mode) or about.st_size > largest:
-        raise ValueError(f"{path.name} is no file of at most {largest:,} bytes")
-    return path.read_bytes()
+    try:
+        return read_bounded(path, largest, follow_links=True)  # caches of downloaded models are full of links
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error

@@ -23,6 +23,6 @@ def test_the_first_difference_is_named_by_its_path():
 
 
 def test_the_first_value_that_is_not_finite_is_named():
-    good = {"a": torch.ones(2), "b": [torch.tensor([1, 2]), "nan", None]}
+    good = {"a": torch.ones(2), "b": [torch.tensor([1, 2]), torch.tensor(True), "nan", None]}
     assert first_non_finite(good) is None
     assert first_non_finite({**good, "c": [torch.tensor([[1.0, float("-inf")]])]}, "state") == "state.c.0 holds -inf"

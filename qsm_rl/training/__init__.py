@@ -2,7 +2,6 @@
 
 from qsm_rl.training.actor_files import load_actor, publish_actor
 from qsm_rl.training.algorithms import ALGORITHMS, Algorithm, check_cells
-from qsm_rl.training.callbacks import restore_checkpoint
 from qsm_rl.training.cell_tables import final_rows, markdown_table
 from qsm_rl.training.checkpoints import CheckpointFolder
 from qsm_rl.training.collection import make_collector
@@ -18,6 +17,7 @@ from qsm_rl.training.diffusion_update import DiffusionUpdate
 from qsm_rl.training.environments import make_environment
 from qsm_rl.training.errors import TrainingError, UserError, exit_on_error, user_errors
 from qsm_rl.training.evaluation import EvaluationResult, evaluate_policy
+from qsm_rl.training.faults import Fault, read_fault, write_fault
 from qsm_rl.training.frames import FramesDataset
 from qsm_rl.training.grid import Cell, CellTable, make_cells, read_grid, run_cells
 from qsm_rl.training.hardware import choose_arithmetic, choose_device, limit_threads
@@ -31,6 +31,7 @@ from qsm_rl.training.qsm_configuration import PRESETS, QSMConfiguration
 from qsm_rl.training.qsm_update import QSMUpdate
 from qsm_rl.training.random_state import derived_seed, seed_everything
 from qsm_rl.training.replay import ReplayArchive, TransitionWriter
+from qsm_rl.training.resuming import restore_checkpoint
 from qsm_rl.training.run_folder import RunFolder
 from qsm_rl.training.running import finish_run, make_callbacks, make_loggers, print_summary
 from qsm_rl.training.sac_update import SACConfiguration, SACUpdate
@@ -60,6 +61,7 @@ __all__ = [
     "DiffusionQLConfiguration",
     "DiffusionUpdate",
     "EvaluationResult",
+    "Fault",
     "Film",
     "FramesDataset",
     "OffPolicyModule",
@@ -110,6 +112,7 @@ __all__ = [
     "plot_learning_curve",
     "print_summary",
     "publish_actor",
+    "read_fault",
     "read_grid",
     "read_metrics",
     "read_reference",
@@ -119,4 +122,5 @@ __all__ = [
     "run_seeds",
     "seed_everything",
     "user_errors",
+    "write_fault",
 ]

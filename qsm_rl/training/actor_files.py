@@ -9,7 +9,9 @@ from torchrl.data import Bounded
 from torchrl.envs import EnvBase
 
 from qsm_rl.actor import DiffusionActor
+from qsm_rl.atomic_files import read_bounded
 from qsm_rl.observation_norm import NormalizedObservations
+from qsm_rl.pretrained import CONFIG, LARGEST_CONFIG
 from qsm_rl.training.errors import user_errors
 from qsm_rl.training.mlp_actors import TanhActor, TanhGaussianActor
 from qsm_rl.training.observation_statistics import RunningObservationNorm
@@ -54,7 +56,7 @@ def load_actor(folder: Path) -> Actor:
 
 def _kind(folder: Path) -> str:
     try:
-        return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["actor"])
+        return str(json.loads(read_bounded(folder / CONFIG, LARGEST_CONFIG, follow_links=True))["actor"])
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return DiffusionActor.__name__  # which says what is wrong with the files
 

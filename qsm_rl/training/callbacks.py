@@ -17,7 +17,7 @@ from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import EnvBase
 
 from qsm_rl.training.checkpoints import CheckpointFolder
-from qsm_rl.training.errors import TrainingError, UserError
+from qsm_rl.training.errors import TrainingError
 from qsm_rl.training.evaluation import EvaluationResult, evaluate_policy
 from qsm_rl.training.frames import FramesDataset, period_ended
 from qsm_rl.training.module import OffPolicyModule
@@ -26,6 +26,7 @@ from qsm_rl.training.plotting import plot_learning_curve
 from qsm_rl.training.random_state import derived_seed
 from qsm_rl.training.ranks import any_rank, gather_objects, rank
 from qsm_rl.training.replay import ReplayArchive
+from qsm_rl.training.resuming import manifests_of_ranks
 from qsm_rl.training.run_folder import RunFolder
 from qsm_rl.training.videos import Film
 from qsm_rl.training.worker_collector import WorkerCollector
@@ -37,7 +38,6 @@ __all__ = [
     "MetricRows",
     "StopAtReturn",
     "StopSignals",
-    "restore_checkpoint",
 ]
 
 
@@ -299,14 +299,23 @@ class CheckpointWriter(PeriodicCallback):
         frames: the data set, whose cuts are the period.
         folder: the run's folder.
         archive: the replay buffer's files.
+        identity: what the checkpoints belong to, see ``resuming.run_identity``.
     """
 
-    def __init__(self, frames: FramesDataset, folder: RunFolder, archive: ReplayArchive) -> None:
+    def __init__(
+        self, frames: FramesDataset, folder: RunFolder, archive: ReplayArchive, identity: dict[str, Any]
+    ) -> None:
         super().__init__(frames, frames.checkpoint_every)
         self.checkpoints = CheckpointFolder(folder.checkpoints)
         self.archive = archive
+        self.identity = identity
         self.last_frame: int | None = frames.first_frame or None
-        self._manifests: list[dict[str, Any]] = []
+        # What a killed process left behind: unreadable checkpoints beyond the one to go on from, and rows that none of
+        # the others needs.
+        if rank() == 0:
+            self.checkpoints.remove_after(frames.first_frame)
+        self._manifests = [manifests_of_ranks(state)[rank()] for state in self.checkpoints.readable()]
+        self.archive.prune(self._manifests)
 
     def run(self, trainer: Trainer, module: OffPolicyModule) -> None:
         """Writes rows first, then the checkpoint that names them, then removes what no kept checkpoint needs.
@@ -323,6 +332,7 @@ class CheckpointWriter(PeriodicCallback):
                     "environment": dict(self.frames.collector.env.state_dict()),
                     "replay": manifest,
                     "replay_of_other_ranks": manifests[1:],
+                    "run": self.identity,
                 }
                 self.checkpoints.save(module.env_frames, state)
         except OSError as error:
@@ -338,37 +348,4 @@ class CheckpointWriter(PeriodicCallback):
             ) from error
         self.last_frame = module.env_frames
         self._manifests = [*self._manifests[-1:], manifest]
-        if len(self._manifests) > 1:  # a resumed run does not know yet what the checkpoint before its first one needs
-            self.archive.prune(self._manifests)
-
-
-def restore_checkpoint(
-    state: dict[str, Any], module: OffPolicyModule, frames: FramesDataset, archive: ReplayArchive
-) -> None:
-    """Puts a run back to where a checkpoint was written.
-
-    Args:
-        state: what :meth:`CheckpointFolder.newest` returned.
-        module: the module of a run with the same settings.
-        frames: its data set, not iterated yet.
-        archive: the replay buffer's files.
-
-    Raises:
-        UserError: if the run is finished, the checkpoint does not fit the networks, or the replay files do not fit it.
-    """
-    if state["frames"] >= frames.total_frames:
-        raise UserError(f"the run is finished at frame {state['frames']:,}; give a larger --total_frames to go on.")
-    manifests = [state["replay"], *state.get("replay_of_other_ranks", [])]
-    if len(manifests) != frames.num_ranks:
-        raise UserError(
-            f"the run was trained by {len(manifests)} processes together, each with a replay buffer of its own; "
-            f"continue it with --devices {len(manifests)}, got {frames.num_ranks}."
-        )
-    try:
-        module.restore_state(state["training"])
-        frames.collector.env.load_state_dict(state["environment"])
-        archive.restore(module.writer.replay, manifests[rank()])
-    except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"the checkpoint at frame {state['frames']:,} does not fit this run: {reason[:300]}") from error
-    frames.first_frame = state["frames"]
+        self.archive.prune(self._manifests)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import sys
@@ -11,13 +12,17 @@ from typing import Any
 
 import torch
 
-from qsm_rl.atomic_files import sweep_temporaries, write_atomically
+from qsm_rl.atomic_files import read_bounded, sweep_temporaries, write_atomically
 from qsm_rl.training.errors import UserError
+from qsm_rl.training.ranks import rank
+from qsm_rl.version import __version__
 
 __all__ = ["CheckpointFolder"]
 
 KEPT = 2
 FORMAT = 1
+REPLAY = re.compile(r"replay(-rank-\d{1,4})?")
+LARGEST = 16 << 30  # bytes of a file that is opened at all
 
 
 class CheckpointFolder:
@@ -25,12 +30,19 @@ class CheckpointFolder:
 
     Args:
         path: the folder; half-written files of killed processes in it are removed.
+
+    Raises:
+        UserError: if it holds anything else than checkpoints and the replay buffer's folder.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         if path.exists():
-            sweep_temporaries(path)
+            if rank() == 0:
+                sweep_temporaries(path)
+            for found in sorted(path.iterdir()):
+                if not (_frames_of(found) is not None or (REPLAY.fullmatch(found.name) and found.is_dir())):
+                    raise UserError(f"{found} is no file of a run, and is not read; move it elsewhere.")
 
     def save(self, frames: int, state: dict[str, Any]) -> None:
         """Writes a checkpoint and removes all but the newest two.
@@ -44,15 +56,14 @@ class CheckpointFolder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
-        torch.save({"format": FORMAT, "frames": frames, **state}, buffer)
+        torch.save({"format": FORMAT, "qsm_rl": __version__, "frames": frames, **state}, buffer)
         write_atomically(self._file(frames), lambda temporary: temporary.write_bytes(buffer.getbuffer()))
         for old in [known for known in self.frames() if known < frames][: -(KEPT - 1)]:
             self._file(old).unlink()
 
     def frames(self) -> list[int]:
         """Frame counts of the checkpoints there are, in ascending order."""
-        names = (re.fullmatch(r"frames-(\d+)\.pt", path.name) for path in self.path.glob("frames-*.pt"))
-        return sorted(int(name.group(1)) for name in names if name)
+        return sorted(frames for path in self.path.glob("*") if (frames := _frames_of(path)) is not None)
 
     def newest(self) -> dict[str, Any]:
         """The newest checkpoint that can be read; a line on stderr tells of each that cannot.
@@ -75,16 +86,72 @@ class CheckpointFolder:
         """
         path = self._file(frames)
         try:
-            with zipfile.ZipFile(path) as archive:  # torch's older format, a bare pickle, is none
-                if damaged := archive.testzip():
-                    raise ValueError(f"its part {damaged} is damaged")
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            content = read_bounded(path, LARGEST)
+            _check_archive(content)
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         except Exception as error:  # a broken file can make its readers raise anything
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"{path} cannot be read: {reason}.") from error
-        if not isinstance(state, dict) or state.get("format") != FORMAT or state.get("frames") != frames:
-            raise UserError(f"{path} is not a checkpoint of format {FORMAT} at frame {frames}.")
+            raise UserError(f"{path} cannot be read: {reason.rstrip('.')}.") from error
+        if not isinstance(state, dict) or state.get("format") != FORMAT:
+            known = state if isinstance(state, dict) else {}
+            raise UserError(
+                f"{path} is no checkpoint that qsm_rl {__version__} can read: it has format "
+                f"{str(known.get('format'))[:20]}, expected {FORMAT}, and was written by qsm_rl "
+                f"{str(known.get('qsm_rl', 'of an unknown version'))[:20]}."
+            )
+        if state.get("frames") != frames:
+            raise UserError(f"{path} holds the checkpoint of another frame than {frames}; it was renamed.")
+        if (strange := _not_plain(state)) is not None:
+            raise UserError(f"{path} holds a {strange}, expected tensors, numbers and strings only.")
         return state
+
+    def readable(self) -> list[dict[str, Any]]:
+        """The checkpoints that can be read, in ascending order of frames."""
+        states = []
+        for frames in self.frames():
+            with contextlib.suppress(UserError):
+                states.append(self.load(frames))
+        return states
+
+    def remove_after(self, frames: int) -> None:
+        """Removes checkpoints beyond a frame count: a run that continues there writes them anew."""
+        for newer in [known for known in self.frames() if known > frames]:
+            self._file(newer).unlink()
 
     def _file(self, frames: int) -> Path:
         return self.path / f"frames-{frames:012d}.pt"
+
+
+def _frames_of(path: Path) -> int | None:
+    name = re.fullmatch(r"frames-(\d{12,18})\.pt", path.name)
+    return int(name.group(1)) if name else None
+
+
+def _check_archive(content: bytes) -> None:
+    """Refuses what is no zip file of uncompressed parts, as PyTorch writes it, each whole.
+
+    Raises:
+        ValueError: if it would unpack to more than it is, or a part is damaged.
+        zipfile.BadZipFile: if it is none, such as a bare pickle.
+    """
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        parts = archive.infolist()
+        if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+            raise ValueError("its parts are compressed, which no checkpoint's are")
+        if len({part.filename for part in parts}) < len(parts) or sum(part.file_size for part in parts) > len(content):
+            raise ValueError("its parts overlap")
+        if damaged := archive.testzip():
+            raise ValueError(f"its part {damaged} is damaged")
+
+
+def _not_plain(data: Any) -> str | None:
+    """Name of the first type in nested dictionaries and lists that a checkpoint does not need."""
+    if isinstance(data, torch.Tensor):
+        plain = data.layout == torch.strided and data.device.type == "cpu" and not data.is_quantized
+        huge = data.numel() * data.element_size() > LARGEST  # a view that repeats one number
+        return None if plain and not huge else f"{data.layout} tensor of shape {tuple(data.shape)}"
+    if isinstance(data, dict):
+        data = [*data.keys(), *data.values()]
+    if isinstance(data, (list, tuple)):
+        return next((strange for item in data if (strange := _not_plain(item)) is not None), None)
+    return None if data is None or isinstance(data, (bool, int, float, str)) else type(data).__name__

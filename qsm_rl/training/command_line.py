@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import json
 import re
 import sys
@@ -11,15 +12,19 @@ from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from lightning.pytorch.loggers import Logger
 
+from qsm_rl.atomic_files import read_bounded
 from qsm_rl.training.configuration import TrainingConfiguration
 from qsm_rl.training.errors import UserError
+from qsm_rl.version import __version__
 
 __all__ = ["CONFIGURATION_FILE", "parse_configuration", "saved_text"]
 
 CONFIGURATION_FILE = "config.yaml"
+LARGEST, DEEPEST = 1 << 20, 20  # bytes and levels of a YAML file
 NOT_SAVED = ("run_dir", "resume")  # where the run lies is no property of the run: config.yaml can start another one
 
 Configuration = TypeVar("Configuration", bound=TrainingConfiguration)
@@ -82,8 +87,12 @@ def _parser(configuration_class: type[TrainingConfiguration], description: str |
 
 def _parse(parser: ArgumentParser, arguments: list[str]) -> dict[str, Any]:
     """What was given on the command line and in the YAML file, without defaults."""
+    arguments = _config_first(arguments)
+    for option, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        if option == "--config" or option.startswith("--config="):
+            check_plain_yaml(Path(option.partition("=")[2] or value))
     try:
-        given = parser.parse_args(_config_first(arguments), defaults=False).as_dict()
+        given = parser.parse_args(arguments, defaults=False).as_dict()
     except ArgumentError as error:
         raise UserError(_readable(str(error), parser)) from error
     given.pop("config", None)
@@ -141,18 +150,75 @@ def _resumed(parser: ArgumentParser, configuration_class: type[Configuration], g
             "(only --total_frames may be raised, and --stop_at_return changed)."
         )
     path = run_dir / CONFIGURATION_FILE
-    if not path.is_file():
+    if not path.is_file() or path.is_symlink():
         raise UserError(f"--resume {run_dir}: {path} does not exist; give the folder of a run.")
-    values = _parse(parser, ["--config", str(path)])
+    check_plain_yaml(path)
+    _refuse_own_code(run_dir, yaml.safe_load(path.read_text(encoding="utf-8")))
+    try:
+        values = _parse(parser, ["--config", str(path)])
+    except UserError as error:
+        raise UserError(f"{path}{_written_by(path)}: {error}") from error
     names = {field.name for field in fields(configuration_class)} - set(NOT_SAVED)
     if missing := sorted(names - values.keys()):
         raise UserError(
-            f"{path} lacks {', '.join(missing)}; it is from another version or recipe, and cannot be resumed."
+            f"{path} lacks {', '.join(missing)}; it is from another version or recipe{_written_by(path)}, and cannot "
+            "be resumed."
         )
+    if strange := sorted(values.keys() - names):
+        raise UserError(f"{path} holds {', '.join(strange)}, which no run saves; remove that.")
     if total_frames is not None:
         if total_frames < values["total_frames"]:
             raise UserError(
                 f"--total_frames may only be raised on resuming, got {total_frames} below {values['total_frames']}."
             )
         values["total_frames"] = total_frames
-    return configuration_class(**{**values, **end}, resume=run_dir)
+    try:
+        return configuration_class(**{**values, **end}, resume=run_dir)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def check_plain_yaml(path: Path) -> None:
+    """Refuses a YAML file that is more than names and values, before anything reads it; passes what is no file.
+
+    Raises:
+        UserError: for tags, which can name code, aliases, which can grow beyond all memory, deep nesting, or a large
+            file.
+    """
+    if not path.is_file():  # missing, which the parser reports, or a pipe
+        return
+    depth = 0
+    try:
+        for event in yaml.parse(read_bounded(path, LARGEST, follow_links=True).decode("utf-8"), yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None) or depth > DEEPEST:
+                line = event.start_mark.line + 1
+                raise ValueError(f"line {line} holds a tag, an alias or deep nesting; write plain names and values")
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{path} is no plain YAML file: {' '.join(str(error).split())[:200]}.") from error
+
+
+def _written_by(path: Path) -> str:
+    """Which version of the package wrote a config.yaml, where it says so."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        version = re.search(r"^# written by qsm_rl (\S{1,20})$", file.read(400), flags=re.MULTILINE)
+    return "" if version is None else f", written by qsm_rl {version[1]} (this is {__version__})"
+
+
+def _refuse_own_code(run_dir: Path, values: Any) -> None:
+    """A run names modules that are imported, for environments and loggers; none may come with the run's folder.
+
+    Raises:
+        UserError: naming the module.
+    """
+    values = values if isinstance(values, dict) else {}
+    env, separator, _ = str(values.get("env")).partition(":")
+    logger = values.get("logger")
+    paths = [env if separator else "", str(logger.get("class_path", "")) if isinstance(logger, dict) else str(logger)]
+    for top in (path.partition(".")[0] for path in paths):
+        try:
+            spec = importlib.util.find_spec(top) if top else None
+        except (ImportError, ValueError):  # which making the environment or the logger reports
+            continue
+        if spec and spec.origin and Path(spec.origin).resolve().is_relative_to(run_dir.resolve()):
+            raise UserError(f"{run_dir} brings the module {top} with it, which is not run; move it elsewhere.")

@@ -24,10 +24,11 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers import TransformAction, TransformObservation
 from torchrl.envs import EnvBase, TransformedEnv
 
+from qsm_rl.training.environment_check import check_environment
 from qsm_rl.training.observation_statistics import RunningObservationNorm
 from qsm_rl.training.vector_environment import VectorEnvironment
 
-__all__ = ["make_environment", "sub_environment_seeds"]
+__all__ = ["check_registered", "make_environment", "sub_environment_seeds"]
 
 PICTURE = 480  # height and width, as of Gymnasium's MuJoCo environments
 _DM_CONTROL_PREFIX = "dm_control/"
@@ -165,6 +166,8 @@ class _ActionRepeat(gymnasium.Wrapper):
 class _DmControlEnv(gymnasium.Env):
     """A task of the dm_control suite; the last step of an episode is a termination only if its discount is 0."""
 
+    has_time_limit = True  # every task of the suite brings one
+
     def __init__(self, name: str, render_mode: str | None) -> None:
         suite = _import_dm_control_suite(name)
         domain, _, task = name.removeprefix(_DM_CONTROL_PREFIX).partition("-")
@@ -202,10 +205,29 @@ class _DmControlEnv(gymnasium.Env):
     @staticmethod
     def _flat(timestep: Any) -> np.ndarray:
         (observation,) = timestep.observation.values()
-        return observation
+        return observation.astype(np.float32)
 
 
-def _make_gymnasium_env(name: str, action_repeat: int, render_mode: str | None) -> gymnasium.Env:
+def check_registered(name: str) -> None:
+    """Makes an environment, steps it for a moment, and refuses what is broken in it: see :func:`check_environment`.
+
+    Args:
+        name: as :func:`make_environment` takes it.
+
+    Raises:
+        ValueError: naming what is broken, or as :func:`make_environment`.
+        ImportError: as :func:`make_environment`.
+    """
+    env = _make_gymnasium_env(name, 1, None, converted=False)
+    try:
+        check_environment(env, name)
+    finally:
+        env.close()
+
+
+def _make_gymnasium_env(
+    name: str, action_repeat: int, render_mode: str | None, *, converted: bool = True
+) -> gymnasium.Env:
     if name.startswith(_DM_CONTROL_PREFIX):
         env: gymnasium.Env = _DmControlEnv(name, render_mode)
     else:
@@ -223,6 +245,8 @@ def _make_gymnasium_env(name: str, action_repeat: int, render_mode: str | None) 
             f"{name} has the observation space {observations}; a 1-D Box is needed: "
             "choose another environment, or apply gymnasium.wrappers.FlattenObservation before registering it."
         )
+    if not converted:
+        return env
     if action_repeat > 1:
         env = _ActionRepeat(env, action_repeat)
     if actions.dtype != np.float32:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from tensordict import TensorDictBase
 from torch.optim import Optimizer
 
 from qsm_rl.training.errors import TrainingError
+from qsm_rl.training.faults import write_fault
 from qsm_rl.training.metrics import MetricWindow
 from qsm_rl.training.ranks import from_rank_zero
 from qsm_rl.training.replay import TransitionWriter
@@ -40,6 +42,8 @@ class OffPolicyModule(LightningModule):
         warmup_frames: frames before the first update.
         updates_per_frame: updates for each frame after that.
         num_ranks: processes that train together, each on frames of its own; all of them are counted.
+        faults: folder for dumps of values that are not finite, see :func:`~qsm_rl.training.read_fault`; None keeps
+            none.
 
     Attributes:
         env_frames: frames collected since the run began.
@@ -56,6 +60,7 @@ class OffPolicyModule(LightningModule):
         warmup_frames: int,
         updates_per_frame: float,
         num_ranks: int = 1,
+        faults: Path | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -65,6 +70,7 @@ class OffPolicyModule(LightningModule):
         self.warmup_frames = max(1, warmup_frames)
         self.updates_per_frame = updates_per_frame
         self.num_ranks = num_ranks
+        self.faults = faults
         # Plain integers: buffers would live on the GPU, and reading them there would wait for it at every frame.
         self.env_frames = 0
         self.grad_steps = 0
@@ -97,12 +103,14 @@ class OffPolicyModule(LightningModule):
         if self.grad_steps == 0 and self.updates_due > 0:
             self.update.begin(from_rank_zero(replay[:]))
         for drawn in self._draw(self.updates_due - self.grad_steps):
+            random_state = torch.get_rng_state()
             try:
                 losses = self.update(drawn)
             except NonFiniteLossError as error:
+                dump = self._dump(drawn, error, weights=self.update.state_dict(), random_state=random_state)
                 raise NonFiniteLossError(
                     f"{error} at frame {self.env_frames:,}, update {self.grad_steps:,}; "
-                    "lower the learning rates, or set --gradient_clipping 1."
+                    f"lower the learning rates, or set --gradient_clipping 1.{dump}"
                 ) from error
             self.window.add({f"loss/{name}": value for name, value in losses.items()})
             self.grad_steps += 1
@@ -151,7 +159,20 @@ class OffPolicyModule(LightningModule):
             if not torch.isfinite(values).all():
                 name = key if isinstance(key, str) else "next " + key[1]
                 bad = values[~torch.isfinite(values)][0].item()
-                raise NonFiniteDataError(
+                error = NonFiniteDataError(
                     f"{name} of {self.env} is {bad} between frames {self.env_frames:,} and "
                     f"{self.env_frames + batch.numel():,}; it was kept out of the replay buffer, and training stops."
                 )
+                raise NonFiniteDataError(f"{error}{self._dump(batch, error)}")
+
+    def _dump(self, batch: TensorDictBase, error: Exception, **state: Any) -> str:
+        """Keeps what is needed to see the error again; a sentence for the message on where it lies."""
+        if self.faults is None:
+            return ""
+        folder = self.faults / f"frame-{self.env_frames:012d}"
+        about = {"message": str(error), "env": self.env, "frame": self.env_frames, "update": self.grad_steps}
+        try:
+            write_fault(folder, batch, about=about, **state)
+        except OSError as failure:
+            return f" (No dump could be written: {failure.strerror or failure}.)"
+        return f"\nA dump to reproduce it: {folder}"

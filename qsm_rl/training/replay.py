@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,11 +15,13 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import ReplayBuffer
 
-from qsm_rl.atomic_files import write_atomically
+from qsm_rl.atomic_files import read_bounded, write_atomically
+from qsm_rl.comparison import first_difference, first_non_finite
 from qsm_rl.training.errors import UserError
 
 __all__ = ["ReplayArchive", "TransitionWriter"]
 
+LARGEST_HEADER = 1 << 16  # bytes of a segment beside its rows
 NEXT = ("observation", "reward", "done", "terminated")
 ENTRIES: tuple[str | tuple[str, str], ...] = ("observation", "action", *(("next", key) for key in NEXT))
 
@@ -61,6 +65,18 @@ class TransitionWriter:
             done = frames["next", "done"][:, -1]
             self._next_count = torch.where(done, 0, batch["next", "step_count"][:, -1])
         self._write(frames)
+
+    def entries(self, batch: TensorDictBase) -> dict[str, Any]:
+        """Dtype and shape of each entry of a transition, as :meth:`ReplayArchive.save` describes them.
+
+        Args:
+            batch: a batch of the kind that :meth:`write` gets, of any values.
+        """
+        found = {}
+        for key in ENTRIES:
+            name = key if isinstance(key, str) else ".".join(key)
+            found[name] = [str(batch[key].dtype), list(batch[key].shape[batch.ndim :])]
+        return {**found, "steps_to_next_obs": ["torch.int64", []]} if self.n_step > 1 else found
 
     def _write(self, frames: Frames) -> None:
         steps = {}
@@ -167,19 +183,30 @@ class ReplayArchive:
             "segments": [tuple(segment) for segment in self._segments],
         }
 
-    def restore(self, replay: ReplayBuffer, manifest: dict[str, Any]) -> None:
+    def restore(self, replay: ReplayBuffer, manifest: dict[str, Any], entries: dict[str, Any] | None = None) -> None:
         """Fills an empty replay buffer as the manifest says.
 
         Args:
             replay: an empty buffer of the saved one's capacity.
             manifest: what :meth:`save` returned.
+            entries: dtype and shape of each entry that the run writes, see :meth:`TransitionWriter.entries`; as the
+                manifest says when not given.
 
         Raises:
-            UserError: if a file is missing, changed or malformed, or the manifest does not fit the buffer.
+            UserError: if a file is missing, changed, malformed or none of ours, or the manifest does not fit the
+                buffer or the run.
         """
+        for found in sorted(self.folder.iterdir()) if self.folder.exists() else ():
+            if not re.fullmatch(r"rows-\d{12}-\d{12}\.safetensors", found.name):
+                raise UserError(f"{found} is no file of a replay buffer, and is not read; move it elsewhere.")
+        saved = manifest["entries"] or entries  # of an empty buffer nothing is known
+        if entries is not None and (difference := first_difference(saved, entries, "replay")):
+            raise UserError(f"the replay buffer in {self.folder} is of another environment or n_step: {difference}.")
         capacity, written = manifest["capacity"], manifest["written"]
         if capacity != replay.storage.max_size:
-            raise UserError(f"the saved replay buffer holds {capacity} rows, this one {replay.storage.max_size}.")
+            raise UserError(
+                f"the replay buffer in {self.folder} is one of {capacity} rows, expected {replay.storage.max_size}."
+            )
         segments = [Segment(*map(int, segment)) for segment in manifest["segments"]]
         start = max(0, written - capacity)
         expected = segments[0].first if segments else written
@@ -201,27 +228,33 @@ class ReplayArchive:
     def prune(self, manifests: list[dict[str, Any]]) -> None:
         """Removes segments that none of the given manifests names."""
         kept = {Segment(*segment).name for manifest in manifests for segment in manifest["segments"]}
-        for path in self.folder.glob("rows-*.safetensors"):
+        for path in self.folder.glob("rows-*-*.safetensors"):
             if path.name not in kept:
                 path.unlink(missing_ok=True)
 
     def _read(self, segment: Segment, entries: dict[str, Any]) -> TensorDict:
         path = self.folder / segment.name
-        if not path.is_file() or path.is_symlink():
-            raise UserError(
-                f"{path} is missing, and with it rows {segment.first} to {segment.last} of the replay buffer."
-            )
+        count = segment.last - segment.first
+        row = sum(
+            getattr(torch, dtype.removeprefix("torch.")).itemsize * math.prod(shape)
+            for dtype, shape in entries.values()
+        )
         try:
-            content = path.read_bytes()
+            content = read_bounded(path, LARGEST_HEADER + count * row)
             if zlib.crc32(content) != segment.checksum:
                 raise ValueError("it was cut short or changed since it was written")
             tensors = load(content)
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{path} is missing, and with it rows {segment.first} to {segment.last} of the replay buffer."
+            ) from error
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read: {error}.") from error
-        count = segment.last - segment.first
         found = {key: [str(value.dtype), list(value.shape)] for key, value in tensors.items()}
         wanted = {key: [dtype, [count, *shape]] for key, (dtype, shape) in entries.items()}
         if found != wanted:
             key = min(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
             raise UserError(f"{path} holds {key} as {found.get(key)}, expected {wanted.get(key)}.")
+        if bad := first_non_finite(tensors):
+            raise UserError(f"{path}: {bad}; the replay buffer never takes such rows, so the file was changed.")
         return TensorDict(tensors, [count]).unflatten_keys(".")

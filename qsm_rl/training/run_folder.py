@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import os
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TextIO
 
+from qsm_rl.atomic_files import sweep_temporaries
 from qsm_rl.training.command_line import CONFIGURATION_FILE, saved_text
 from qsm_rl.training.configuration import TrainingConfiguration, capped_warmup
 from qsm_rl.training.errors import UserError
 from qsm_rl.training.ranks import rank, run_folder_of_rank_zero
+from qsm_rl.version import __version__
 
 __all__ = ["RunFolder"]
 
@@ -42,12 +46,17 @@ class RunFolder:
             recipe: name of the recipe.
 
         Raises:
-            UserError: if the folder holds anything, cannot be made, or is in use by another process.
+            UserError: if the folder holds anything, cannot be made, is in use by another process, or, resumed, holds
+                symbolic links in place of its files.
         """
         if rank() > 0:
             return cls(Path(run_folder_of_rank_zero()), recipe, resumed=configuration.resume is not None)
         if configuration.resume is not None:
-            return cls(Path(configuration.resume), recipe, resumed=True)._locked()
+            folder = cls(Path(configuration.resume), recipe, resumed=True)
+            folder._refuse_links()
+            folder._locked()
+            sweep_temporaries(folder.path)  # of killed processes, now that no other process is in the folder
+            return folder
         default = Path("runs") / recipe / configuration.env / f"{time.strftime('%Y%m%d-%H%M%S')}-s{configuration.seed}"
         path = default if configuration.run_dir is None else Path(configuration.run_dir)
         try:
@@ -62,7 +71,10 @@ class RunFolder:
             warmup = capped_warmup(configuration.warmup_frames, configuration.total_frames)
             with (path / CONFIGURATION_FILE).open("x", encoding="utf-8") as file:
                 file.write(f"# python recipes/{recipe}.py --config {CONFIGURATION_FILE}\n")
+                file.write(f"# written by qsm_rl {__version__}\n")
                 file.write(saved_text(replace(configuration, warmup_frames=warmup)))
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
             raise UserError(f"--run_dir {path} cannot be made: {error.strerror}; choose another folder.") from error
         return cls(path, recipe)._locked()
@@ -76,6 +88,11 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Folder of the checkpoints."""
         return self.path / "checkpoints"
+
+    @property
+    def faults(self) -> Path:
+        """Folder of dumps of values that are not finite; there only if there were any."""
+        return self.path / "faults"
 
     @property
     def actor(self) -> Path:
@@ -92,10 +109,25 @@ class RunFolder:
         """Folder of the videos of evaluations."""
         return self.path / "videos"
 
+    def discard(self) -> None:
+        """Removes the folder of a run that could not begin."""
+        self.close()
+        (self.path / CONFIGURATION_FILE).unlink()
+        with contextlib.suppress(OSError):  # something else has appeared in it
+            self.path.rmdir()
+
     def close(self) -> None:
         """Lets other processes continue the run."""
         if rank() == 0:
             self._lock.close()
+
+    def _refuse_links(self) -> None:
+        """A link in a run folder from somebody else could lead any file of the reader's away."""
+        own = [self.path / CONFIGURATION_FILE, self.metrics, self.checkpoints, self.actor, self.learning_curve]
+        inside = [path for folder in (self.checkpoints, self.actor) for path in folder.rglob("*")]
+        for path in (*own, *inside):
+            if path.is_symlink():
+                raise UserError(f"{path} is a symbolic link, which no run makes; put the file itself there.")
 
     def _locked(self) -> RunFolder:
         # The lock belongs to the open file, so it ends with the process however that ends.

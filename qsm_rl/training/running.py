@@ -26,6 +26,7 @@ from qsm_rl.training.module import OffPolicyModule
 from qsm_rl.training.progress import Progress
 from qsm_rl.training.ranks import rank
 from qsm_rl.training.replay import ReplayArchive
+from qsm_rl.training.resuming import run_identity
 from qsm_rl.training.run_folder import RunFolder
 
 __all__ = ["check_unfinished", "finish_run", "make_callbacks", "make_loggers", "print_summary", "quiet_libraries"]
@@ -82,7 +83,8 @@ def print_summary(
             f"every checkpoint cuts the episodes, here after {cut:,} frames each: raise --checkpoint_every if too short"
         )
     if folder.resumed:
-        print(f"resumed from the checkpoint at frame {first_frame:,}", flush=True)
+        begun = f"resumed from the checkpoint at frame {first_frame:,}"
+        print(begun if first_frame else "there is no checkpoint yet, so the run begins anew", flush=True)
     else:
         print("stop with Ctrl-C at any time; the run can be resumed", flush=True)
 
@@ -144,9 +146,9 @@ def make_callbacks(
         archive: its replay buffer's files.
         make_environment: makes an environment from a seed, for evaluations.
     """
-    stop = StopSignals()
+    stop, identity = StopSignals(), run_identity(config, frames.collector.env)
     if rank() > 0:
-        return [CheckpointWriter(frames, folder, archive), stop]
+        return [CheckpointWriter(frames, folder, archive, identity), stop]
     evaluation = Evaluation(
         frames,
         config.eval_every,
@@ -162,7 +164,7 @@ def make_callbacks(
         StopAtReturn(evaluation, config.stop_at_return),
         MetricRows(frames, config.log_every, config.eval_every),
         LearningCurve(frames, config.eval_every, folder, title),
-        CheckpointWriter(frames, folder, archive),
+        CheckpointWriter(frames, folder, archive, identity),
         Progress(frames, evaluation),
         stop,
     ]
@@ -191,7 +193,7 @@ def finish_run(trainer: Trainer, module: OffPolicyModule, frames: FramesDataset,
     if stop.signal is not None:
         print(f"stopped by {stop.signal.name} at frame {module.env_frames:,}; actor: {folder.actor}")
         if last_checkpoint is None:
-            print("no checkpoint had been written yet, so this run cannot be resumed")
+            print(f"no checkpoint had been written yet; begin anew with {script} --resume {folder.path}")
         else:
             print(f"go on from the checkpoint at frame {last_checkpoint:,}: {script} --resume {folder.path}")
         return stop.exit_code

@@ -16,20 +16,21 @@ from torchrl.data import Bounded, TensorDictReplayBuffer
 from torchrl.envs import EnvBase
 
 from qsm_rl.training.actor_files import publish_actor
-from qsm_rl.training.callbacks import restore_checkpoint
 from qsm_rl.training.checkpoints import CheckpointFolder
 from qsm_rl.training.collection import check_workers, make_collector
 from qsm_rl.training.configuration import TrainingConfiguration, capped_warmup
-from qsm_rl.training.environments import make_environment
-from qsm_rl.training.errors import user_errors
+from qsm_rl.training.environments import check_registered, make_environment
+from qsm_rl.training.errors import UserError, user_errors
 from qsm_rl.training.frames import FramesDataset
 from qsm_rl.training.hardware import choose_arithmetic, choose_device, limit_threads
 from qsm_rl.training.loggers import check_logger
 from qsm_rl.training.module import OffPolicyModule
+from qsm_rl.training.preflight import check_space, row_bytes
 from qsm_rl.training.random_state import derived_seed, seed_everything
 from qsm_rl.training.ranks import rank
 from qsm_rl.training.replay import ReplayArchive, TransitionWriter
 from qsm_rl.training.replay_storage import ReservedMemmapStorage, check_replay_space, make_storage
+from qsm_rl.training.resuming import check_identity, restore_checkpoint, run_identity
 from qsm_rl.training.run_folder import RunFolder
 from qsm_rl.training.running import (
     check_unfinished,
@@ -96,10 +97,14 @@ class TrainingRun(Generic[Configuration]):
         with user_errors(ValueError, ImportError):
             if config.eval_video:
                 check_filming(config.env, make)
+            check_registered(config.env)
             environment = make(num_envs=config.num_envs, seed=config.seed)
         check_replay_space(config, environment)
         folder = RunFolder.open(config, recipe=Path(recipe).stem)
-        checkpoint = CheckpointFolder(folder.checkpoints).newest() if folder.resumed else None
+        checkpoints, checkpoint = CheckpointFolder(folder.checkpoints), None
+        if folder.resumed and checkpoints.frames():
+            checkpoint = checkpoints.newest()
+            check_identity(checkpoint, run_identity(config, environment), folder.path)
         run = cls(
             config=config,
             device=device,
@@ -188,7 +193,10 @@ class TrainingRun(Generic[Configuration]):
                 warmup_frames=self.warmup_frames,
                 updates_per_frame=config.updates_per_frame,
                 num_ranks=ranks,
+                faults=folder.faults if rank() == 0 else folder.faults / f"rank-{rank()}",
             )
+            if rank() == 0:  # one machine: what all processes need together
+                self._check_space(module)
             if self.checkpoint:
                 restore_checkpoint(self.checkpoint, module, frames, archive)
             devices: int | list[int] = ranks
@@ -225,3 +233,22 @@ class TrainingRun(Generic[Configuration]):
             action_repeat=config.action_repeat,
         )
         return finish_run(trainer, module, frames, folder)
+
+    def _check_space(self, module: OffPolicyModule) -> None:
+        config = self.config
+        rows = min(config.replay_size, config.total_frames)
+        try:
+            check_space(
+                self.folder.path,
+                # On a GPU all of the buffer is taken with the first row; elsewhere memory is taken as it is written to.
+                rows=module.writer.replay.storage.max_size if self.device.type == "cuda" else rows,
+                row=row_bytes(module.writer.entries(self.environment.fake_tensordict())),
+                checkpoint_every=config.checkpoint_every,
+                state={k: v for k, v in module.update.state_dict().items() if isinstance(v, torch.Tensor)},
+                device=self.device if config.replay_storage == "memory" else None,
+                stored=min(self.first_frame, rows),
+            )
+        except UserError:
+            if not self.folder.resumed:
+                self.folder.discard()
+            raise

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchrl.objectives import LossModule
 
+from qsm_rl.comparison import first_difference
 from qsm_rl.training.errors import TrainingError
 from qsm_rl.training.ranks import average_gradients
 
@@ -22,7 +23,7 @@ LossMethod = Callable[[TensorDictBase], tuple[Tensor, dict[str, Tensor]]]
 
 
 class NonFiniteLossError(TrainingError):
-    """A loss is NaN or infinite. Raised before the weights are touched."""
+    """A loss or its gradient is NaN or infinite. Raised before the weights are touched."""
 
 
 class Update(nn.Module):
@@ -86,11 +87,36 @@ class Update(nn.Module):
         }
 
     def restore_state(self, state: dict[str, Any]) -> None:
-        """Takes over what :meth:`checkpoint_state` returned."""
+        """Takes over what :meth:`checkpoint_state` returned.
+
+        Raises:
+            ValueError: naming the first network weight or optimiser state that does not fit.
+        """
+        difference = first_difference(state["modules"], self.state_dict(), "the networks'")
+        for name, optimizer in self.optimizers.items():
+            difference = difference or _optimizer_difference(state["optimizers"][name], optimizer, name)
+        if difference:
+            raise ValueError(difference)
         self.num_updates = state["num_updates"]
         self.load_state_dict(state["modules"])
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
+
+
+def _optimizer_difference(state: dict[str, Any], optimizer: Optimizer, name: str) -> str | None:
+    """The first difference of a saved optimiser, whose own check counts parameters only."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    # Before the first step there is nothing; then each parameter has averages of its shape, and the number of steps.
+    expected = {
+        index: {key: parameter if value.ndim else value for key, value in state["state"].get(index, {}).items()}
+        for index, parameter in enumerate(parameters if state["state"] else [])
+    }
+    groups, own = (
+        [{key: value for key, value in group.items() if key != "lr"} for group in saved["param_groups"]]
+        for saved in (state, optimizer.state_dict())
+    )
+    named = f"the {name} optimiser's"
+    return first_difference(groups, own, named) or first_difference(state["state"], expected, named)
 
 
 def gradient_step(
@@ -106,16 +132,18 @@ def gradient_step(
         gradient_clipping: largest norm of the gradient over all parameters; None clips nothing.
 
     Raises:
-        NonFiniteLossError: if the loss is NaN or infinite; no gradient has been computed then.
+        NonFiniteLossError: if the loss or its gradient is NaN or infinite; the weights are as they were then.
     """
-    if not torch.isfinite(loss):
-        raise NonFiniteLossError(f"{name} is {loss.item()}")
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     parameters = list(parameters)
     average_gradients(parameters)
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if not torch.isfinite(loss + norm):  # both at once: on a GPU each answer waits for all work before it
+        what = loss if not torch.isfinite(loss) else norm
+        raise NonFiniteLossError(f"{name if what is loss else f'the gradient of {name}'} is {what.item()}")
     if gradient_clipping is not None:
-        nn.utils.clip_grad_norm_(parameters, gradient_clipping)
+        nn.utils.clip_grads_with_norm_(parameters, gradient_clipping, norm)
     optimizer.step()
 
 

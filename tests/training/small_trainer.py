@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import gymnasium
 import numpy as np
 import torch
@@ -53,6 +55,17 @@ class Slide(gymnasium.Env):
         return observation, reward, bool(abs(self.place) > 1), False, {}
 
 
+class Spoiled(Slide):
+    """The point on a line, whose reward is NaN at one of the process's frames: the environment variable SPOIL_AT."""
+
+    frames = 0
+
+    def step(self, action):
+        observation, reward, *ends = super().step(action)
+        Spoiled.frames += 1
+        return observation, np.nan if Spoiled.frames == int(os.environ.get("SPOIL_AT", "0")) else reward, *ends
+
+
 class Countdown(gymnasium.Env):
     """Each environment of a batch ends after as many steps as its seed says; the reward is 1."""
 
@@ -78,6 +91,7 @@ for name, entry, options in (
     ("WideSlide", Slide, {"bound": WIDE}),
     ("NanReward", Slide, {"bound": 1.0, "spoiled": "reward"}),
     ("InfObservation", Slide, {"bound": 1.0, "spoiled": "observation"}),
+    ("Spoiled", Spoiled, {"bound": 1.0}),
     ("Countdown", Countdown, {}),
 ):
     gymnasium.register(env_id(name), entry, kwargs=options, max_episode_steps=40)
@@ -95,7 +109,15 @@ class ScaledInput(nn.Module):
 
 
 def build(
-    env: str, *, bound: float = 1.0, warmup: int = 20, total: int = 60, num_envs: int = 1, score_target=None, **options
+    env: str,
+    *,
+    bound: float = 1.0,
+    warmup: int = 20,
+    total: int = 60,
+    num_envs: int = 1,
+    score_target=None,
+    checkpoint_every: int = 25,
+    **options,
 ):
     """A small QSM trainer on one of the environments above: data set and module; the options are QSMUpdate's."""
     torch.manual_seed(0)
@@ -123,7 +145,7 @@ def build(
         track_traj_ids=False,
         auto_register_policy_transforms=False,
     )
-    frames = FramesDataset(collector, seed=0, total_frames=total, checkpoint_every=25)
+    frames = FramesDataset(collector, seed=0, total_frames=total, checkpoint_every=checkpoint_every)
     module = OffPolicyModule(update, TransitionWriter(replay), env=env, warmup_frames=warmup, updates_per_frame=1.0)
     return frames, module
 

@@ -106,5 +106,5 @@ def test_a_checkpoint_under_another_name_is_refused(tmp_path):
     folder = CheckpointFolder(tmp_path)
     folder.save(100, {})
     shutil.copy(tmp_path / "frames-000000000100.pt", tmp_path / "frames-000000000200.pt")
-    with pytest.raises(UserError, match="frame 200"):
+    with pytest.raises(UserError, match="another frame than 200"):
         folder.load(200)

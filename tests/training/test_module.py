@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qsm_rl.training import read_fault
 from qsm_rl.training.module import NonFiniteDataError
-from qsm_rl.training.updates import NonFiniteLossError
+from qsm_rl.training.updates import NonFiniteLossError, gradient_step
 from tests.training.small_trainer import WIDE, build, run
 
 
@@ -76,6 +77,54 @@ def test_batches_are_drawn_together_and_used_one_by_one():
     assert [batch.batch_size for batch in drawn] == [(16,)] * 20
     assert len({tuple(batch["index"].tolist()) for batch in drawn}) == 20
     assert torch.cat([batch["index"] for batch in drawn]).unique().numel() > 50  # of 60 rows
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_touched():
+    weight = torch.nn.Parameter(torch.tensor([1.0, 0.0]))
+    optimizer = torch.optim.Adam([weight])
+    loss = weight.sqrt().sum()  # 1, with the gradient (0.5, inf)
+    with pytest.raises(NonFiniteLossError, match="the gradient of loss_x is inf"):
+        gradient_step("loss_x", loss, optimizer, [weight])
+    assert weight.tolist() == [1, 0] and not optimizer.state
+
+
+def test_clipping_is_by_the_norm_over_all_parameters():
+    weights = [torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(2))]
+    optimizer = torch.optim.SGD(weights, lr=1.0)
+    loss = 2 * weights[0].sum() + (weights[1] * torch.tensor([4.0, 4.0])).sum()  # a gradient of norm 6
+    gradient_step("loss_x", loss, optimizer, weights, gradient_clipping=3.0)
+    assert [weight.tolist() for weight in weights] == [pytest.approx([-1.0]), pytest.approx([-2.0, -2.0])]
+
+
+def test_a_dump_reproduces_collected_frames(tmp_path):
+    frames, module = build("NanReward")
+    module.faults = tmp_path
+    with pytest.raises(NonFiniteDataError, match=r"next reward of NanReward is nan.*\nA dump to reproduce it: .*frame"):
+        run(frames, module)
+    (folder,) = tmp_path.iterdir()
+    fault = read_fault(folder)
+    assert fault.about["frame"] == 12 and "next reward" in fault.about["message"]
+    assert fault.batch.shape == (1, 1) and fault.batch["next", "reward"].isnan().all()
+    assert not fault.weights and fault.random_state is None
+
+
+def test_a_dump_reproduces_an_update_to_the_bit(tmp_path):
+    frames, module = build("Slide")
+    run(frames, module)
+    module.faults, replay = tmp_path, module.writer.replay
+    batch = replay.sample()
+    batch["next", "observation"][0] = 3e38  # finite, and beyond float32 inside the networks
+    replay.sample = lambda count: batch
+    with pytest.raises(NonFiniteLossError) as error:
+        module.training_step(next(iter(build("Slide")[0])), 0)
+    (folder,) = tmp_path.iterdir()
+    fault = read_fault(folder)
+    _, again = build("Slide")
+    again.update.load_state_dict(fault.weights)
+    torch.set_rng_state(fault.random_state)
+    with pytest.raises(NonFiniteLossError) as repeated:
+        again.update(fault.batch)
+    assert str(error.value).startswith(str(repeated.value)) and fault.about["message"] == str(repeated.value)
 
 
 def test_metrics_average_losses_and_count_only_whole_episodes():

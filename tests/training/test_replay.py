@@ -207,12 +207,14 @@ def test_whatever_does_not_fit_the_manifest_is_refused(tmp_path, spoil):
         ReplayArchive(tmp_path).restore(new_replay(20), manifest)
 
 
-def test_files_outside_the_manifest_are_not_read(tmp_path):
+def test_rows_outside_the_manifest_are_not_read_and_other_files_are_refused(tmp_path):
     replay, archive = new_replay(20), ReplayArchive(tmp_path)
     TransitionWriter(replay).write(frames(0, 4))
     manifest = archive.save(replay)
-    (tmp_path / "prefetch.pkl").write_bytes(b"\x80\x04.")
-    (tmp_path / "rows-000000000004-000000000008.safetensors").write_bytes(b"nonsense")
+    (tmp_path / "rows-000000000004-000000000008.safetensors").write_bytes(b"left over by a killed process")
     restored = new_replay(20)
     ReplayArchive(tmp_path).restore(restored, manifest)
     assert len(restored) == 4
+    (tmp_path / "prefetch.pkl").write_bytes(b"\x80\x04.")
+    with pytest.raises(UserError, match=r"prefetch\.pkl is no file of a replay buffer"):
+        ReplayArchive(tmp_path).restore(new_replay(20), manifest)

@@ -1,0 +1,99 @@
+"""Whether a run will fit: memory for the replay buffer, disk for its files and the checkpoints."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qsm_rl.training.errors import UserError
+
+__all__ = ["available_memory", "check_space", "row_bytes"]
+
+KEPT_CHECKPOINTS = 3  # two, and the one that is being written
+SMALL_FILES = 64 << 20  # bytes of logs, pictures and the actor
+
+
+def row_bytes(entries: dict[str, Any]) -> int:
+    """Bytes of one transition.
+
+    Args:
+        entries: dtype and shape of each entry, see :meth:`TransitionWriter.entries`.
+
+    Example:
+        >>> row_bytes({"observation": ["torch.float32", [17]], "done": ["torch.bool", [1]]})
+        69
+    """
+    sizes = ((getattr(torch, dtype.removeprefix("torch.")).itemsize, shape) for dtype, shape in entries.values())
+    return sum(size * math.prod(shape) for size, shape in sizes)
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that can still be taken on a device; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+    try:  # in a container
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = Path("/sys/fs/cgroup/memory.current").read_text().strip()
+        return min(free, max(0, int(limit) - int(used)))
+    except (OSError, ValueError):
+        return free
+
+
+def check_space(
+    folder: Path,
+    *,
+    rows: int,
+    row: int,
+    checkpoint_every: int,
+    state: dict[str, Tensor],
+    device: torch.device | None,
+    stored: int = 0,
+) -> None:
+    """Refuses a run that would end in the middle for want of memory or disk.
+
+    Args:
+        folder: the run's folder.
+        rows: transitions that the replay buffer will hold.
+        row: bytes of one, see :func:`row_bytes`.
+        checkpoint_every: frames between checkpoints, whose rows lie on the disk beside the buffer's.
+        state: the update's tensors; Adam keeps two more of each.
+        device: device whose memory holds the replay buffer; None for one in memory-mapped files.
+        stored: rows that lie on the disk already.
+
+    Raises:
+        UserError: naming the need, what is free, and what to lower.
+    """
+    free = None if device is None else available_memory(device)
+    if free is not None and rows * row > free:
+        raise UserError(
+            f"the replay buffer needs {_size(rows * row)} of memory for {rows:,} transitions of {row} bytes, and "
+            f"{_size(free)} are free on {device}; lower --replay_size to {free * 3 // 4 // row:,}."
+        )
+    checkpoint = 3 * sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    replay, checkpoints = (max(0, rows - stored) + 2 * checkpoint_every) * row, KEPT_CHECKPOINTS * checkpoint
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if replay + checkpoints + SMALL_FILES > free:
+        raise UserError(
+            f"the run needs {_size(replay + checkpoints + SMALL_FILES)} in {folder} ({_size(replay)} for the replay "
+            f"buffer, {_size(checkpoints)} for checkpoints), and {_size(free)} are free there; make room, lower "
+            "--replay_size, or choose another --run_dir."
+        )
+
+
+def _size(count: int) -> str:
+    """Bytes for people, by powers of 1,000."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} bytes"

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import os
+import subprocess
+
+import pytest
+
+from tests.faults.campaign import campaign, summary
+
+
+def may_mount(folder) -> bool:
+    """Whether a tmpfs can be mounted, for a disk that fills up."""
+    if os.name != "posix" or subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], capture_output=True).returncode:
+        return False
+    subprocess.run(["umount", folder], check=True)
+    return True
+
+
+def assert_nothing_is_lost(rows) -> None:
+    assert [row["note"] for row in rows if row["recovered"] != "1" or row["unreadable"] != "0"] == []
+    assert "| SIGKILL while saving |" in summary(rows) or "| SIGTERM while training |" in summary(rows)
+
+
+def test_killed_savers_go_on_and_a_campaign_goes_on_where_it_stopped(tmp_path):
+    assert_nothing_is_lost(campaign({"kills": 2}, tmp_path))
+    counts = {"kills": 4, "full_disks": 1 if may_mount(tmp_path) else 0}
+    rows = campaign(counts, tmp_path)
+    assert [row["number"] for row in rows if row["kind"] == "kills"] == ["0", "1", "2", "3"]
+    assert_nothing_is_lost(rows)
+
+
+@pytest.mark.slow
+def test_stopped_killed_and_spoiled_trainings_end_as_the_undisturbed_one(tmp_path):
+    assert_nothing_is_lost(campaign({"stops": 2, "training_kills": 1, "nans": 2}, tmp_path))
