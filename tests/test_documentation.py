@@ -147,6 +147,7 @@ def test_every_recipe_has_a_page_in_the_same_form():
 
 def test_flags_on_the_pages_exist():
     known = {"help", "logdir", "strict", "all-files", "benchmark-autosave", "benchmark-compare"}  # of other programs
+    known |= {"head", "port", "address", "num-cpus"}  # of `ray start`
     for path in [*(ROOT / "qsm_rl" / "training").rglob("*.py"), *(ROOT / "recipes").rglob("*.py")]:
         source = path.read_text(encoding="utf-8")
         known |= set(re.findall(r'"--([a-z]\w*)"', source))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from functools import partial
 
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 
 from qsm_rl.training import UserError, WorkerCollector, make_environment
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # an actor that begins anew imports everything
 ray = pytest.importorskip("ray", reason='Ray is not installed: pip install "qsm_rl[ray]"')
 
 ENV = "InvertedPendulum-v5"
@@ -86,6 +87,9 @@ def test_all_frames_arrive_with_weights_of_at_most_one_batch_ago_and_three_kills
         assert frames == 16 * 32 and collector.replacements >= 3
     finally:
         collector.shutdown()
+    begun = time.monotonic()
+    while actor_pids() and time.monotonic() - begun < 30:  # Ray ends them a little later
+        time.sleep(0.2)
     assert not actor_pids()
 
 
