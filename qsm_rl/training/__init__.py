@@ -26,6 +26,8 @@ from qsm_rl.training.many_seeds import run_seeds
 from qsm_rl.training.mlp_actors import DeterministicPolicy, TanhActor, TanhGaussianActor
 from qsm_rl.training.module import OffPolicyModule
 from qsm_rl.training.observation_statistics import copy_observation_statistics
+from qsm_rl.training.offline_configuration import OfflineQSMConfiguration
+from qsm_rl.training.offline_data import DatasetCollector, OfflineWriter, read_dataset
 from qsm_rl.training.plotting import plot_learning_curve
 from qsm_rl.training.qsm_configuration import PRESETS, QSMConfiguration
 from qsm_rl.training.qsm_update import QSMUpdate
@@ -55,6 +57,7 @@ __all__ = [
     "Cell",
     "CellTable",
     "CheckpointFolder",
+    "DatasetCollector",
     "DeterministicPolicy",
     "DiffusionConfiguration",
     "DiffusionPGConfiguration",
@@ -65,6 +68,8 @@ __all__ = [
     "Film",
     "FramesDataset",
     "OffPolicyModule",
+    "OfflineQSMConfiguration",
+    "OfflineWriter",
     "QSMConfiguration",
     "QSMUpdate",
     "ReplayArchive",
@@ -112,6 +117,7 @@ __all__ = [
     "plot_learning_curve",
     "print_summary",
     "publish_actor",
+    "read_dataset",
     "read_fault",
     "read_grid",
     "read_metrics",

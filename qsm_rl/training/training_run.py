@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
+from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.data import Bounded, TensorDictReplayBuffer
 from torchrl.envs import EnvBase
@@ -25,6 +26,7 @@ from qsm_rl.training.frames import FramesDataset
 from qsm_rl.training.hardware import choose_arithmetic, choose_device, limit_threads
 from qsm_rl.training.loggers import check_logger
 from qsm_rl.training.module import OffPolicyModule
+from qsm_rl.training.offline_data import DatasetCollector, OfflineWriter
 from qsm_rl.training.preflight import check_space, row_bytes
 from qsm_rl.training.random_state import derived_seed, seed_everything
 from qsm_rl.training.ranks import rank
@@ -145,12 +147,21 @@ class TrainingRun(Generic[Configuration]):
         """O, numbers of an observation."""
         return self.environment.observation_spec["observation"].shape[-1]
 
-    def train(self, update: Update, acting: TensorDictModuleBase) -> int:
+    def train(
+        self,
+        update: Update,
+        acting: TensorDictModuleBase,
+        *,
+        dataset: TensorDictBase | None = None,
+        offline_frames: int = 0,
+    ) -> int:
         """Collects, updates, evaluates, logs and writes checkpoints to the end of the run, and publishes the actor.
 
         Args:
             update: the algorithm's update, on :attr:`device`.
             acting: the policy that collects, exploration included; reads ``observation``, writes ``action``.
+            dataset: transitions ``(N,)`` from :func:`read_dataset` that the replay buffer begins with.
+            offline_frames: frames at the beginning for which nothing is collected: updates on the data set alone.
 
         Returns:
             The exit code: 0, or 128 plus the signal that ended the run.
@@ -175,6 +186,12 @@ class TrainingRun(Generic[Configuration]):
             self.device,
             warmup_frames=max(0, -(-(self.warmup_frames - self.first_frame) // ranks)),
         )
+        writer = TransitionWriter(replay, n_step=config.n_step, gamma=config.gamma)
+        if dataset is not None:
+            collector = DatasetCollector(collector, dataset, offline_frames, self.first_frame)
+            writer = OfflineWriter(replay, offline_frames=offline_frames, first_frame=self.first_frame)
+            if not self.checkpoint:
+                replay.extend(dataset)
         frames = FramesDataset(
             collector,
             seed=config.seed if rank() == 0 else derived_seed(config.seed, "rank", rank()),
@@ -188,7 +205,7 @@ class TrainingRun(Generic[Configuration]):
             # Training: one step for each batch of frames.
             module = OffPolicyModule(
                 update,
-                TransitionWriter(replay, n_step=config.n_step, gamma=config.gamma),
+                writer,
                 env=config.env,
                 warmup_frames=self.warmup_frames,
                 updates_per_frame=config.updates_per_frame,

@@ -1,0 +1,116 @@
+"""Offline data: read from a run of the kit and from a TorchRL replay folder, learned from, gone on with online."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.data import LazyTensorStorage, ReplayBuffer
+
+from qsm_rl.training import UserError, make_environment, read_dataset
+from recipes import mujoco_qsm, offline_qsm
+from tests.recipes.test_mujoco_qsm import SMALL, checkpoint, differences, metrics
+
+OFFLINE = [
+    *("--env", "InvertedPendulum-v5", "--offline_updates", "80", "--online_frames", "40", "--checkpoint_every", "60"),
+    *("--log_every", "20", "--eval_every", "60", "--eval_episodes", "1", "--batch_size", "8", "--num_steps", "2"),
+    *("--actor_hidden_dims", "[8]", "--critic_hidden_dims", "[8]", "--replay_size", "100", "--device", "cpu"),
+]
+
+
+def run(recipe, *arguments) -> int:
+    with pytest.raises(SystemExit) as ended:
+        recipe.main([str(argument) for argument in arguments])
+    return ended.value.code
+
+
+@pytest.fixture(scope="module")
+def collected(tmp_path_factory):
+    """A run whose replay buffer is the data set."""
+    folder = tmp_path_factory.mktemp("runs") / "collected"
+    assert run(mujoco_qsm, *SMALL, "--n_step", "1", "--run_dir", folder) == 0
+    return folder
+
+
+def transitions(count: int = 50, observation_dim: int = 4, action: float = 1.0) -> TensorDict:
+    done = torch.zeros(count, 1, dtype=torch.bool)
+    following = {"observation": torch.randn(count, observation_dim), "reward": torch.ones(count, 1)}
+    return TensorDict(
+        {
+            "observation": torch.randn(count, observation_dim),
+            "action": torch.full((count, 1), action),
+            "next": {**following, "done": done, "terminated": done},
+        },
+        [count],
+    )
+
+
+def dumped(folder, data: TensorDict):
+    replay = ReplayBuffer(storage=LazyTensorStorage(200), batch_size=4)
+    replay.extend(data)
+    replay.dumps(folder)
+    return folder
+
+
+def test_a_run_and_a_torchrl_folder_give_back_what_was_stored(tmp_path, collected):
+    environment = make_environment("InvertedPendulum-v5", seed=0)
+    data = read_dataset(str(collected), environment)
+    assert data.shape == (100,) and data["observation"].shape == (100, 4)  # the replay buffer holds 100
+    stored = transitions()
+    again = read_dataset(str(dumped(tmp_path / "replay", stored)), environment)
+    for key in stored.keys(True, True):
+        assert torch.equal(again[key], stored[key]), key
+
+
+def test_offline_then_online_and_resumed_to_the_bit(tmp_path, collected, capsys):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert run(offline_qsm, *OFFLINE, "--dataset", collected, "--run_dir", whole) == 0
+    last = checkpoint(whole, 120)
+    assert last["training"]["grad_steps"] == 120 and last["replay"]["written"] == 100 + 40
+    assert checkpoint(whole, 60)["replay"]["written"] == 100  # nothing is collected for the first 80
+    assert "train/bc_error" in metrics(whole)[-1]
+    shutil.copytree(whole, cut)
+    (cut / "checkpoints" / "frames-000000000120.pt").unlink()
+    assert run(offline_qsm, "--resume", cut) == 0
+    assert differences(last, checkpoint(cut, 120)) == []
+    assert metrics(whole) == metrics(cut)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (transitions(observation_dim=5), r"observation has shape \(50, 5\), expected \(N, 4\)"),
+        (transitions(action=4.0), "largest action is 1.33 times the bound"),
+        (transitions().exclude(("next", "reward")), "lacks next reward"),
+        (transitions(action=float("nan")), "NaN or infinity in action"),
+    ],
+)
+def test_data_that_do_not_fit_are_named(tmp_path, data, message):
+    with pytest.raises(UserError, match=message):
+        read_dataset(str(dumped(tmp_path / "replay", data)), make_environment("InvertedPendulum-v5", seed=0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["--dataset must be minari:ID"]),
+        (["--dataset", "nowhere"], ["nowhere is no data set", "minari:ID"]),
+        (["--dataset", "minari:no/such-v0"], ["minari:no/such-v0"]),
+        (["--dataset", "x", "--n_step", "3"], ["--n_step must be 1 with a data set, got 3"]),
+        (["--dataset", "x", "--offline_updates", "0"], ["--offline_updates must be at least 1, got 0"]),
+    ],
+)
+def test_bad_input_is_named_and_nothing_is_left(tmp_path, capsys, arguments, words):
+    assert run(offline_qsm, "--env", "InvertedPendulum-v5", "--run_dir", tmp_path / "run", *arguments) == 2
+    message = capsys.readouterr().err
+    assert all(word in message for word in words), message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_with_pickles_is_refused(tmp_path):
+    folder = dumped(tmp_path / "replay", transitions())
+    (folder / "storage" / "prefetch.pkl").write_bytes(b"x")
+    with pytest.raises(UserError, match="unpickled"):
+        read_dataset(str(folder), make_environment("InvertedPendulum-v5", seed=0))
