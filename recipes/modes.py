@@ -74,7 +74,9 @@ def fit(parameters: Sequence[Tensor], actor_loss: Callable[[TensorDict], Tensor]
         decay.step()
 
 
-def train_diffusion(make_loss: Callable[..., nn.Module], critic: TensorDictModule, updates: int) -> Callable:
+def train_diffusion(
+    make_loss: Callable[..., nn.Module], critic: TensorDictModule, updates: int, rate: float
+) -> Callable:
     actor = DiffusionActor(
         ScoreMLP(1, 1, (256, 256)),
         action_spec=SPEC,
@@ -82,33 +84,36 @@ def train_diffusion(make_loss: Callable[..., nn.Module], critic: TensorDictModul
         sampler=DDPMSampler(clip="clean"),
     )
     loss = make_loss(actor, [critic])
-    fit(list(actor.parameters()), lambda batch: loss.actor_loss(batch)[0], updates, 3e-3)
+    fit(list(actor.parameters()), lambda batch: loss.actor_loss(batch)[0], updates, rate)
     return lambda observation: actor.sample(observation)
 
 
-def train_sac(critic: TensorDictModule, updates: int) -> Callable:
+def train_sac(critic: TensorDictModule, updates: int, rate: float) -> Callable:
     """A squashed Gaussian by TorchRL's SAC actor loss at temperature 1, whose best policy would be exp(Q)."""
     actor = rl.TanhGaussianActor(1, SPEC, (256, 256))
     loss = SACLoss(actor, [critic], num_qvalue_nets=1, alpha_init=1.0, fixed_alpha=True, delay_qvalue=False)
-    fit(list(actor.parameters()), lambda batch: loss.actor_loss(batch)[0].mean(), updates, 3e-3)
+    fit(list(actor.parameters()), lambda batch: loss.actor_loss(batch)[0].mean(), updates, rate)
     return lambda observation: actor(TensorDict({"observation": observation}, observation.shape[:-1]))["action"]
 
 
-POLICIES: dict[str, Callable[[TensorDictModule, int], Callable]] = {
-    "QSM, posterior": lambda critic, updates: train_diffusion(
+POLICIES: dict[str, Callable[[TensorDictModule, int, float], Callable]] = {
+    "QSM, posterior": lambda critic, updates, rate: train_diffusion(
         lambda *networks: QScoreMatchingLoss(*networks, score_target=PosteriorQScore(1.0, 64), delay_qvalue=False),
         critic,
         updates,
+        rate,
     ),
-    "QSM, boltzmann": lambda critic, updates: train_diffusion(
+    "QSM, boltzmann": lambda critic, updates, rate: train_diffusion(
         lambda *networks: QScoreMatchingLoss(*networks, score_target=BoltzmannQScore(1.0), delay_qvalue=False),
         critic,
         updates,
+        rate,
     ),
-    "Diffusion-QL": lambda critic, updates: train_diffusion(
+    "Diffusion-QL": lambda critic, updates, rate: train_diffusion(
         lambda *networks: DiffusionQLLoss(*networks, bc_weight=0.0, delay_actor=False, delay_qvalue=False),
         critic,
         updates,
+        rate,
     ),
     "SAC": train_sac,
 }
@@ -148,16 +153,17 @@ def draw_figure(actions: dict[str, Tensor], critic: TwoPeaks, picture: Path) -> 
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(actions), len(STATES), squeeze=False, sharex=True)
     grid = torch.linspace(-1, 1, 401).unsqueeze(-1)
-    for row, (name, action) in zip(panels, actions.items(), strict=True):
+    for index, (name, action) in enumerate(actions.items()):
+        row = panels[index]
         for axes, state, own in zip(row, STATES, action.unbind(1), strict=True):
             density = critic(state.expand(401, 1), grid).exp().squeeze(-1)
             axes.hist(own.numpy(), bins=80, range=(-1, 1), density=True, color="tab:blue", alpha=0.7)
             axes.plot(grid.squeeze(-1), density / density.mean() / 2, color="black", linewidth=0.8)
             axes.set(yticks=[], ylim=(0, 6))
             axes.spines[["top", "right", "left"]].set_visible(False)
-            if row is panels[0]:
+            if index == 0:
                 axes.set_title(f"state {state.item():g}", fontsize=9)
-            if row is panels[-1]:
+            if index == len(actions) - 1:
                 axes.set_xlabel("action")
         row[0].set_ylabel(name, fontsize=9)
     figure.savefig(picture)
@@ -168,17 +174,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES), help="what to train")
     parser.add_argument("--updates", type=int, default=2_500, help="updates for each policy")
+    parser.add_argument("--learning_rate", type=float, default=3e-3, help="Adam's first step size; it falls to zero")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
     parser.add_argument("--output", type=Path, default=Path("runs/modes"), help="folder of table and figure")
     options = parser.parse_args(arguments)
-    if options.updates < 1:
-        raise rl.UserError(f"--updates must be at least 1, got {options.updates}.")
+    if options.updates < 1 or not options.learning_rate > 0:
+        raise rl.UserError(
+            f"--updates must be at least 1 and --learning_rate above 0, got {options.updates}, {options.learning_rate}."
+        )
     options.output.mkdir(parents=True, exist_ok=True)
     critic, rows, actions = TwoPeaks(), [], {}
     q_network = TensorDictModule(critic, ["observation", "action"], ["state_action_value"])
     for name in options.policies:
         torch.manual_seed(options.seed)
-        sample = POLICIES[name](q_network, options.updates)
+        sample = POLICIES[name](q_network, options.updates, options.learning_rate)
         with torch.no_grad():
             actions[name] = sample(STATES.expand(SAMPLES, *STATES.shape)).squeeze(-1)
         for state, action in zip(STATES, actions[name].unbind(1), strict=True):
