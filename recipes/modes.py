@@ -110,7 +110,10 @@ POLICIES: dict[str, Callable[[TensorDictModule, int, float], Callable]] = {
         rate,
     ),
     "Diffusion-QL": lambda critic, updates, rate: train_diffusion(
-        lambda *networks: DiffusionQLLoss(*networks, bc_weight=0.0, delay_actor=False, delay_qvalue=False),
+        # Q is 0 at its peaks: dividing by its mean size would blow up just there.
+        lambda *networks: DiffusionQLLoss(
+            *networks, bc_weight=0.0, normalize_q=False, delay_actor=False, delay_qvalue=False
+        ),
         critic,
         updates,
         rate,

@@ -40,8 +40,9 @@ class DiffusionQLLoss(DiffusionActorCriticLoss):
         eta: weight of Q, at least 0; a buffer, so that it can be scheduled. More is greedier; the authors take 0.005 to
             3.5, by task. Without behaviour cloning it only scales the loss, which Adam does not see.
         bc_weight: weight of behaviour cloning, at least 0; a buffer above 0, nothing is computed at 0. The authors' 1.
-        normalize_q: whether Q is divided by the mean size of another critic (of its own, if there is one only); False
-            leaves ``eta`` in units of the noise's error for a unit of Q.
+        normalize_q: whether Q is divided by the mean size of another critic (of its own, if there is one only). Where
+            Q comes near 0 at good actions, that size vanishes just there: pass False, which leaves ``eta`` in units of
+            the noise's error for a unit of Q.
         target_action_noise_std: as in :class:`~qsm_rl.QScoreMatchingLoss`; the authors have none.
         delay_actor: whether the next action comes from a slowly following copy of the actor, as the authors'.
 
