@@ -265,6 +265,8 @@ class WorkerCollector:
             options["remote_configs"] = REMOTE_CONFIGURATION
             options["collector_kwargs"] = {"auto_register_policy_transforms": False}
         else:
+            # Given a policy, TorchRL makes a weight synchronisation of its own, which hangs where the process ends.
+            options["policy_factory"], policy = partial(_itself, policy), None
             # Without num_threads TorchRL takes the learner's threads away.
             options |= {"num_threads": torch.get_num_threads(), "num_sub_threads": 1}
             options |= {"auto_register_policy_transforms": False, "cat_results": "stack"}
@@ -326,6 +328,10 @@ class WorkerCollector:
                     process.join()
         with contextlib.suppress(Exception):  # it raises for workers that are dead
             workers.shutdown()
+
+
+def _itself(policy: WorkerPolicy) -> WorkerPolicy:
+    return policy
 
 
 def _make_worker_environment(make_environment: Callable[..., EnvBase], num_envs: int, own_process: bool) -> EnvBase:
