@@ -88,7 +88,7 @@ def _parser(configuration_class: type[TrainingConfiguration], description: str |
 def _parse(parser: ArgumentParser, arguments: list[str]) -> dict[str, Any]:
     """What was given on the command line and in the YAML file, without defaults."""
     arguments = _config_first(arguments)
-    for option, value in zip(arguments, [*arguments[1:], ""], strict=True):
+    for option, value in zip(arguments, [*arguments[1:], ""], strict=False):
         if option == "--config" or option.startswith("--config="):
             check_plain_yaml(Path(option.partition("=")[2] or value))
     try:

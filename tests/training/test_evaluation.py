@@ -75,7 +75,7 @@ def test_every_episode_counts_however_long():
     counts = []
     for _ in range(7):
         environment.reset()
-        counts.append(environment.base_env._env.envs[0].unwrapped.left)
+        counts.append(environment.vector_env.envs[0].unwrapped.left)
     assert len(set(counts)) > 2
     assert result.lengths == tuple(counts[1:])
     assert result.returns == pytest.approx(counts[1:])
