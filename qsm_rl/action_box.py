@@ -25,7 +25,7 @@ class ActionBox(Float32Buffers):
     Raises:
         ValueError: if a bound is not finite or a lower bound is not below its upper bound.
 
-    Example:
+    Examples:
         >>> box = ActionBox(torch.tensor([-3.0, 0.0]), torch.tensor([3.0, 1.0]))
         >>> box.from_box(torch.tensor([0.5, 0.5]))
         tensor([1.5000, 0.7500])
@@ -55,14 +55,14 @@ class ActionBox(Float32Buffers):
         along them.
 
         Args:
-            action_spec: a :class:`~torchrl.data.Bounded` spec whose last dimension is the action's, or a
-                :class:`~torchrl.data.Composite` with such a spec as its single leaf.
+            action_spec: a ``Bounded`` spec whose last dimension is the action's, or a
+                ``Composite`` with such a spec as its single leaf.
 
         Raises:
             ValueError: if the spec is unbounded, discrete, without an action dimension, or bounded differently from one
                 environment to the next.
 
-        Example:
+        Examples:
             >>> ActionBox.from_spec(Bounded(-0.4, 0.4, shape=(8, 17))).low.shape
             torch.Size([17])
         """

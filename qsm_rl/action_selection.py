@@ -31,19 +31,19 @@ class BestOfN(TensorDictModuleBase):
     place: ``TensorDictSequential(BestOfN(actor, critics, num_samples=8), GaussianExploration(spec))``.
 
     Args:
-        actor: reads observations and writes one action entry, for example :class:`~qsm_rl.DiffusionActor`. Under
-            exploration types that make its samples equal, so is their best.
+        actor: reads observations and writes one action entry, for example [`DiffusionActor`][qsm_rl.DiffusionActor].
+            Under exploration types that make its samples equal, so is their best.
         critics: one or more critics that read the action in environment units.
         num_samples: N, at least 1; 1 is the actor itself. Usual range 4 to 64; its cost is that of a batch N times as
             large.
-        aggregation: how the critics are joined, as in :func:`~qsm_rl.functional.aggregate_q_values`. ``"min"`` is wary
-            of actions on which they differ.
+        aggregation: how the critics are joined, as in [`aggregate_q_values`][qsm_rl.functional.aggregate_q_values].
+            ``"min"`` is wary of actions on which they differ.
         value_key: entry that the critics write, ``(*B, 1)``.
 
     Raises:
         ValueError: if ``num_samples`` is below 1 or there is no critic.
 
-    Example:
+    Examples:
         >>> from tensordict import TensorDict
         >>> from tensordict.nn import TensorDictModule
         >>> actor = TensorDictModule(lambda observation: torch.randn_like(observation), ["observation"], ["action"])
@@ -105,7 +105,7 @@ class GaussianExploration(TensorDictModuleBase):
     Raises:
         ValueError: if the spec is unbounded or discrete, or ``std`` is negative.
 
-    Example:
+    Examples:
         >>> from tensordict import TensorDict
         >>> from torchrl.data import Bounded
         >>> explore = GaussianExploration(Bounded(-2.0, 2.0, shape=(3,)), std=0.1)

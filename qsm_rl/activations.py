@@ -43,7 +43,7 @@ def mish(x: Tensor) -> Tensor:
     """``x tanh(softplus(x))`` (Misra 2020, arXiv 1908.08681), equal to torch's within 1e-6.
 
     Float32 and compiled code on CPU take a form of their own with a single sigmoid, three to four times as fast as
-    torch's, whose share of an update would be a fifth. Elsewhere this is :func:`torch.nn.functional.mish`.
+    torch's, whose share of an update would be a fifth. Elsewhere this is ``torch.nn.functional.mish``.
 
     Args:
         x: any shape.
@@ -51,7 +51,7 @@ def mish(x: Tensor) -> Tensor:
     Returns:
         Same shape.
 
-    Example:
+    Examples:
         >>> mish(torch.tensor([-1.0, 0.0, 1.0]))
         tensor([-0.3034,  0.0000,  0.8651])
     """

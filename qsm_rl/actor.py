@@ -46,11 +46,11 @@ class DiffusionActor(TensorDictModule):
 
     Args:
         score_network: any module called as ``score_network(noisy_action (*B, A), observation (*B, O), t (*B,))`` that
-            returns the predicted noise ``(*B, A)``, for example :class:`~qsm_rl.ScoreMLP`. A method ``reverse_chain``
-            like that class's is used for sampling where there is one.
-        action_spec: bounded action spec, :class:`~torchrl.data.Bounded` with the action as its last dimension.
+            returns the predicted noise ``(*B, A)``, for example [`ScoreMLP`][qsm_rl.ScoreMLP]. A method
+            ``reverse_chain`` like that class's is used for sampling where there is one.
+        action_spec: bounded action spec, ``Bounded`` with the action as its last dimension.
         noise_schedule: the forward process; its number of steps is the length of the chain for
-            :class:`~qsm_rl.DDPMSampler`.
+            [`DDPMSampler`][qsm_rl.DDPMSampler].
         sampler: the reverse process; default ``DDPMSampler()``, the authors'.
         in_keys: observation entries, each ``(*B, size)``, joined along the last dimension in this order.
         out_keys: the one entry that the action is written to.
@@ -58,13 +58,13 @@ class DiffusionActor(TensorDictModule):
     Attributes:
         noise_schedule: the given schedule.
         sampler: the given sampler.
-        box: :class:`~qsm_rl.ActionBox`, the map between environment and box units.
+        box: [`ActionBox`][qsm_rl.ActionBox], the map between environment and box units.
 
     Raises:
         ValueError: if the action spec is unbounded or discrete, the sampler does not fit the schedule, or there is not
             exactly one out_key.
 
-    Example:
+    Examples:
         >>> from qsm_rl import DiffusionActor, NoiseSchedule, ScoreMLP
         >>> from tensordict import TensorDict
         >>> spec = Bounded(-3.0, 3.0, shape=(2,))
@@ -189,13 +189,14 @@ class DiffusionActor(TensorDictModule):
                 given. A None in a sequence takes that step's mean; a step without noise, as the last one is, uses none.
             min_std: floor of the standard deviation of every step's fresh noise, at least 0. Above 0 every step has a
                 density, the last one too; the policy is then a little wider than the sampler's own.
-            return_chain: whether to return the chain as well, from which :meth:`chain_log_prob` takes likelihoods.
+            return_chain: whether to return the chain as well, from which
+                [`chain_log_prob`][qsm_rl.DiffusionActor.chain_log_prob] takes likelihoods.
 
         Returns:
             Actions in box units, shape ``(*B, A)``, inside the box, and with ``return_chain`` the
-            :class:`~qsm_rl.ReverseChain`. Gradients flow through the chain unless disabled.
+            [`ReverseChain`][qsm_rl.ReverseChain]. Gradients flow through the chain unless disabled.
 
-        Example:
+        Examples:
             >>> from qsm_rl import ScoreMLP
             >>> spec = Bounded(-1.0, 1.0, shape=(2,))
             >>> actor = DiffusionActor(ScoreMLP(4, 2), action_spec=spec, noise_schedule=NoiseSchedule.vp(5))
@@ -219,8 +220,8 @@ class DiffusionActor(TensorDictModule):
 
         Args:
             observation: joined observation, shape ``(*B, O)``.
-            chain: what :meth:`sample` returned for it, by this actor or an earlier one, with a ``min_std`` above 0
-                where a step has no noise of its own.
+            chain: what [`sample`][qsm_rl.DiffusionActor.sample] returned for it, by this actor or an earlier one, with
+                a ``min_std`` above 0 where a step has no noise of its own.
 
         Returns:
             Shape ``(steps, *B)``, with a gradient to the actor; give it a detached chain for the score alone.
@@ -228,7 +229,7 @@ class DiffusionActor(TensorDictModule):
         Raises:
             ValueError: if a step of the chain has no noise.
 
-        Example:
+        Examples:
             >>> from qsm_rl import ScoreMLP
             >>> spec = Bounded(-1.0, 1.0, shape=(2,))
             >>> actor = DiffusionActor(ScoreMLP(4, 2), action_spec=spec, noise_schedule=NoiseSchedule.vp(5))
@@ -248,7 +249,7 @@ class DiffusionActor(TensorDictModule):
             about: plain values kept in config.json beside the settings, such as the environment's name.
 
         Raises:
-            ValueError: if the score network is not a :class:`~qsm_rl.ScoreMLP`, which alone can be built anew from
+            ValueError: if the score network is not a [`ScoreMLP`][qsm_rl.ScoreMLP], which alone can be built anew from
                 numbers; nothing is written then.
             OSError: if the disk is full or not writable; earlier files are as they were.
         """
@@ -274,7 +275,7 @@ class DiffusionActor(TensorDictModule):
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> DiffusionActor:
-        """The actor that :meth:`save_pretrained` wrote, or a training run in its folder ``actor``, on the CPU.
+        """The actor that ``save_pretrained`` wrote, or a training run in its folder ``actor``, on the CPU.
 
         It acts as the one that was saved: with the same noise the actions are equal. Reading runs no code, so an actor
         from somebody else is safe to open.
@@ -286,7 +287,7 @@ class DiffusionActor(TensorDictModule):
             ValueError: if a file is missing, malformed or from another version, they do not fit each other, or a weight
                 is not finite.
 
-        Example:
+        Examples:
             >>> from tempfile import TemporaryDirectory
             >>> from qsm_rl import ScoreMLP
             >>> spec = Bounded(-3.0, 3.0, shape=(2,))

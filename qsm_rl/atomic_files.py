@@ -44,7 +44,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_csv_atomically(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes a CSV file with a header as :func:`write_atomically` does; what a row lacks stays empty."""
+    """Writes a CSV file with a header as ``write_atomically`` does; what a row lacks stays empty."""
 
     def write(temporary: Path) -> None:
         with temporary.open("w", newline="", encoding="utf-8") as file:

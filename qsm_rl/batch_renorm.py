@@ -35,7 +35,7 @@ class BatchRenorm(nn.Module):
     Raises:
         ValueError: for an argument outside its range, or in training for fewer than two samples.
 
-    Example:
+    Examples:
         >>> layer = BatchRenorm(1)
         >>> layer(torch.tensor([[1.0], [3.0]]))  # mean 2, standard deviation 1
         tensor([[-0.9995],

@@ -25,7 +25,7 @@ def first_difference(found: Any, expected: Any, name: str = "") -> str | None:
     Returns:
         A sentence without its full stop, or None where they agree.
 
-    Example:
+    Examples:
         >>> first_difference({"weight": torch.zeros(2, 3)}, {"weight": torch.zeros(4, 3)}, "critic")
         'critic.weight is float32 (2, 3), expected float32 (4, 3)'
     """
@@ -47,7 +47,7 @@ def first_difference(found: Any, expected: Any, name: str = "") -> str | None:
 def first_non_finite(data: Any, name: str = "") -> str | None:
     """Names the first tensor or number in nested dictionaries and lists that is NaN or infinite.
 
-    Example:
+    Examples:
         >>> first_non_finite({"a": torch.ones(1), "b": [torch.tensor([1.0, float("nan")])]})
         'b.0 holds nan'
     """

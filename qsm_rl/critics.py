@@ -66,7 +66,7 @@ class QValueMLP(Critic):
     """Q-value network: an MLP on ``[observation, action]`` with relu and a linear output.
 
     Defaults are the QSM authors' (279,041 parameters at observation 24, action 6), Xavier-uniform weights, zero biases.
-    Wrap it in a :class:`~tensordict.nn.TensorDictModule` with ``out_keys=["state_action_value"]`` for the loss.
+    Wrap it in a ``TensorDictModule`` with ``out_keys=["state_action_value"]`` for the loss.
 
     Args:
         observation_dim: observation size; None takes it from the first batch.
@@ -75,13 +75,13 @@ class QValueMLP(Critic):
         layer_norm: whether to normalise before each activation. Keeps Q-values and their action gradients bounded away
             from the data, which stabilises learning with few frames (Ball et al. 2023, arXiv 2302.02948); the authors
             do not.
-        head: None for one output, the Q-value, or a distributional head such as :class:`~qsm_rl.TwoHotHead`, which
-            brings its own loss.
+        head: None for one output, the Q-value, or a distributional head such as [`TwoHotHead`][qsm_rl.TwoHotHead],
+            which brings its own loss.
 
     Raises:
         ValueError: if a size is below 1, or there is a head without a hidden layer.
 
-    Example:
+    Examples:
         >>> critic = QValueMLP(24, 6)
         >>> sum(p.numel() for p in critic.parameters())
         279041
@@ -107,7 +107,7 @@ class QValueMLP(Critic):
             self.mlp[-1] = HeadLinear(hidden_dims[-1], head)
 
     def outputs(self, *inputs: Tensor) -> Tensor:
-        """What the head reads, shape ``(*B, num_outputs)``; inputs as of :meth:`forward`."""
+        """What the head reads, shape ``(*B, num_outputs)``; inputs as of ``forward``."""
         return self.mlp(torch.cat(inputs, -1))
 
 
@@ -138,12 +138,12 @@ class QValueSimBa(Critic):
         action_dim: action size A; the critic sees actions in environment units.
         width: size of the features. The paper takes 512; usual range 256 to 1024.
         num_blocks: residual blocks, each as costly as eight square layers of that width. The paper takes 2.
-        head: as in :class:`~qsm_rl.QValueMLP`.
+        head: as in [`QValueMLP`][qsm_rl.QValueMLP].
 
     Raises:
         ValueError: if a size is below 1.
 
-    Example:
+    Examples:
         >>> critic = QValueSimBa(24, 6, width=128, num_blocks=1)
         >>> critic(torch.zeros(8, 24), torch.zeros(8, 6)).shape
         torch.Size([8, 1])
@@ -170,7 +170,7 @@ class QValueSimBa(Critic):
         )
 
     def outputs(self, *inputs: Tensor) -> Tensor:
-        """What the head reads, shape ``(*B, num_outputs)``; inputs as of :meth:`forward`."""
+        """What the head reads, shape ``(*B, num_outputs)``; inputs as of ``forward``."""
         return self.body(torch.cat(inputs, -1))
 
 
@@ -179,7 +179,7 @@ class QValueCrossQ(Critic):
 
     Bhatt et al. 2024, "CrossQ: Batch Normalization in Deep Reinforcement Learning for Greater Sample Efficiency and
     Simplicity", arXiv 1902.05605 version 3. An MLP with relu whose input and hidden features are normalised over the
-    batch (:class:`~qsm_rl.BatchRenorm`). Pass it to the loss with ``delay_qvalue=False``: the loss then runs the
+    batch ([`BatchRenorm`][qsm_rl.BatchRenorm]). Pass it to the loss with ``delay_qvalue=False``: the loss then runs the
     replayed and the next state-action pairs through it in one forward, so that the batch statistics cover both, takes
     the TD target from that same forward, and normalises by the running statistics everywhere else, for dQ/da above all.
 
@@ -191,14 +191,14 @@ class QValueCrossQ(Critic):
         action_dim: action size A; the critic sees actions in environment units.
         hidden_dims: widths of the hidden layers. The paper takes 2048, where width pays more than in a plain critic;
             usual range 256 to 2048.
-        momentum: share of a batch in the running statistics, as in :class:`~qsm_rl.BatchRenorm`.
+        momentum: share of a batch in the running statistics, as in [`BatchRenorm`][qsm_rl.BatchRenorm].
         warmup: batches of plain batch normalisation at the start, as there.
-        head: as in :class:`~qsm_rl.QValueMLP`.
+        head: as in [`QValueMLP`][qsm_rl.QValueMLP].
 
     Raises:
         ValueError: if a size is below 1, or there is no hidden layer.
 
-    Example:
+    Examples:
         >>> critic = QValueCrossQ(24, 6, (256, 256)).eval()
         >>> critic(torch.zeros(8, 24), torch.zeros(8, 6)).shape
         torch.Size([8, 1])
@@ -229,5 +229,5 @@ class QValueCrossQ(Critic):
         self.body = nn.Sequential(*layers)
 
     def outputs(self, *inputs: Tensor) -> Tensor:
-        """What the head reads, shape ``(*B, num_outputs)``; inputs as of :meth:`forward`."""
+        """What the head reads, shape ``(*B, num_outputs)``; inputs as of ``forward``."""
         return self.body(torch.cat(inputs, -1))

@@ -31,7 +31,7 @@ class ConcatenatedScoreNetwork(nn.Module):
 
 
 class DiffusionPolicy(nn.Module):
-    """The module inside a :class:`~qsm_rl.DiffusionActor`: observation in, action in environment units out.
+    """The module inside a ``DiffusionActor``: observation in, action in environment units out.
 
     ``num_steps``, ``add_noise`` and ``score_network`` are what TorchRL's DiffusionBCLoss asks of an actor's module.
     """
@@ -56,7 +56,7 @@ class DiffusionPolicy(nn.Module):
         return self.noise_schedule.add_noise(self.box.to_box(clean_action), t)
 
     def predict_noise(self, noisy_action: Tensor, observation: Tensor, t: Tensor) -> Tensor:
-        """See :meth:`DiffusionActor.predict_noise`."""
+        """See ``DiffusionActor.predict_noise``."""
         # The chain runs in float32 or more; a half-precision network gets half-precision inputs.
         predicted = self.score_network.network(noisy_action.to(observation.dtype), observation, t)
         if predicted.shape != noisy_action.shape:
@@ -85,7 +85,7 @@ class DiffusionPolicy(nn.Module):
         min_std: float = 0.0,
         return_chain: bool = False,
     ) -> tuple[Tensor, ReverseChain | None]:
-        """See :meth:`DiffusionActor.sample`; the chain is None unless asked for."""
+        """See ``DiffusionActor.sample``; the chain is None unless asked for."""
         noisy = initial_noise
         if noisy is None:
             shape = (*observation.shape[:-1], self.box.action_dim)
@@ -112,7 +112,7 @@ class DiffusionPolicy(nn.Module):
         return action, ReverseChain(torch.stack(states), torch.stack(samples), tuple(step.noise_std for step in steps))
 
     def chain_log_prob(self, observation: Tensor, chain: ReverseChain) -> Tensor:
-        """See :meth:`DiffusionActor.chain_log_prob`."""
+        """See ``DiffusionActor.chain_log_prob``."""
         for step, std in zip(self.steps, chain.stds, strict=True):
             if not std > 0:
                 raise ValueError(

@@ -32,7 +32,7 @@ def nearest_neighbour_entropy(samples: Tensor, min_distance: float = 1e-3) -> Te
     Returns:
         Entropy in nats, shape ``(*B,)``; at most about ``A log 2``, that of uniform actions, and sampling error above.
 
-    Example:
+    Examples:
         >>> nearest_neighbour_entropy(torch.tensor([[0.0], [0.5]]))  # both cubes have length 1; psi(2) - psi(1) = 1
         tensor(1.)
     """
@@ -56,11 +56,11 @@ class EntropyBonus(nn.Module):
     the same temperature. Without the bonus the critics value the policy's returns alone, and the policy is greedy in
     them up to noise of size lambda.
 
-    A diffusion policy has no density in closed form. Its entropy is estimated by :func:`nearest_neighbour_entropy`
-    from ``num_samples`` further samples for each next state, whose reverse chains are most of the cost of an update.
-    It is the policy's own, without the noise that exploration and TD target add, in box units. It may have either sign
-    (uniform actions have ``A log 2``), and where episodes end early it also rewards or punishes staying alive. Of
-    n-step returns only the last state earns it.
+    A diffusion policy has no density in closed form. Its entropy is estimated by
+    [`nearest_neighbour_entropy`][qsm_rl.entropy.nearest_neighbour_entropy] from ``num_samples`` further samples for
+    each next state, whose reverse chains are most of the cost of an update. It is the policy's own, without the noise
+    that exploration and TD target add, in box units. It may have either sign (uniform actions have ``A log 2``), and
+    where episodes end early it also rewards or punishes staying alive. Of n-step returns only the last state earns it.
 
     Args:
         temperature: lambda > 0 in units of Q; more keeps the policy wider. A buffer, so that it can be scheduled.
@@ -69,7 +69,7 @@ class EntropyBonus(nn.Module):
     Raises:
         ValueError: if the temperature is not positive or ``num_samples`` below 2.
 
-    Example:
+    Examples:
         >>> _ = torch.manual_seed(0)
         >>> bonus = EntropyBonus(temperature=0.1)
         >>> uniform = 2 * torch.rand(16, 1000, 2) - 1

@@ -15,7 +15,7 @@ __all__ = ["FourierTimeEmbedding", "ScoreMLP", "SinusoidalTimeEmbedding", "Xavie
 
 
 class Mish(nn.Module):
-    """The activation :func:`qsm_rl.activations.mish`."""
+    """The activation ``qsm_rl.activations.mish``."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Applies mish elementwise."""
@@ -37,18 +37,18 @@ class XavierLinear(nn.Linear):
 
 
 class LazyXavierLinear(nn.LazyLinear):
-    """A :class:`XavierLinear` whose input size is taken from the first batch."""
+    """A ``XavierLinear`` whose input size is taken from the first batch."""
 
     cls_to_become = XavierLinear
 
     def reset_parameters(self) -> None:
-        """As :meth:`XavierLinear.reset_parameters`, once the input size is known."""
+        """As ``XavierLinear.reset_parameters``, once the input size is known."""
         if not self.has_uninitialized_params() and self.in_features != 0:
             XavierLinear.reset_parameters(self)  # type: ignore[arg-type]
 
 
 class OutputLinear(XavierLinear):
-    """A :class:`XavierLinear` that computes in its weights' own precision, also under ``torch.autocast``.
+    """A ``XavierLinear`` that computes in its weights' own precision, also under ``torch.autocast``.
 
     Autocast to bfloat16 keeps three significant digits: a Q-value of 100 would be rounded to a multiple of 0.5, more
     than the reward of a step. The last layer is a thousandth of the work, so its precision costs nothing.
@@ -63,7 +63,7 @@ class OutputLinear(XavierLinear):
 
 
 class LazyOutputLinear(LazyXavierLinear):
-    """An :class:`OutputLinear` whose input size is taken from the first batch."""
+    """An ``OutputLinear`` whose input size is taken from the first batch."""
 
     cls_to_become = OutputLinear
 
@@ -76,7 +76,7 @@ def mlp(
     *,
     layer_norm: bool = False,
 ) -> nn.Sequential:
-    """A multilayer perceptron of :class:`XavierLinear` layers with a linear output, an :class:`OutputLinear`.
+    """A multilayer perceptron of ``XavierLinear`` layers with a linear output, an ``OutputLinear``.
 
     Args:
         in_features: input size; None takes it from the first batch.
@@ -88,7 +88,7 @@ def mlp(
     Raises:
         ValueError: if a size is below 1.
 
-    Example:
+    Examples:
         >>> mlp(3, (8, 8), 2, nn.ReLU)(torch.zeros(5, 3)).shape
         torch.Size([5, 2])
     """
@@ -121,7 +121,7 @@ class FourierTimeEmbedding(nn.Module):
     Raises:
         ValueError: if ``num_features`` is odd or below 2.
 
-    Example:
+    Examples:
         >>> FourierTimeEmbedding(64)(torch.zeros(5)).shape
         torch.Size([5, 64])
     """
@@ -153,7 +153,7 @@ class SinusoidalTimeEmbedding(nn.Module):
     Raises:
         ValueError: if ``num_features`` is odd or below 2.
 
-    Example:
+    Examples:
         >>> SinusoidalTimeEmbedding(64)(torch.zeros(5)).shape
         torch.Size([5, 64])
     """
@@ -190,7 +190,7 @@ class ScoreMLP(nn.Module):
     Raises:
         ValueError: if a size is below 1 or ``time_embedding`` is unknown.
 
-    Example:
+    Examples:
         >>> network = ScoreMLP(24, 6)
         >>> sum(p.numel() for p in network.parameters())
         372006
@@ -239,7 +239,7 @@ class ScoreMLP(nn.Module):
         """Noise prediction along a reverse chain, where only the noisy action changes from step to step.
 
         What the first layer makes of the observation and of each timestep is computed once, a fifth of the chain's work
-        at the default sizes. Equal to :meth:`forward` up to rounding.
+        at the default sizes. Equal to [`forward`][qsm_rl.ScoreMLP.forward] up to rounding.
 
         Args:
             observation: observations, shape ``(*B, O)``.

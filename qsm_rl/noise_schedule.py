@@ -49,7 +49,7 @@ class NoiseSchedule(Float32Buffers):
     Raises:
         ValueError: if ``betas`` is not one-dimensional, is empty, or holds a value outside (0, 1).
 
-    Example:
+    Examples:
         >>> schedule = NoiseSchedule.vp(5)
         >>> schedule.alphas_cumprod
         tensor([0.8041, 0.4352, 0.1585, 0.0389, 0.0064])
@@ -101,7 +101,7 @@ class NoiseSchedule(Float32Buffers):
         Raises:
             ValueError: if ``num_steps`` is not a positive integer.
 
-        Example:
+        Examples:
             >>> NoiseSchedule.vp(5).betas
             tensor([0.1959, 0.4588, 0.6358, 0.7549, 0.8350])
         """
@@ -119,7 +119,7 @@ class NoiseSchedule(Float32Buffers):
         Raises:
             ValueError: if ``num_steps`` is not a positive integer.
 
-        Example:
+        Examples:
             >>> NoiseSchedule.cosine(4).sigmas
             tensor([0.3911, 0.7114, 0.9251, 0.9999])
         """
@@ -137,7 +137,7 @@ class NoiseSchedule(Float32Buffers):
         Raises:
             ValueError: if ``num_steps`` is not a positive integer or a beta leaves (0, 1).
 
-        Example:
+        Examples:
             >>> NoiseSchedule.linear(3, 0.5, 0.99).betas
             tensor([0.5000, 0.7450, 0.9900])
         """
@@ -164,7 +164,7 @@ class NoiseSchedule(Float32Buffers):
         return F.add_noise(clean, noise, self.alphas_cumprod[t]), noise
 
     def predict_clean(self, noisy: Tensor, predicted_noise: Tensor, t: Tensor) -> Tensor:
-        """The clean action that a predicted noise implies; inverse of :meth:`add_noise`.
+        """The clean action that a predicted noise implies; inverse of [`add_noise`][qsm_rl.NoiseSchedule.add_noise].
 
         Args:
             noisy: noised actions in box units, shape ``(*B, A)``.

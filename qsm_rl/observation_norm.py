@@ -24,7 +24,7 @@ def normalize(observation: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
     Returns:
         Normalised observations in the precision of ``observation``, shape ``(*B, O)``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> normalize(torch.tensor([4.0, 100.0]), torch.tensor([2.0, 0.0]), torch.tensor([1.0, 4.0]))
         tensor([ 2., 10.])
@@ -37,7 +37,7 @@ class NormalizedObservations(nn.Module):
     """A score network that takes observations as the environment gives them, and normalises them by fixed statistics.
 
     Args:
-        network: the score network, with a method ``reverse_chain`` as :class:`~qsm_rl.ScoreMLP` has.
+        network: the score network, with a method ``reverse_chain`` as ``ScoreMLP`` has.
         mean: mean of each feature, shape ``(O,)``.
         variance: variance of each feature, shape ``(O,)``.
     """

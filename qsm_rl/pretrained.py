@@ -44,7 +44,7 @@ def write_files(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str
 
 
 def read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Reads what :func:`write_files` wrote; runs no code in it.
+    """Reads what ``write_files`` wrote; runs no code in it.
 
     Returns:
         The configuration and the tensors, on the CPU, all finite.
@@ -69,10 +69,10 @@ def read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def network_settings(network: nn.Module) -> dict[str, Any]:
-    """What :func:`build_network` needs to build the network anew.
+    """What ``build_network`` needs to build the network anew.
 
     Raises:
-        ValueError: if it is not exactly a :class:`~qsm_rl.ScoreMLP`.
+        ValueError: if it is not exactly a ``ScoreMLP``.
     """
     if not isinstance(network, ScoreMLP) or type(network) is not ScoreMLP:
         raise ValueError(
@@ -95,7 +95,7 @@ def build_network(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> S
     """The network of a configuration, with its weights.
 
     Args:
-        config: holds the entries of :func:`network_settings`.
+        config: holds the entries of ``network_settings``.
         weights: the network's state, by its own names.
 
     Raises:
@@ -115,7 +115,7 @@ def build_network(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> S
 
 
 def sampler_settings(sampler: Sampler) -> dict[str, Any]:
-    """What :func:`build_sampler` needs.
+    """What ``build_sampler`` needs.
 
     Raises:
         ValueError: if it is none of the samplers here.
@@ -126,7 +126,7 @@ def sampler_settings(sampler: Sampler) -> dict[str, Any]:
 
 
 def build_sampler(settings: Mapping[str, Any]) -> Sampler:
-    """The sampler of :func:`sampler_settings`.
+    """The sampler of ``sampler_settings``.
 
     Raises:
         ValueError: if the name is unknown.

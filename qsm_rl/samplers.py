@@ -60,7 +60,7 @@ class ReverseChain(NamedTuple):
 
 
 class Sampler:
-    """What the samplers share: the clipping and the reverse step. Use :class:`DDPMSampler` or :class:`DDIMSampler`."""
+    """What the samplers share: the clipping and the reverse step. Use ``DDPMSampler`` or ``DDIMSampler``."""
 
     clip: Clip
 
@@ -79,7 +79,7 @@ class Sampler:
         Args:
             noisy: current sample in box units, shape ``(*B, A)``.
             predicted_noise: predicted noise at ``step.t``, shape ``(*B, A)``.
-            step: one entry of :meth:`steps`.
+            step: one entry of [`steps`][qsm_rl.samplers.Sampler.steps].
             noise: standard normal noise, shape ``(*B, A)``; None takes the step's mean.
 
         Returns:
@@ -88,12 +88,12 @@ class Sampler:
         return self.clip_sample(self.draw(noisy, predicted_noise, step, noise))
 
     def draw(self, noisy: Tensor, predicted_noise: Tensor, step: ReverseStep, noise: Tensor | None) -> Tensor:
-        """The step's draw before :meth:`clip_sample`, from N(:meth:`mean`, noise_std^2); arguments of :meth:`step`."""
+        """The step's draw before ``clip_sample``, from N(``mean``, noise_std^2); arguments of ``step``."""
         mean = self.mean(noisy, predicted_noise, step)
         return mean if noise is None or step.noise_std == 0 else torch.add(mean, noise, alpha=step.noise_std)
 
     def mean(self, noisy: Tensor, predicted_noise: Tensor, step: ReverseStep) -> Tensor:
-        """Mean of the step's Gaussian, shape ``(*B, A)``; arguments of :meth:`step`."""
+        """Mean of the step's Gaussian, shape ``(*B, A)``; arguments of [`step`][qsm_rl.samplers.Sampler.step]."""
         # torch.add(x, y, alpha=c) is x + c y in one call: for one observation the calls are what a step costs.
         if self.clip == "clean":
             clean = torch.add(noisy, predicted_noise, alpha=-step.sigma).div(step.sqrt_alpha_cumprod).clamp(-1, 1)
@@ -123,7 +123,7 @@ class DDPMSampler(Sampler):
     Raises:
         ValueError: for an unknown ``clip`` or a negative ``temperature``.
 
-    Example:
+    Examples:
         >>> [step.t for step in DDPMSampler().steps(NoiseSchedule.vp(3))]
         [2, 1, 0]
     """
@@ -174,7 +174,7 @@ class DDIMSampler(Sampler):
     Raises:
         ValueError: for ``num_steps`` below 1 or above the schedule's, ``eta`` outside [0, 1], or an unknown ``clip``.
 
-    Example:
+    Examples:
         >>> [step.t for step in DDIMSampler(num_steps=3).steps(NoiseSchedule.cosine(9))]
         [8, 4, 0]
     """

@@ -27,12 +27,12 @@ QValue = Callable[[Tensor], Tensor]
 
 
 class ScoreTarget(nn.Module):
-    """Base of the score targets. A target of one's own overrides :meth:`forward` and names what it reports.
+    """Base of the score targets. A target of one's own overrides ``forward`` and names what it reports.
 
     Attributes:
-        info_keys: names of the entries of the info dictionary that :meth:`forward` returns.
+        info_keys: names of the entries of the info dictionary that [`forward`][qsm_rl.ScoreTarget.forward] returns.
 
-    Example:
+    Examples:
         >>> class ClippedQScore(ScoreTarget):
         ...     info_keys = ("q_score",)
         ...
@@ -85,7 +85,7 @@ class GradientScoreTarget(ScoreTarget):
     def forward(
         self, q_value: QValue, noisy_action: Tensor, t: Tensor, noise_schedule: NoiseSchedule
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`ScoreTarget.forward`; reports ``q_score`` as the critics give it."""
+        """See [`ScoreTarget.forward`][qsm_rl.ScoreTarget.forward]; reports ``q_score`` as the critics give it."""
         q_score = F.action_gradient(q_value, noisy_action)
         return self.from_q_score(q_score, noise_schedule.sigmas[t]), {"q_score": q_score}
 
@@ -118,7 +118,7 @@ class ScaledQScore(GradientScoreTarget):
     Raises:
         ValueError: if ``scale`` or ``max_norm`` is not positive.
 
-    Example:
+    Examples:
         >>> target, info = ScaledQScore(50.0)(
         ...     lambda a: 0.1 * a.sum(-1), torch.zeros(2, 1), torch.tensor([0, 1]), NoiseSchedule.vp(5)
         ... )
@@ -134,7 +134,7 @@ class ScaledQScore(GradientScoreTarget):
         self.register_buffer("scale", _positive("scale", scale))
 
     def from_q_score(self, q_score: Tensor, sigma_t: Tensor) -> Tensor:
-        """See :meth:`GradientScoreTarget.from_q_score`."""
+        """See [`GradientScoreTarget.from_q_score`][qsm_rl.score_targets.GradientScoreTarget.from_q_score]."""
         return F.scaled_q_score(self.clip(q_score), self.scale)
 
 
@@ -152,7 +152,7 @@ class BoltzmannQScore(GradientScoreTarget):
     Raises:
         ValueError: if ``temperature`` or ``max_norm`` is not positive.
 
-    Example:
+    Examples:
         >>> target, _ = BoltzmannQScore(0.1)(
         ...     lambda a: a.sum(-1), torch.zeros(1, 1), torch.tensor([4]), NoiseSchedule.vp(5)
         ... )
@@ -167,12 +167,12 @@ class BoltzmannQScore(GradientScoreTarget):
         self.register_buffer("temperature", _positive("temperature", temperature))
 
     def from_q_score(self, q_score: Tensor, sigma_t: Tensor) -> Tensor:
-        """See :meth:`GradientScoreTarget.from_q_score`."""
+        """See [`GradientScoreTarget.from_q_score`][qsm_rl.score_targets.GradientScoreTarget.from_q_score]."""
         return F.boltzmann_q_score(self.clip(q_score), sigma_t, self.temperature)
 
 
 class NormalizedQScore(BoltzmannQScore):
-    """:class:`BoltzmannQScore` with dQ/da divided by its mean absolute value over the batch.
+    """[`BoltzmannQScore`][qsm_rl.BoltzmannQScore] with dQ/da divided by its mean absolute value over the batch.
 
     One gradient of the critics. One temperature then serves every scale of rewards and every stage of training; the
     price is that the policy's spread does not shrink where the critic knows more. Stateless. Take it as the first
@@ -187,7 +187,7 @@ class NormalizedQScore(BoltzmannQScore):
     Raises:
         ValueError: if ``temperature`` or ``max_norm`` is not positive.
 
-    Example:
+    Examples:
         >>> target, _ = NormalizedQScore(0.1)(
         ...     lambda a: 1e6 * a.sum(-1), torch.zeros(1, 1), torch.tensor([4]), NoiseSchedule.vp(5)
         ... )
@@ -200,7 +200,7 @@ class NormalizedQScore(BoltzmannQScore):
         self.sigma = sigma
 
     def from_q_score(self, q_score: Tensor, sigma_t: Tensor) -> Tensor:
-        """See :meth:`GradientScoreTarget.from_q_score`."""
+        """See [`GradientScoreTarget.from_q_score`][qsm_rl.score_targets.GradientScoreTarget.from_q_score]."""
         sigma_t = sigma_t if self.sigma else torch.ones_like(sigma_t)
         return super().from_q_score(q_score / F.mean_absolute(q_score), sigma_t)
 
@@ -233,7 +233,7 @@ class PosteriorQScore(ScoreTarget):
         ValueError: if ``temperature`` is not positive, ``num_particles`` is below 2, ``uniform_fraction`` outside [0,
             1], or ``chunk_size`` below 1.
 
-    Example:
+    Examples:
         >>> _ = torch.manual_seed(0)
         >>> target, info = PosteriorQScore(1.0, num_particles=100_000)(
         ...     lambda a: 4 * a.squeeze(-1), torch.zeros(1, 1), torch.tensor([0]), NoiseSchedule([0.9, 0.936])
@@ -270,7 +270,7 @@ class PosteriorQScore(ScoreTarget):
     def forward(
         self, q_value: QValue, noisy_action: Tensor, t: Tensor, noise_schedule: NoiseSchedule
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`ScoreTarget.forward`; reports ``effective_sample_size``, shape ``(*B,)``."""
+        """See ``ScoreTarget.forward``; reports ``effective_sample_size``, shape ``(*B,)``."""
         particles, log_weights, _ = self._weighted_particles(q_value, noisy_action, t, noise_schedule)
         cumprod = noise_schedule.alphas_cumprod[t]
         target, size = F.posterior_noise(noisy_action, cumprod, particles, log_weights)
@@ -298,7 +298,7 @@ class PosteriorQScore(ScoreTarget):
 
 
 class PosteriorGradientQScore(PosteriorQScore):
-    r"""The gradient form of :class:`PosteriorQScore`, wrong at the faces of the box.
+    r"""The gradient form of [`PosteriorQScore`][qsm_rl.PosteriorQScore], wrong at the faces of the box.
 
     ``eps* = -sigma_t E[dQ/da(a_0) | a_t] / (temperature sqrt(alphas_cumprod_t))``, the same expectation integrated by
     parts (target score identity, De Bortoli et al. 2024, arXiv 2402.08667). What integration by parts leaves at the
@@ -307,9 +307,9 @@ class PosteriorGradientQScore(PosteriorQScore):
     -.06. Take it to compare, or where actions never come near their bounds: its noise is smaller at low noise levels.
 
     ``num_particles`` evaluations of the critics and as many gradients. Arguments, errors and diagnostics as of
-    :class:`PosteriorQScore`.
+    [`PosteriorQScore`][qsm_rl.PosteriorQScore].
 
-    Example:
+    Examples:
         >>> target, info = PosteriorGradientQScore(1.0, num_particles=100)(
         ...     lambda a: 4 * a.squeeze(-1), torch.zeros(1, 1), torch.tensor([0]), NoiseSchedule([0.5, 0.99])
         ... )
@@ -320,7 +320,7 @@ class PosteriorGradientQScore(PosteriorQScore):
     def forward(
         self, q_value: QValue, noisy_action: Tensor, t: Tensor, noise_schedule: NoiseSchedule
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`ScoreTarget.forward`; reports ``effective_sample_size``, shape ``(*B,)``."""
+        """See ``ScoreTarget.forward``; reports ``effective_sample_size``, shape ``(*B,)``."""
         particles, log_weights, temperature = self._weighted_particles(q_value, noisy_action, t, noise_schedule)
         # Of chunks (k, *B, A) the leading dimension is the critics' particle dimension already.
         q_scores = self._in_chunks(torch.func.grad(lambda chunk: q_value(chunk).sum()), particles)

@@ -29,7 +29,7 @@ class SpreadTuner(nn.Module):
     Raises:
         ValueError: if the target has no temperature, or a number is out of range.
 
-    Example:
+    Examples:
         >>> from qsm_rl import NormalizedQScore
         >>> target = NormalizedQScore(0.1)
         >>> tuner = SpreadTuner(target, target_spread=0.2, rate=0.5)

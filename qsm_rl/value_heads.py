@@ -17,7 +17,7 @@ def symlog(values: Tensor) -> Tensor:
 
     Hafner et al. 2023, arXiv 2301.04104, equation 9.
 
-    Example:
+    Examples:
         >>> symlog(torch.tensor([-1.0, 0.0, 1.0]) * (math.e - 1))
         tensor([-1.,  0.,  1.])
     """
@@ -25,9 +25,9 @@ def symlog(values: Tensor) -> Tensor:
 
 
 def symexp(values: Tensor) -> Tensor:
-    """``sign(x) (exp(abs(x)) - 1)``, the inverse of :func:`symlog`.
+    """``sign(x) (exp(abs(x)) - 1)``, the inverse of ``symlog``.
 
-    Example:
+    Examples:
         >>> symexp(torch.tensor([-1.0, 0.0, 1.0]))
         tensor([-1.7183,  0.0000,  1.7183])
     """
@@ -46,7 +46,7 @@ def two_hot(values: Tensor, support: Tensor) -> Tensor:
     Returns:
         Weights in [0, 1] that sum to 1, shape ``(*B, K)``.
 
-    Example:
+    Examples:
         >>> two_hot(torch.tensor([0.25, 3.0, 9.0]), torch.tensor([0.0, 1.0, 5.0]))
         tensor([[0.7500, 0.2500, 0.0000],
                 [0.0000, 0.5000, 0.5000],
@@ -74,7 +74,7 @@ def return_bound(rewards: Tensor, discounts: Tensor) -> float:
     Raises:
         ValueError: if a discount is 1, for which there is no bound.
 
-    Example:
+    Examples:
         >>> return_bound(torch.tensor([0.5, -2.0]), torch.tensor(0.75)), return_bound(torch.zeros(3), torch.tensor(0.5))
         (8.0, 2.0)
     """
@@ -122,7 +122,7 @@ class ScalarHead(ValueHead):
     Args:
         loss_function: ``"l2"``, ``"l1"`` or ``"smooth_l1"``.
 
-    Example:
+    Examples:
         >>> ScalarHead("l2").td_loss(torch.tensor([[3.0]]), torch.tensor([1.0]))
         tensor([4.])
     """
@@ -131,11 +131,11 @@ class ScalarHead(ValueHead):
     num_outputs = 1
 
     def value(self, outputs: Tensor) -> Tensor:
-        """See :meth:`ValueHead.value`."""
+        """See [`ValueHead.value`][qsm_rl.ValueHead.value]."""
         return outputs.squeeze(-1)
 
     def td_loss(self, outputs: Tensor, target: Tensor) -> Tensor:
-        """See :meth:`ValueHead.td_loss`."""
+        """See [`ValueHead.td_loss`][qsm_rl.ValueHead.td_loss]."""
         distance = {
             "l2": nn.functional.mse_loss,
             "l1": nn.functional.l1_loss,
@@ -155,13 +155,13 @@ class TwoHotHead(ValueHead, nn.Module):
     A critic starts at Q near 0 for every input. Targets outside the support are clipped to its ends and counted
     (``target_clipped`` of the losses), so choose it around all returns that can occur: rewards in ``[r_min, r_max]``
     give ``[r_min, r_max] / (1 - gamma)``. Without ends the head waits for them: a loss chooses them from rewards seen,
-    by :meth:`~qsm_rl.QScoreMatchingLoss.choose_value_support`. They are part of the state_dict.
+    by ``choose_value_support``. They are part of the state_dict.
 
     Args:
         low: lower end of the support; None, with ``high``, leaves both to be set later.
         high: its upper end; 0 lies between the two or is one of them.
         num_bins: points of the support, at least 2. More resolve finer and cost little; usual range 51 to 255.
-        symlog: whether the points are evenly spaced in :func:`symlog` rather than in value, fine near 0 and coarse far
+        symlog: whether the points are evenly spaced in ``symlog`` rather than in value, fine near 0 and coarse far
             out, for returns of unknown size.
 
     Attributes:
@@ -172,7 +172,7 @@ class TwoHotHead(ValueHead, nn.Module):
     Raises:
         ValueError: if the support is empty or without 0, or ``num_bins`` is below 2.
 
-    Example:
+    Examples:
         >>> head = TwoHotHead(0.0, 4.0, 5)
         >>> outputs = torch.tensor([-20.0, -20.0, 0.0, 0.0, -20.0])  # half on 2, half on 3
         >>> head.value(outputs), head.td_loss(outputs, torch.tensor(2.5))
@@ -204,7 +204,7 @@ class TwoHotHead(ValueHead, nn.Module):
         self.low, self.high, self.has_support = float(low), float(high), True
 
     def choose_support(self, rewards: Tensor, discounts: Tensor) -> None:
-        """Sets both ends to :data:`SUPPORT_HEADROOM` times :func:`return_bound`, unless there is a support already."""
+        """Sets both ends to ``SUPPORT_HEADROOM`` times ``return_bound``, unless there is a support already."""
         if not self.has_support:
             bound = SUPPORT_HEADROOM * return_bound(rewards, discounts)
             self.set_support(-bound, bound)
@@ -227,13 +227,13 @@ class TwoHotHead(ValueHead, nn.Module):
         return (0.99 * weights + 0.01 / self.num_bins).log()
 
     def value(self, outputs: Tensor) -> Tensor:
-        """See :meth:`ValueHead.value`; computes in float32 or more."""
+        """See [`ValueHead.value`][qsm_rl.ValueHead.value]; computes in float32 or more."""
         dtype = torch.promote_types(outputs.dtype, torch.float32)
         support = self.support(dtype, outputs.device)
         return (outputs.softmax(-1, dtype) * support).sum(-1).to(outputs.dtype)
 
     def td_loss(self, outputs: Tensor, target: Tensor) -> Tensor:
-        """See :meth:`ValueHead.td_loss`; computes in float32 or more.
+        """See [`ValueHead.td_loss`][qsm_rl.ValueHead.td_loss]; computes in float32 or more.
 
         Raises:
             RuntimeError: if the head has no support yet.
@@ -248,7 +248,7 @@ class TwoHotHead(ValueHead, nn.Module):
         return -(weights * outputs.log_softmax(-1, dtype)).sum(-1).to(outputs.dtype)
 
     def clipped(self, target: Tensor) -> Tensor:
-        """See :meth:`ValueHead.clipped`."""
+        """See [`ValueHead.clipped`][qsm_rl.ValueHead.clipped]."""
         return (target < self.low) | (target > self.high)
 
     def get_extra_state(self) -> Tensor:
@@ -256,7 +256,7 @@ class TwoHotHead(ValueHead, nn.Module):
         return torch.tensor([self.low, self.high] if self.has_support else [math.nan, math.nan], dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Takes over what :meth:`get_extra_state` returned."""
+        """Takes over what [`get_extra_state`][qsm_rl.TwoHotHead.get_extra_state] returned."""
         low, high = state.tolist()
         if not math.isnan(low):
             self.set_support(low, high)

@@ -186,7 +186,7 @@ def train(name: str, frames: int, seed: int) -> tuple[nn.Module, np.ndarray]:
 
 @torch.no_grad()
 def roll_out(policy: nn.Module, seed: int) -> np.ndarray:
-    """Places of :data:`EPISODES` episodes, ``(episodes, steps, 2)``; NaN behind the end."""
+    """Places of ``EPISODES`` episodes, ``(episodes, steps, 2)``; NaN behind the end."""
     environment = rl.make_environment("qsm_rl/MultiGoal-v0", num_envs=EPISODES, seed=seed + 1_000)
     with set_exploration_type(ExplorationType.RANDOM):
         rollout = environment.rollout(50, policy, break_when_any_done=False, auto_reset=True)

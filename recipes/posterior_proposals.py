@@ -37,7 +37,7 @@ REPEATS = 200
 
 
 def posterior_mean(q: Callable[[Tensor], Tensor], noisy: Tensor, cumprod: float, values: Tensor) -> Tensor:
-    """E[values(a_0) | a_t] by quadrature for noised actions ``(N,)``; ``values`` on :data:`GRID`."""
+    """E[values(a_0) | a_t] by quadrature for noised actions ``(N,)``; ``values`` on ``GRID``."""
     log_weights = q(GRID) - (noisy.double().unsqueeze(-1) - cumprod**0.5 * GRID) ** 2 / (2 * (1 - cumprod))
     weights = torch.softmax(log_weights, -1) * CELLS
     return (weights * values).sum(-1) / weights.sum(-1)

@@ -31,7 +31,7 @@ def vp_betas(num_steps: int, beta_min: float = 0.1, beta_max: float = 10.0) -> T
     Returns:
         Betas in (0, 1), float64, shape ``(num_steps,)``.
 
-    Example:
+    Examples:
         >>> vp_betas(2)
         tensor([0.7240, 0.9768], dtype=torch.float64)
     """
@@ -52,7 +52,7 @@ def cosine_betas(num_steps: int, offset: float = 0.008, max_beta: float = 0.999)
     Returns:
         Betas in (0, ``max_beta``], float64, shape ``(num_steps,)``.
 
-    Example:
+    Examples:
         >>> cosine_betas(2)
         tensor([0.5062, 0.9990], dtype=torch.float64)
     """
@@ -73,7 +73,7 @@ def linear_betas(num_steps: int, beta_start: float = 1e-4, beta_end: float = 2e-
     Returns:
         Betas, float64, shape ``(num_steps,)``.
 
-    Example:
+    Examples:
         >>> linear_betas(3, 0.1, 0.5)
         tensor([0.1000, 0.3000, 0.5000], dtype=torch.float64)
     """
@@ -91,7 +91,7 @@ def add_noise(clean: Tensor, noise: Tensor, alphas_cumprod_t: Tensor) -> Tensor:
     Returns:
         Noised actions, shape ``(*B, A)``.
 
-    Example:
+    Examples:
         >>> add_noise(torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor(0.64))
         tensor([2.])
     """
@@ -101,7 +101,7 @@ def add_noise(clean: Tensor, noise: Tensor, alphas_cumprod_t: Tensor) -> Tensor:
 
 
 def predict_clean(noisy: Tensor, predicted_noise: Tensor, alphas_cumprod_t: Tensor) -> Tensor:
-    """Inverse of :func:`add_noise` for a predicted noise: ``(noisy - sigma_t noise) / sqrt(alphas_cumprod_t)``.
+    """Inverse of ``add_noise`` for a predicted noise: ``(noisy - sigma_t noise) / sqrt(alphas_cumprod_t)``.
 
     Args:
         noisy: noised actions, shape ``(*B, A)``.
@@ -111,7 +111,7 @@ def predict_clean(noisy: Tensor, predicted_noise: Tensor, alphas_cumprod_t: Tens
     Returns:
         Predicted clean actions, shape ``(*B, A)``, not clipped.
 
-    Example:
+    Examples:
         >>> predict_clean(torch.tensor([2.0]), torch.tensor([2.0]), torch.tensor(0.64)).round(decimals=4)
         tensor([1.])
     """

@@ -23,7 +23,7 @@ def gaussian_log_prob(sample: Tensor, mean: Tensor, std: Tensor | float) -> Tens
     Returns:
         Shape ``(*B,)``.
 
-    Example:
+    Examples:
         >>> gaussian_log_prob(torch.tensor([0.0, 1.0]), torch.zeros(2), 1.0)
         tensor(-2.3379)
     """
@@ -45,7 +45,7 @@ def leave_one_out_advantage(q_values: Tensor) -> Tensor:
     Returns:
         Shape ``(M, *B)``; sums to zero over the samples.
 
-    Example:
+    Examples:
         >>> leave_one_out_advantage(torch.tensor([1.0, 2.0, 6.0]))
         tensor([-3.0000, -1.5000,  4.5000])
     """
@@ -67,7 +67,7 @@ def normalized_q_value(q_value: Tensor, other_q_value: Tensor) -> Tensor:
     Returns:
         Shape ``(*B,)``.
 
-    Example:
+    Examples:
         >>> normalized_q_value(torch.tensor([1.0, -3.0]), torch.tensor([-1.0, 3.0]))
         tensor([ 0.5000, -1.5000])
     """

@@ -26,7 +26,7 @@ def truncated_normal(mean: Tensor, std: Tensor, uniform: Tensor) -> Tensor:
     Returns:
         Samples in [-1, 1], shape ``(*S)``, dtype of ``mean``.
 
-    Example:
+    Examples:
         >>> truncated_normal(torch.tensor(0.0), torch.tensor(100.0), torch.tensor([0.25, 0.5, 1.0])).round(decimals=3)
         tensor([-0.5000,  0.0000,  1.0000])
     """
@@ -45,9 +45,9 @@ def truncated_normal(mean: Tensor, std: Tensor, uniform: Tensor) -> Tensor:
 def log_mixture_weight(particles: Tensor, mean: Tensor, std: Tensor, uniform_fraction: float) -> Tensor:
     """Logarithm of ``N(mean, std^2)`` over the density of a proposal that mixes it with the uniform law, on the box.
 
-    A share ``uniform_fraction`` of the particles is uniform in the box, the others are :func:`truncated_normal`. Each
-    is weighted by the whole mixture's density (the balance heuristic, Veach and Guibas 1995), so weights stay bounded
-    wherever either part has mass.
+    A share ``uniform_fraction`` of the particles is uniform in the box, the others are
+    [`truncated_normal`][qsm_rl.functional.truncated_normal]. Each is weighted by the whole mixture's density (the
+    balance heuristic, Veach and Guibas 1995), so weights stay bounded wherever either part has mass.
 
     Args:
         particles: points in the box, shape ``(K, *B, A)``.
@@ -58,7 +58,7 @@ def log_mixture_weight(particles: Tensor, mean: Tensor, std: Tensor, uniform_fra
     Returns:
         Log-weights up to a constant for each sample, shape ``(K, *B)``.
 
-    Example:
+    Examples:
         >>> log_mixture_weight(torch.tensor([[0.0], [1.0]]), torch.zeros(1), torch.ones(1), 1.0).diff()
         tensor([-0.5000])
     """
@@ -91,7 +91,7 @@ def posterior_noise(
     Returns:
         The noise, shape ``(*B, A)``, and the effective sample size ``(sum w)^2 / sum w^2`` in [1, K], shape ``(*B,)``.
 
-    Example:
+    Examples:
         >>> noise, size = posterior_noise(
         ...     torch.tensor([0.8]), torch.tensor(0.64), torch.tensor([[1.0], [0.5]]), torch.tensor([0.0, 0.0])
         ... )
@@ -110,7 +110,7 @@ def posterior_noise(
 def posterior_gradient_noise(
     q_scores: Tensor, alphas_cumprod_t: Tensor, temperature: Tensor | float, log_weights: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gradient form of :func:`posterior_noise`.
+    """The gradient form of [`posterior_noise`][qsm_rl.functional.posterior_noise].
 
     ``-sigma_t E[dQ/da(a_0) | a_t] / (temperature sqrt(alphas_cumprod_t))``.
 
@@ -121,12 +121,12 @@ def posterior_gradient_noise(
         q_scores: dQ/da at the particles, shape ``(K, *B, A)``.
         alphas_cumprod_t: ``alphas_cumprod`` at each sample's timestep, shape ``(*B,)``.
         temperature: temperature of the policy, in units of Q.
-        log_weights: as for :func:`posterior_noise`, shape ``(K, *B)``.
+        log_weights: as for [`posterior_noise`][qsm_rl.functional.posterior_noise], shape ``(K, *B)``.
 
     Returns:
         The noise, shape ``(*B, A)``, and the effective sample size in [1, K], shape ``(*B,)``.
 
-    Example:
+    Examples:
         >>> posterior_gradient_noise(torch.tensor([[3.0], [5.0]]), torch.tensor(0.64), 2.0, torch.tensor([0.0, 0.0]))
         (tensor([-1.5000]), tensor(2.))
     """

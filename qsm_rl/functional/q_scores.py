@@ -29,7 +29,7 @@ def action_gradient(q_value: Callable[[Tensor], Tensor], action: Tensor) -> Tens
     Returns:
         dQ/da, shape ``(*B, A)``, without a graph.
 
-    Example:
+    Examples:
         >>> action_gradient(lambda a: -(a**2).sum(-1), torch.tensor([[0.5, -1.0]]))
         tensor([[-1.,  2.]])
     """
@@ -50,7 +50,7 @@ def aggregate_q_values(q_values: Tensor, aggregation: Literal["min", "mean"] | f
     Returns:
         Shape ``(*B,)``.
 
-    Example:
+    Examples:
         >>> aggregate_q_values(torch.tensor([1.0, 3.0]), 0.5)
         tensor(1.5000)
     """
@@ -70,7 +70,7 @@ def scaled_q_score(q_score: Tensor, scale: Tensor | float) -> Tensor:
     Returns:
         Target of the predicted noise, shape ``(*B, A)``.
 
-    Example:
+    Examples:
         >>> scaled_q_score(torch.tensor([0.1]), 50.0)
         tensor([-5.])
     """
@@ -91,7 +91,7 @@ def boltzmann_q_score(q_score: Tensor, sigma_t: Tensor, temperature: Tensor | fl
     Returns:
         Target of the predicted noise, shape ``(*B, A)``.
 
-    Example:
+    Examples:
         >>> boltzmann_q_score(torch.tensor([2.0]), torch.tensor(0.5), 0.1)
         tensor([-10.])
     """
@@ -109,7 +109,7 @@ def clip_norm(vectors: Tensor, max_norm: float) -> Tensor:
     Returns:
         Shape ``(*B, A)``.
 
-    Example:
+    Examples:
         >>> clip_norm(torch.tensor([[3.0, 4.0], [0.3, 0.4]]), 1.0)
         tensor([[0.6000, 0.8000],
                 [0.3000, 0.4000]])
@@ -121,7 +121,7 @@ def clip_norm(vectors: Tensor, max_norm: float) -> Tensor:
 def mean_absolute(values: Tensor) -> Tensor:
     """Mean of the absolute value over all entries, floored so that it can be divided by.
 
-    Example:
+    Examples:
         >>> mean_absolute(torch.tensor([-1.0, 3.0]))
         tensor(2.)
     """

@@ -38,7 +38,7 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
     """Base of the losses that train critics by temporal differences at samples of a diffusion actor.
 
     A loss adds its ``actor_loss``, and to ``diagnostic_keys`` and ``diagnostics`` what that reports. The arguments are
-    those of :class:`~qsm_rl.QScoreMatchingLoss`, which documents them.
+    those of [`QScoreMatchingLoss`][qsm_rl.QScoreMatchingLoss], which documents them.
     """
 
     @dataclass
@@ -234,13 +234,13 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
 
     @property
     def diagnostic_keys(self) -> list[str]:
-        """Names of what :meth:`diagnostics` returns, in its order."""
+        """Names of what ``diagnostics`` returns, in its order."""
         bonus = [] if self.entropy_bonus is None else ["entropy_bonus"]
         clipped = ["target_clipped"] if self.value_head.bounded else []
         return ["q_value", "target_value", "td_error", *bonus, *clipped]
 
     def diagnostics(self, qvalue_info: dict[str, Tensor], actor_info: dict[str, Tensor]) -> dict[str, Tensor]:
-        """See :meth:`TwoPartLoss.diagnostics`: what every loss reports of its critics, all means."""
+        """See ``TwoPartLoss.diagnostics``: what every loss reports of its critics, all means."""
         names = ("q_value", "target_value", "td_error", "entropy_bonus", "target_clipped")
         found = {name: qvalue_info[name] for name in names if name in qvalue_info}
         return {name: (x.float() if x.dtype == torch.bool else x).mean() for name, x in found.items()}
@@ -253,7 +253,7 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
         Args:
             live: False gives independent copies that can be trained. True gives modules on the loss's own weights: they
                 follow as it trains or loads a state_dict (not when it moves to another device or type) and ask for no
-                gradient, for example for :class:`~qsm_rl.BestOfN`.
+                gradient, for example for [`BestOfN`][qsm_rl.BestOfN].
 
         Returns:
             One module for each critic, in the given order.

@@ -35,13 +35,15 @@ class DiffusionPolicyGradientLoss(DiffusionActorCriticLoss):
     A step without noise has no density and a clipped state none either, so here every step's standard deviation is at
     least ``min_std`` and likelihoods are of the draws before clipping. The policy that is improved is thus a little
     wider than the one that acts; with the usual schedules the floor only matters in the last steps, whose noise is what
-    :class:`~qsm_rl.GaussianExploration` and ``target_action_noise_std`` of the same size add to an action.
+    [`GaussianExploration`][qsm_rl.GaussianExploration] and ``target_action_noise_std`` of the same size add to an
+    action.
 
     Args:
         actor_network: the policy. Give its sampler the clip ``"clean"``: where the action itself is clipped, all chains
             that end at a face have one value of Q and nothing is learned, and an untrained chain that clips its samples
             or nothing ends there almost always.
-        qvalue_network: critics, as in :class:`~qsm_rl.QScoreMatchingLoss`; the advantage takes their mean.
+        qvalue_network: critics, as in [`QScoreMatchingLoss`][qsm_rl.QScoreMatchingLoss]; the advantage takes their
+            mean.
 
     Keyword Args:
         num_samples: M, chains for each observation, at least 2. More is less noisy and costs time in proportion; usual
@@ -49,18 +51,20 @@ class DiffusionPolicyGradientLoss(DiffusionActorCriticLoss):
         min_std: floor of every step's standard deviation, box units, above 0. Less is closer to the acting policy and
             makes the gradient noisier, in proportion to its inverse; DPPO's is 0.1, usual range 0.05 to 0.2.
 
-    The other arguments are those of :class:`~qsm_rl.QScoreMatchingLoss`; ``loss_function`` is that of the critics.
+    The other arguments are those of [`QScoreMatchingLoss`][qsm_rl.QScoreMatchingLoss]; ``loss_function`` is that of the
+    critics.
 
     Output entries: ``loss_actor``, ``loss_qvalue`` (summed over critics) and detached scalars: those of the critics as
     there, ``policy_q_value`` (mean of Q at the policy's samples) and ``advantage_size`` (mean of abs(A)). The priority
     entry ``"td_error"`` ``(*B,)`` is written to the input.
 
     Raises:
-        TypeError: if the actor is not a :class:`~qsm_rl.DiffusionActor`, naming what it lacks.
-        ValueError: for fewer than two samples, a floor of 0, and as :class:`~qsm_rl.QScoreMatchingLoss` does.
-        KeyError: for a batch without one of the :attr:`in_keys`.
+        TypeError: if the actor is not a [`DiffusionActor`][qsm_rl.DiffusionActor], naming what it lacks.
+        ValueError: for fewer than two samples, a floor of 0, and as [`QScoreMatchingLoss`][qsm_rl.QScoreMatchingLoss]
+            does.
+        KeyError: for a batch without one of the ``in_keys``.
 
-    Example:
+    Examples:
         >>> from tensordict import TensorDict
         >>> from torchrl.data import Bounded
         >>> from torchrl.objectives import SoftUpdate
@@ -121,7 +125,7 @@ class DiffusionPolicyGradientLoss(DiffusionActorCriticLoss):
 
     @property
     def diagnostic_keys(self) -> list[str]:
-        """Names of what :meth:`diagnostics` returns, in its order."""
+        """Names of what [`diagnostics`][qsm_rl.DiffusionPolicyGradientLoss.diagnostics] returns, in its order."""
         return [*super().diagnostic_keys, "policy_q_value", "advantage_size"]
 
     def actor_loss(
@@ -167,7 +171,7 @@ class DiffusionPolicyGradientLoss(DiffusionActorCriticLoss):
         return self._reduce_loss(losses, tensordict, weights=weights), info
 
     def diagnostics(self, qvalue_info: dict[str, Tensor], actor_info: dict[str, Tensor]) -> dict[str, Tensor]:
-        """See :meth:`~qsm_rl.QScoreMatchingLoss.diagnostics`."""
+        """See [`diagnostics`][qsm_rl.QScoreMatchingLoss.diagnostics]."""
         out = super().diagnostics(qvalue_info, actor_info)
         out["policy_q_value"] = actor_info["policy_q_value"].mean()
         out["advantage_size"] = actor_info["advantage"].abs().mean()

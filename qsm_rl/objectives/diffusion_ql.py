@@ -34,7 +34,7 @@ class DiffusionQLLoss(DiffusionActorCriticLoss):
         actor_network: the policy. The authors' is ``NoiseSchedule.vp(5)`` with ``DDPMSampler(clip="clean")``. There is
             no gradient where an action is clipped, and an untrained chain that clips its samples or nothing ends at the
             faces of the box almost always: take the clip ``"clean"``.
-        qvalue_network: critics, as in :class:`~qsm_rl.QScoreMatchingLoss`.
+        qvalue_network: critics, as in [`QScoreMatchingLoss`][qsm_rl.QScoreMatchingLoss].
 
     Keyword Args:
         eta: weight of Q, at least 0; a buffer, so that it can be scheduled. More is greedier; the authors take 0.005 to
@@ -43,21 +43,22 @@ class DiffusionQLLoss(DiffusionActorCriticLoss):
         normalize_q: whether Q is divided by the mean size of another critic (of its own, if there is one only). Where
             Q comes near 0 at good actions, that size vanishes just there: pass False, which leaves ``eta`` in units of
             the noise's error for a unit of Q.
-        target_action_noise_std: as in :class:`~qsm_rl.QScoreMatchingLoss`; the authors have none.
+        target_action_noise_std: as in [`QScoreMatchingLoss`][qsm_rl.QScoreMatchingLoss]; the authors have none.
         delay_actor: whether the next action comes from a slowly following copy of the actor, as the authors'.
 
-    The other arguments are those of :class:`~qsm_rl.QScoreMatchingLoss`; ``loss_function`` is that of the critics.
+    The other arguments are those of [`QScoreMatchingLoss`][qsm_rl.QScoreMatchingLoss]; ``loss_function`` is that of the
+    critics.
 
     Output entries: ``loss_actor``, ``loss_qvalue`` (summed over critics) and detached scalars: those of the critics as
     there, ``policy_q_value`` (mean of Q at the policy's samples) and, with behaviour cloning, ``bc_error``. The
     priority entry ``"td_error"`` ``(*B,)`` is written to the input.
 
     Raises:
-        TypeError: if the actor is not a :class:`~qsm_rl.DiffusionActor`, naming what it lacks.
-        ValueError: for a negative weight, and as :class:`~qsm_rl.QScoreMatchingLoss` does.
-        KeyError: for a batch without one of the :attr:`in_keys`.
+        TypeError: if the actor is not a [`DiffusionActor`][qsm_rl.DiffusionActor], naming what it lacks.
+        ValueError: for a negative weight, and as [`QScoreMatchingLoss`][qsm_rl.QScoreMatchingLoss] does.
+        KeyError: for a batch without one of the ``in_keys``.
 
-    Example:
+    Examples:
         >>> from tensordict import TensorDict
         >>> from torchrl.data import Bounded
         >>> from torchrl.objectives import SoftUpdate
@@ -120,7 +121,7 @@ class DiffusionQLLoss(DiffusionActorCriticLoss):
 
     @property
     def diagnostic_keys(self) -> list[str]:
-        """Names of what :meth:`diagnostics` returns, in its order."""
+        """Names of what [`diagnostics`][qsm_rl.DiffusionQLLoss.diagnostics] returns, in its order."""
         return [*super().diagnostic_keys, "policy_q_value", *(["bc_error"] if self.bc_weight is not None else [])]
 
     def actor_loss(
@@ -181,7 +182,7 @@ class DiffusionQLLoss(DiffusionActorCriticLoss):
         return self._reduce_loss(losses, tensordict, weights=weights), info
 
     def diagnostics(self, qvalue_info: dict[str, Tensor], actor_info: dict[str, Tensor]) -> dict[str, Tensor]:
-        """See :meth:`~qsm_rl.QScoreMatchingLoss.diagnostics`."""
+        """See [`diagnostics`][qsm_rl.QScoreMatchingLoss.diagnostics]."""
         out = super().diagnostics(qvalue_info, actor_info)
         out.update({name: actor_info[name].mean() for name in ("policy_q_value", "bc_error") if name in actor_info})
         return out

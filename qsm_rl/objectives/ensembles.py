@@ -148,11 +148,11 @@ def joint_outputs(
     in place, inside the stacked parameters, which a vmapped function could not do.
 
     Args:
-        critic: as in :func:`ensemble_outputs`.
+        critic: as in ``ensemble_outputs``.
         layers: its batch normalisers, which are in training for this one forward.
         inputs: two inputs, each of batch size ``(*B)``.
         params: stacked parameters.
-        key: as in :func:`ensemble_outputs`.
+        key: as in ``ensemble_outputs``.
         mask: which samples count, ``(*B,)``; None for all. The others' outputs are zero.
     """
     both = torch.stack([x if mask is None else x[mask] for x in inputs])

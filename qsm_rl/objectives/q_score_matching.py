@@ -52,18 +52,18 @@ class QScoreMatchingLoss(DiffusionActorCriticLoss):
             and fine-tuning. Usual range 0.1 to 10 for targets about as long as the noise. Above 0 it becomes a buffer,
             so that it can be scheduled; 0 (the authors') computes nothing.
         loss_function: ``"l2"`` (the authors'), ``"l1"`` or ``"smooth_l1"``, for both losses; critics with a head of
-            their own, such as :class:`~qsm_rl.TwoHotHead`, bring their loss.
+            their own, such as [`TwoHotHead`][qsm_rl.TwoHotHead], bring their loss.
         target_aggregation: over the target critics in the TD target: ``"min"`` (the authors'), ``"mean"``, or a number
-            rho for ``mean - rho std`` (see :func:`~qsm_rl.functional.aggregate_q_values`). The minimum grows more
-            pessimistic with the number of critics; usual range of rho 0 to 1, more is more pessimistic.
+            rho for ``mean - rho std`` (see [`aggregate_q_values`][qsm_rl.functional.aggregate_q_values]). The minimum
+            grows more pessimistic with the number of critics; usual range of rho 0 to 1, more is more pessimistic.
         target_action_noise_std: standard deviation, in box units, of the Gaussian noise added to the next action in the
             TD target before it is clipped, at least 0. More smooths the critic over actions. The authors take 0.1.
         entropy_bonus: what the next state's value earns for the entropy of the policy there, see
-            :class:`~qsm_rl.EntropyBonus`; None (the authors') for nothing.
+            [`EntropyBonus`][qsm_rl.EntropyBonus]; None (the authors') for nothing.
         delay_actor: whether the next action comes from a slowly following copy of the actor; the authors have none.
         delay_qvalue: whether the TD target comes from slowly following copies of the critics (needs an updater such as
-            :class:`~torchrl.objectives.SoftUpdate`). False for critics that normalise over the batch, such as
-            :class:`~qsm_rl.QValueCrossQ`: replayed and next state-action pairs then share one forward and its
+            ``SoftUpdate``). False for critics that normalise over the batch, such as
+            [`QValueCrossQ`][qsm_rl.QValueCrossQ]: replayed and next state-action pairs then share one forward and its
             statistics, and the running statistics serve everywhere else.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` over the batch.
         deactivate_vmap: whether the critics run one after another in a loop, which also compiles, rather than under
@@ -78,12 +78,12 @@ class QScoreMatchingLoss(DiffusionActorCriticLoss):
     input.
 
     Raises:
-        TypeError: if the actor is not a :class:`~qsm_rl.DiffusionActor`, naming what it lacks.
+        TypeError: if the actor is not a [`DiffusionActor`][qsm_rl.DiffusionActor], naming what it lacks.
         ValueError: for an unknown option, a negative noise, critics that share weights or do not fit
             ``num_qvalue_nets``, lazy networks that were not run once, or batches whose shapes do not fit the networks.
-        KeyError: for a batch without one of the :attr:`in_keys`.
+        KeyError: for a batch without one of the ``in_keys``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from tensordict import TensorDict
         >>> from tensordict.nn import TensorDictModule
@@ -163,7 +163,7 @@ class QScoreMatchingLoss(DiffusionActorCriticLoss):
 
     @property
     def diagnostic_keys(self) -> list[str]:
-        """Names of what :meth:`diagnostics` returns, in its order."""
+        """Names of what [`diagnostics`][qsm_rl.QScoreMatchingLoss.diagnostics] returns, in its order."""
         return [
             *super().diagnostic_keys,
             "predicted_noise_norm",
@@ -232,11 +232,11 @@ class QScoreMatchingLoss(DiffusionActorCriticLoss):
         """Scalars for a log from the info dictionaries of the two losses.
 
         Args:
-            qvalue_info: what :meth:`qvalue_loss` returned.
-            actor_info: what :meth:`actor_loss` returned.
+            qvalue_info: what [`qvalue_loss`][qsm_rl.QScoreMatchingLoss.qvalue_loss] returned.
+            actor_info: what [`actor_loss`][qsm_rl.QScoreMatchingLoss.actor_loss] returned.
 
         Returns:
-            Detached scalars under the names of :attr:`out_keys`.
+            Detached scalars under the names of ``out_keys``.
         """
         out = super().diagnostics(qvalue_info, actor_info)
         out["predicted_noise_norm"] = _mean_norm(actor_info["predicted_noise"])

@@ -33,10 +33,10 @@ class TwoPartLoss(LossModule):
         """Both losses on the weights as they are.
 
         Args:
-            tensordict: a batch with the entries of :attr:`in_keys`, batch size ``(*B)``.
+            tensordict: a batch with the entries of ``in_keys``, batch size ``(*B)``.
 
         Returns:
-            The entries of :attr:`out_keys`; the losses have shape ``()``, or ``(*B,)`` under ``reduction="none"``.
+            The entries of ``out_keys``; the losses have shape ``()``, or ``(*B,)`` under ``reduction="none"``.
         """
         loss_qvalue, qvalue_info = self.qvalue_loss(tensordict)
         loss_actor, actor_info = self.actor_loss(tensordict)
@@ -58,17 +58,17 @@ class TwoPartLoss(LossModule):
 
     @property
     def diagnostic_keys(self) -> list[str]:
-        """Names of what :meth:`diagnostics` returns, in its order."""
+        """Names of what ``diagnostics`` returns, in its order."""
         raise NotImplementedError
 
     def diagnostics(self, qvalue_info: Info, actor_info: Info) -> Info:
         """Scalars for a log from the info dictionaries of the two losses.
 
         Args:
-            qvalue_info: what :meth:`qvalue_loss` returned.
-            actor_info: what :meth:`actor_loss` returned.
+            qvalue_info: what ``qvalue_loss`` returned.
+            actor_info: what ``actor_loss`` returned.
 
         Returns:
-            Detached scalars under the names of :attr:`out_keys`.
+            Detached scalars under the names of ``out_keys``.
         """
         raise NotImplementedError

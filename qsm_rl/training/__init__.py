@@ -1,4 +1,4 @@
-"""The Lightning training side, which all recipes share. Importing :mod:`qsm_rl` alone does not import it."""
+"""The Lightning training side, which all recipes share. Importing ``qsm_rl`` alone does not import it."""
 
 from qsm_rl.training.actor_files import load_actor, publish_actor
 from qsm_rl.training.algorithms import ALGORITHMS, Algorithm, check_cells

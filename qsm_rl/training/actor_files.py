@@ -23,11 +23,11 @@ MLP_ACTORS = {actor.__name__: actor for actor in (TanhActor, TanhGaussianActor)}
 
 
 def publish_actor(folder: Path, actor: Actor, *, environment: EnvBase, env: str, action_repeat: int = 1) -> None:
-    """Writes an actor with the statistics of its observations, see :meth:`qsm_rl.DiffusionActor.save_pretrained`.
+    """Writes an actor with the statistics of its observations, see ``qsm_rl.DiffusionActor.save_pretrained``.
 
     Args:
         folder: made when missing; files of an earlier call are replaced.
-        actor: an actor of a recipe; a diffusion policy with a :class:`~qsm_rl.ScoreMLP`.
+        actor: an actor of a recipe; a diffusion policy with a [`ScoreMLP`][qsm_rl.ScoreMLP].
         environment: what it was trained in; where it normalises observations, so does the published actor.
         env: name of that environment.
         action_repeat: simulator steps for each action.

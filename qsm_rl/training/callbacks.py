@@ -42,7 +42,7 @@ __all__ = [
 
 
 class PeriodicCallback(Callback):
-    """Base: :meth:`run` is called behind a training step in which a period of frames ended, and behind the last one.
+    """Base: ``run`` is called behind a training step in which a period of frames ended, and behind the last one.
 
     Args:
         frames: the data set, which knows where the run ends and where it is cut.
@@ -92,7 +92,7 @@ class StopSignals(Callback):
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """A block that a signal leaves at once, by :class:`StopRequested`."""
+        """A block that a signal leaves at once, by ``StopRequested``."""
         if self.signal is not None:
             raise StopRequested
         self._interruptible = True
@@ -248,7 +248,7 @@ class MetricRows(PeriodicCallback):
         self._last_frames, self._last_steps = module.env_frames, module.grad_steps
 
     def due(self, before: int, after: int) -> bool:
-        """See :class:`MetricRows`."""
+        """See ``MetricRows``."""
         return (
             super().due(before, after)
             or period_ended(before, after, self.evaluate_every)

@@ -23,7 +23,7 @@ COUNTS = (
 class TrainingConfiguration:
     """Settings shared by all off-policy recipes. A frame is one decision of the agent, one transition.
 
-    A recipe's own settings are a dataclass derived from this one, which also names its :attr:`presets`.
+    A recipe's own settings are a dataclass derived from this one, which also names its ``presets``.
     """
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {"default": {}}
@@ -222,7 +222,7 @@ class TrainingConfiguration:
         """The values that a preset fills in on an environment.
 
         Args:
-            preset: a key of :attr:`presets`; nothing is filled in for another one, which the checks refuse.
+            preset: a key of ``presets``; nothing is filled in for another one, which the checks refuse.
             env: environment id, for presets that depend on it.
 
         Returns:
@@ -245,7 +245,7 @@ def capped_warmup(warmup_frames: int, total_frames: int) -> int:
     Returns:
         The smaller of ``warmup_frames`` and a fifth of ``total_frames``.
 
-    Example:
+    Examples:
         >>> capped_warmup(10_000, 1_000_000), capped_warmup(10_000, 2_000)
         (10000, 400)
     """

@@ -26,7 +26,7 @@ def curves_of(rows: Sequence[Mapping[str, Any]]) -> Curves:
     Raises:
         UserError: if two runs of a curve have the same seed, or its seeds no evaluation in common.
 
-    Example:
+    Examples:
         >>> curves_of([{"env": "Hopper-v5", "curve": "qsm", "seed": 0, "frames": 1000, "return_mean": 7.0}])
         {('Hopper-v5', 'qsm'): {0: {1000: 7.0}}}
     """
@@ -50,7 +50,7 @@ def curves_of(rows: Sequence[Mapping[str, Any]]) -> Curves:
 def common_frames(curve: Curve) -> list[int]:
     """Frame counts at which every seed was evaluated.
 
-    Example:
+    Examples:
         >>> common_frames({0: {1000: 7.0, 2000: 9.0}, 1: {1000: 5.0}})
         [1000]
     """
@@ -79,8 +79,8 @@ def plot_curves(curves: Curves, reference: Sequence[Mapping[str, Any]], picture:
     A reference of one point, such as a published result, is a level across the panel.
 
     Args:
-        curves: from :func:`curves_of`.
-        reference: from :func:`read_reference`.
+        curves: from [`curves_of`][qsm_rl.training.curves_of].
+        reference: from [`read_reference`][qsm_rl.training.read_reference].
         picture: PNG file to write.
 
     Raises:

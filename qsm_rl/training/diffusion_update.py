@@ -101,7 +101,7 @@ class DiffusionUpdate(Update):
 
     @property
     def policies(self) -> dict[str, TensorDictModuleBase]:
-        """:attr:`actor`, and where asked for its best of ``eval_best_of`` samples by the critics as they are now."""
+        """``actor``, and where asked for its best of ``eval_best_of`` samples by the critics as they are now."""
         policies = super().policies
         if self.eval_best_of > 1:
             critics = self.loss.trained_critics(live=True)
@@ -113,7 +113,7 @@ class DiffusionUpdate(Update):
         self.loss.choose_value_support(transitions)
 
     def forward(self, batch: TensorDictBase) -> dict[str, Tensor]:
-        """See :meth:`Update.forward`; returns ``qvalue`` (mean over critics) and, where it is its turn, ``actor``."""
+        """See ``Update.forward``; returns ``qvalue`` (mean over critics) and, where it is its turn, ``actor``."""
         loss_qvalue, self._qvalue_info = self._qvalue_loss(batch)
         self._step("critic", "loss_qvalue", loss_qvalue, self.critic_parameters)
         if self.target_updater is not None:

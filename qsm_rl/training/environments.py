@@ -67,14 +67,14 @@ def make_environment(
             module that registers it first), or ``"dm_control/<domain>-<task>"`` (``"dm_control/walker-walk"``).
         num_envs: Number of copies stepped one after the other in this process. More copies mean more frames for each
             call of the policy and less overhead per frame, but older weights. Usually 1 to 16.
-        seed: Seed of the whole batch, see :func:`sub_environment_seeds`; ``None`` takes fresh entropy.
+        seed: Seed of the whole batch, see ``sub_environment_seeds``; ``None`` takes fresh entropy.
         action_repeat: Number of simulator steps for which an action is held; it stops early at the episode's end.
             One frame is one decision of the agent, so an episode of 1000 simulator steps is 500 frames long with 2.
             Higher values make distant rewards nearer and control coarser. Usually 1 or 2, at most 8.
         normalize_observation: Whether to shift and scale observations by their running mean and standard deviation,
-            see :class:`RunningObservationNorm`. Helps where features differ in size by orders of magnitude
+            see ``RunningObservationNorm``. Helps where features differ in size by orders of magnitude
             (Humanoid-v5); the authors do without.
-        filmed: Whether pictures may be asked for, see :class:`~qsm_rl.training.Film`. Stepping costs the same.
+        filmed: Whether pictures may be asked for, see [`Film`][qsm_rl.training.Film]. Stepping costs the same.
 
     Returns:
         The environment, with its seed set; call ``reset()`` on it first.
@@ -84,7 +84,7 @@ def make_environment(
             a 1-D ``Box``, or a number lies outside its range.
         ImportError: If the environment needs a package that is not installed.
 
-    Example:
+    Examples:
         >>> environment = make_environment("InvertedPendulum-v5", num_envs=2, seed=0)
         >>> rollout = environment.rollout(5, break_when_any_done=False)
         >>> rollout["next", "observation"].shape
@@ -124,7 +124,7 @@ def sub_environment_seeds(seed: int, num_envs: int) -> list[int]:
     Raises:
         ValueError: If ``seed`` is negative.
 
-    Example:
+    Examples:
         >>> sub_environment_seeds(0, 3)[:2] == sub_environment_seeds(0, 2)
         True
     """
@@ -209,14 +209,14 @@ class _DmControlEnv(gymnasium.Env):
 
 
 def check_registered(name: str) -> None:
-    """Makes an environment, steps it for a moment, and refuses what is broken in it: see :func:`check_environment`.
+    """Makes an environment, steps it for a moment, and refuses what is broken in it: see ``check_environment``.
 
     Args:
-        name: as :func:`make_environment` takes it.
+        name: as ``make_environment`` takes it.
 
     Raises:
-        ValueError: naming what is broken, or as :func:`make_environment`.
-        ImportError: as :func:`make_environment`.
+        ValueError: naming what is broken, or as ``make_environment``.
+        ImportError: as ``make_environment``.
     """
     env = _make_gymnasium_env(name, 1, None, converted=False)
     try:

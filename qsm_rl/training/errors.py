@@ -23,7 +23,7 @@ class TrainingError(Exception):
 
 @contextmanager
 def user_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Turns the given kinds of exception, raised in the block, into a :class:`UserError` with the same message.
+    """Turns the given kinds of exception, raised in the block, into a ``UserError`` with the same message.
 
     Put it around calls whose arguments come straight from the user, and around nothing else: a bug must keep its
     traceback.
@@ -43,8 +43,8 @@ def user_errors(*kinds: type[Exception]) -> Iterator[None]:
 def exit_on_error(main: Callable[P, int]) -> Callable[P, NoReturn]:
     """Makes a recipe's ``main`` a command, which exits with the code that ``main`` returns.
 
-    A :class:`UserError` is printed on stderr without a traceback, and the code is 2; so is a :class:`TrainingError`,
-    with code 1. Ctrl-C before training has begun gives 130.
+    A [`UserError`][qsm_rl.training.UserError] is printed on stderr without a traceback, and the code is 2; so is a
+    [`TrainingError`][qsm_rl.training.TrainingError], with code 1. Ctrl-C before training has begun gives 130.
 
     Args:
         main: the recipe's entry point.

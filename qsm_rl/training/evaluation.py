@@ -75,7 +75,7 @@ def evaluate_policy(
         episodes: how many, at least 1.
         seed: seed of environment and policy. The caller's random generators are left as they were.
         deterministic: whether the policy acts under DETERMINISTIC exploration in place of RANDOM: a
-            :class:`~qsm_rl.DiffusionActor` then follows the mean of each reverse step from zero noise.
+            [`DiffusionActor`][qsm_rl.DiffusionActor] then follows the mean of each reverse step from zero noise.
         film: takes pictures of the first episode in ``environment``; nothing else changes.
 
     Returns:

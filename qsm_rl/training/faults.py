@@ -22,7 +22,7 @@ LARGEST = 4 << 30
 
 
 class Fault(NamedTuple):
-    """A dump of :func:`write_fault`.
+    """A dump of [`write_fault`][qsm_rl.training.write_fault].
 
     Attributes:
         about: message, frame, update, and versions.
@@ -73,7 +73,7 @@ def write_fault(
 
 
 def read_fault(folder: Path) -> Fault:
-    """What :func:`write_fault` wrote; runs no code in it.
+    """What [`write_fault`][qsm_rl.training.write_fault] wrote; runs no code in it.
 
     Args:
         folder: a folder below ``faults`` of a run.

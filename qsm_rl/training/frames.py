@@ -17,7 +17,7 @@ __all__ = ["FramesDataset", "period_ended"]
 def period_ended(before: int, after: int, period: int) -> bool:
     """Whether a multiple of ``period`` lies after frame ``before`` and not after frame ``after``.
 
-    Example:
+    Examples:
         >>> period_ended(990, 1000, 1000), period_ended(1000, 1010, 1000)
         (True, False)
     """

@@ -10,7 +10,7 @@ __all__ = ["MetricWindow"]
 class MetricWindow:
     """Collects values between two rows of the log.
 
-    Example:
+    Examples:
         >>> import torch
         >>> window = MetricWindow()
         >>> window.add({"loss/actor": torch.tensor(1.0)})
@@ -26,7 +26,7 @@ class MetricWindow:
         self._counts: dict[str, int] = {}
 
     def add(self, values: dict[str, Tensor] | dict[str, float]) -> None:
-        """Adds one value of each metric, scalars; tensors stay on their device until :meth:`pop`."""
+        """Adds one value of each metric, scalars; tensors stay on their device until ``pop``."""
         for name, value in values.items():
             if name in self._sums:
                 self._sums[name] = self._sums[name] + value

@@ -96,7 +96,7 @@ class SquashedMean(Network):
 
 
 class MLPActor:
-    """What both actors share: files that need no code to be read, as those of :class:`~qsm_rl.DiffusionActor`."""
+    """What both actors share: files that need no code to be read, as those of ``DiffusionActor``."""
 
     def __init__(
         self,
@@ -147,7 +147,7 @@ class MLPActor:
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> Self:
-        """The actor that :meth:`save_pretrained` wrote, on the CPU; reading runs no code.
+        """The actor that ``save_pretrained`` wrote, on the CPU; reading runs no code.
 
         Raises:
             ValueError: if a file is missing, malformed or from another version, or they do not fit each other.
@@ -182,7 +182,7 @@ class TanhGaussianActor(MLPActor, ProbabilisticTensorDictSequential):
     Raises:
         ValueError: if the action spec is unbounded or discrete.
 
-    Example:
+    Examples:
         >>> from tensordict import TensorDict
         >>> actor = TanhGaussianActor(4, Bounded(-3.0, 3.0, (2,)), (32, 32))
         >>> actor(TensorDict({"observation": torch.randn(8, 4)}, [8]))["action"].shape
@@ -235,7 +235,7 @@ class TanhActor(MLPActor, TensorDictModule):
     Raises:
         ValueError: if the action spec is unbounded or discrete.
 
-    Example:
+    Examples:
         >>> from tensordict import TensorDict
         >>> actor = TanhActor(4, Bounded(-3.0, 3.0, (2,)), (32, 32))
         >>> actor(TensorDict({"observation": torch.randn(8, 4)}, [8]))["action"].shape

@@ -42,8 +42,8 @@ class OffPolicyModule(LightningModule):
         warmup_frames: frames before the first update.
         updates_per_frame: updates for each frame after that.
         num_ranks: processes that train together, each on frames of its own; all of them are counted.
-        faults: folder for dumps of values that are not finite, see :func:`~qsm_rl.training.read_fault`; None keeps
-            none.
+        faults: folder for dumps of values that are not finite, see [`read_fault`][qsm_rl.training.read_fault]; None
+            keeps none.
 
     Attributes:
         env_frames: frames collected since the run began.
@@ -134,7 +134,7 @@ class OffPolicyModule(LightningModule):
         return {"env_frames": self.env_frames, "grad_steps": self.grad_steps, "update": self.update.checkpoint_state()}
 
     def restore_state(self, state: dict[str, Any]) -> None:
-        """Takes over what :meth:`checkpoint_state` returned."""
+        """Takes over what [`checkpoint_state`][qsm_rl.training.OffPolicyModule.checkpoint_state] returned."""
         self.env_frames, self.grad_steps = state["env_frames"], state["grad_steps"]
         self.update.restore_state(state["update"])
 

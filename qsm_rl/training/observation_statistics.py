@@ -22,7 +22,7 @@ class RunningObservationNorm(Transform):
     Args:
         observation_dim: Number of features O of ``observation``, shape ``(*B, O)``.
 
-    Example:
+    Examples:
         >>> norm = RunningObservationNorm(1)
         >>> norm.update(torch.tensor([[1.0], [3.0]]))
         >>> norm.normalize(torch.tensor([4.0]))
@@ -85,13 +85,13 @@ def copy_observation_statistics(source: EnvBase, target: EnvBase) -> None:
     that moment without changing its statistics. Nothing happens where neither of the two normalises.
 
     Args:
-        source: The training environment, from :func:`make_environment`.
-        target: The evaluation environment, from :func:`make_environment`.
+        source: The training environment, from [`make_environment`][qsm_rl.training.make_environment].
+        target: The evaluation environment, from [`make_environment`][qsm_rl.training.make_environment].
 
     Raises:
         ValueError: If only one of them normalises its observations.
 
-    Example:
+    Examples:
         >>> from qsm_rl.training.environments import make_environment
         >>> training = make_environment("InvertedPendulum-v5", seed=0, normalize_observation=True)
         >>> evaluation = make_environment("InvertedPendulum-v5", seed=1, normalize_observation=True)

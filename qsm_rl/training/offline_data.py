@@ -27,7 +27,7 @@ def read_dataset(name: str, environment: EnvBase) -> TensorDict:
     Args:
         name: ``minari:ID`` or ``d4rl:ID``, by TorchRL's loaders, which download; or a folder: of a run of the kit, or
             of a TorchRL replay buffer's ``dumps``. Reading a folder runs no code in it.
-        environment: what the transitions should fit, from :func:`make_environment`.
+        environment: what the transitions should fit, from [`make_environment`][qsm_rl.training.make_environment].
 
     Returns:
         Transitions ``(N,)``: observation, action, and next's observation, reward, done and terminated; float32.

@@ -22,9 +22,9 @@ def row_bytes(entries: dict[str, Any]) -> int:
     """Bytes of one transition.
 
     Args:
-        entries: dtype and shape of each entry, see :meth:`TransitionWriter.entries`.
+        entries: dtype and shape of each entry, see ``TransitionWriter.entries``.
 
-    Example:
+    Examples:
         >>> row_bytes({"observation": ["torch.float32", [17]], "done": ["torch.bool", [1]]})
         69
     """
@@ -64,7 +64,7 @@ def check_space(
     Args:
         folder: the run's folder.
         rows: transitions that the replay buffer will hold.
-        row: bytes of one, see :func:`row_bytes`.
+        row: bytes of one, see ``row_bytes``.
         checkpoint_every: frames between checkpoints, whose rows lie on the disk beside the buffer's.
         state: the update's tensors; Adam keeps two more of each.
         device: device whose memory holds the replay buffer; None for one in memory-mapped files.

@@ -159,7 +159,7 @@ class QSMConfiguration(DiffusionConfiguration):
     def preset_values(cls, preset: str, env: str) -> dict[str, Any]:
         """The values that a preset fills in; the authors advise another ``score_scale`` on two tasks.
 
-        Example:
+        Examples:
             >>> QSMConfiguration.preset_values("paper", "dm_control/humanoid-walk")["score_scale"]
             120.0
         """

@@ -18,13 +18,13 @@ TUNING_PERIOD = 10
 
 
 class QSMUpdate(DiffusionUpdate):
-    """:class:`DiffusionUpdate`, with a temperature that may tune itself.
+    """[`DiffusionUpdate`][qsm_rl.training.DiffusionUpdate], with a temperature that may tune itself.
 
     Args:
         loss: the loss, with its value estimator made and on its device.
         spread_tuner: moves the score target's temperature; None leaves it. It is asked every ``TUNING_PERIOD`` updates
             with 8 actions for each of the batch's first 32 observations.
-        **options: those of :class:`DiffusionUpdate`.
+        **options: those of [`DiffusionUpdate`][qsm_rl.training.DiffusionUpdate].
     """
 
     loss: QScoreMatchingLoss
@@ -34,7 +34,7 @@ class QSMUpdate(DiffusionUpdate):
         self._spread_tuner = (spread_tuner,)  # it holds the loss's score target: in a tuple, as the actor
 
     def forward(self, batch: TensorDictBase) -> dict[str, Tensor]:
-        """See :meth:`DiffusionUpdate.forward`; then the temperature, where it is its turn."""
+        """See ``DiffusionUpdate.forward``; then the temperature, where it is its turn."""
         losses = super().forward(batch)
         (tuner,) = self._spread_tuner
         if tuner is not None and self.num_updates % TUNING_PERIOD == 0:

@@ -22,7 +22,7 @@ def derived_seed(seed: int, *purpose: int | str) -> int:
     Returns:
         An integer from 0 to 2^31 - 1, which every library takes.
 
-    Example:
+    Examples:
         >>> derived_seed(0, "training", 5000) == derived_seed(0, "training", 5000) != derived_seed(0, "training", 10000)
         True
     """

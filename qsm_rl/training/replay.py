@@ -67,10 +67,10 @@ class TransitionWriter:
         self._write(frames)
 
     def entries(self, batch: TensorDictBase) -> dict[str, Any]:
-        """Dtype and shape of each entry of a transition, as :meth:`ReplayArchive.save` describes them.
+        """Dtype and shape of each entry of a transition, as ``ReplayArchive.save`` describes them.
 
         Args:
-            batch: a batch of the kind that :meth:`write` gets, of any values.
+            batch: a batch of the kind that [`write`][qsm_rl.training.TransitionWriter.write] gets, of any values.
         """
         found = {}
         for key in ENTRIES:
@@ -188,9 +188,10 @@ class ReplayArchive:
 
         Args:
             replay: an empty buffer of the saved one's capacity.
-            manifest: what :meth:`save` returned.
-            entries: dtype and shape of each entry that the run writes, see :meth:`TransitionWriter.entries`; as the
-                manifest says when not given.
+            manifest: what [`save`][qsm_rl.training.ReplayArchive.save] returned.
+            entries: dtype and shape of each entry that the run writes, see
+                [`TransitionWriter.entries`][qsm_rl.training.TransitionWriter.entries]; as the manifest says when not
+                given.
 
         Raises:
             UserError: if a file is missing, changed, malformed or none of ours, or the manifest does not fit the

@@ -61,7 +61,7 @@ def check_identity(state: dict[str, Any], identity: dict[str, Any], folder: obje
 
     Args:
         state: the checkpoint; one that an early version wrote carries no identity and passes.
-        identity: what :func:`run_identity` says of the run as it would go on.
+        identity: what ``run_identity`` says of the run as it would go on.
         folder: the run's folder, for the message.
 
     Raises:
@@ -88,7 +88,7 @@ def restore_checkpoint(
     """Puts a run back to where a checkpoint was written.
 
     Args:
-        state: what :meth:`CheckpointFolder.newest` returned.
+        state: what [`CheckpointFolder.newest`][qsm_rl.training.CheckpointFolder.newest] returned.
         module: the module of a run with the same settings.
         frames: its data set, not iterated yet.
         archive: the replay buffer's files.

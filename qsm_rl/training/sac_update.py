@@ -105,7 +105,7 @@ class SACUpdate(Update):
         return {"": DeterministicPolicy(self.actor)}
 
     def forward(self, batch: TensorDictBase) -> dict[str, Tensor]:
-        """See :meth:`Update.forward`; returns ``qvalue`` (mean over critics), ``actor`` and ``temperature``."""
+        """See ``Update.forward``; returns ``qvalue`` (mean over critics), ``actor`` and ``temperature``."""
         loss_qvalue, qvalue_info = self._qvalue_loss(batch)
         critic = self.optimizers["critic"]
         gradient_step("loss_qvalue", loss_qvalue, critic, self.critic_parameters, self.gradient_clipping)

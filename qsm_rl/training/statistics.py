@@ -28,7 +28,7 @@ def mean_interval(scores: Sequence[Sequence[float]], *, repetitions: int = 2000)
     Raises:
         UserError: if rliable is not installed.
 
-    Example:
+    Examples:
         >>> mean_interval([[1.0], [2.0], [6.0]])
         (3.0, 1.0, 6.0)
     """
@@ -53,7 +53,7 @@ def curve_intervals(
     Raises:
         UserError: if rliable is not installed.
 
-    Example:
+    Examples:
         >>> curve_intervals([[1.0, 10.0], [2.0, 20.0], [6.0, 60.0]])
         ([3.0, 30.0], [1.0, 10.0], [6.0, 60.0])
     """
@@ -78,7 +78,7 @@ def interval_estimates(
     Raises:
         UserError: if rliable is not installed.
 
-    Example:
+    Examples:
         >>> interval_estimates({"sac": [[0.5], [0.5]]})["sac"]["optimality gap"]
         (0.5, 0.5, 0.5)
     """
@@ -117,7 +117,7 @@ def performance_profiles(
     Raises:
         UserError: if rliable is not installed.
 
-    Example:
+    Examples:
         >>> performance_profiles({"sac": [[0.2], [0.2]]}, [0.1, 0.3])["sac"][0]
         [1.0, 0.0]
     """

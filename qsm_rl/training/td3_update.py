@@ -101,7 +101,7 @@ class TD3Update(Update):
         return self._actor[0]
 
     def forward(self, batch: TensorDictBase) -> dict[str, Tensor]:
-        """See :meth:`Update.forward`; returns ``qvalue`` (mean over critics), and ``actor`` where it was updated."""
+        """See ``Update.forward``; returns ``qvalue`` (mean over critics), and ``actor`` where it was updated."""
         loss_qvalue, self._info = self._qvalue_loss(batch)
         critic = self.optimizers["critic"]
         gradient_step("loss_qvalue", loss_qvalue, critic, self.critic_parameters, self.gradient_clipping)

@@ -52,7 +52,7 @@ Configuration = TypeVar("Configuration", bound=TrainingConfiguration)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRun(Generic[Configuration]):
-    """One run of an off-policy recipe: :meth:`begin` it, build policy, critics, loss and update, and :meth:`train`.
+    """One run of an off-policy recipe: ``begin`` it, build policy, critics, loss and update, and ``train``.
 
     Attributes:
         config: the settings, ``compile`` and ``precision`` decided.
@@ -158,9 +158,10 @@ class TrainingRun(Generic[Configuration]):
         """Collects, updates, evaluates, logs and writes checkpoints to the end of the run, and publishes the actor.
 
         Args:
-            update: the algorithm's update, on :attr:`device`.
+            update: the algorithm's update, on ``device``.
             acting: the policy that collects, exploration included; reads ``observation``, writes ``action``.
-            dataset: transitions ``(N,)`` from :func:`read_dataset` that the replay buffer begins with.
+            dataset: transitions ``(N,)`` from [`read_dataset`][qsm_rl.training.read_dataset] that the replay buffer
+                begins with.
             offline_frames: frames at the beginning for which nothing is collected: updates on the data set alone.
 
         Returns:

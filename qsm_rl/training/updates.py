@@ -29,8 +29,8 @@ class NonFiniteLossError(TrainingError):
 class Update(nn.Module):
     """One update of an algorithm on a replay batch: every loss, every optimiser step, every target network.
 
-    A subclass overrides :meth:`forward` and :attr:`actor`. The training module calls it, logs what it returns, and
-    stores its state.
+    A subclass overrides [`forward`][qsm_rl.training.Update.forward] and [`actor`][qsm_rl.training.Update.actor]. The
+    training module calls it, logs what it returns, and stores its state.
 
     Args:
         loss: the loss module; holds networks and target networks.
@@ -50,7 +50,7 @@ class Update(nn.Module):
 
     @property
     def policies(self) -> dict[str, TensorDictModuleBase]:
-        """What is evaluated, each apart: ``""`` is :attr:`actor`, logged as ``eval/...``, NAME as ``eval/NAME/...``."""
+        """What is evaluated, each apart: ``""`` is ``actor``, logged as ``eval/...``, NAME as ``eval/NAME/...``."""
         return {"": self.actor}
 
     def forward(self, batch: TensorDictBase) -> dict[str, Tensor]:
@@ -87,7 +87,7 @@ class Update(nn.Module):
         }
 
     def restore_state(self, state: dict[str, Any]) -> None:
-        """Takes over what :meth:`checkpoint_state` returned.
+        """Takes over what [`checkpoint_state`][qsm_rl.training.Update.checkpoint_state] returned.
 
         Raises:
             ValueError: naming the first network weight or optimiser state that does not fit.
@@ -180,7 +180,7 @@ def cosine_decay(step: int, decay_steps: int | None) -> float:
     Returns:
         The factor; 0 beyond ``decay_steps``.
 
-    Example:
+    Examples:
         >>> [round(cosine_decay(step, 100), 3) for step in (0, 50, 100, 150)], cosine_decay(7, None)
         ([1.0, 0.5, 0.0, 0.0], 1.0)
     """

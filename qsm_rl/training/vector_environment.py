@@ -17,7 +17,7 @@ __all__ = ["VectorEnvironment"]
 class VectorEnvironment(EnvBase):
     """A vector environment of boxes, stepped as one; also sums the rewards and counts the frames of each episode.
 
-    What :func:`~qsm_rl.training.make_environment` returns describes the entries. TorchRL's ``GymWrapper`` with
+    What ``make_environment`` returns describes the entries. TorchRL's ``GymWrapper`` with
     ``RewardSum`` and ``StepCounter`` gives the same values; it takes twice as long for a step, because it reads every
     entry through its spec and walks the tensordict once for each transform.
 

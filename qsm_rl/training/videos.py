@@ -35,13 +35,14 @@ os._exit(0)
 class Film:
     """A video of the first episode that an environment plays, as an mp4 file.
 
-    Inside the ``with`` block call :meth:`watch` before each step. The file appears at its place when the block ends,
-    and not at all if it is left by an exception. It shows the simulator's own speed, with about
-    :data:`PICTURES_PER_SECOND` at most.
+    Inside the ``with`` block call [`watch`][qsm_rl.training.Film.watch] before each step. The file appears at its place
+    when the block ends, and not at all if it is left by an exception. It shows the simulator's own speed, with about
+    ``PICTURES_PER_SECOND`` at most.
 
     Args:
         path: the file, ending in ``.mp4``; its folder is made.
-        environment: from :func:`~qsm_rl.training.make_environment` with ``filmed=True``; of a batch the first is seen.
+        environment: from [`make_environment`][qsm_rl.training.make_environment] with ``filmed=True``; of a batch the
+            first is seen.
 
     Attributes:
         pictures: how many the video has so far.
@@ -139,7 +140,7 @@ def check_filming(env: str, make_environment: Callable[..., EnvBase]) -> None:
 
 
 def check_packages() -> None:
-    """Raises a :class:`UserError` if the packages that write videos are missing."""
+    """Raises a ``UserError`` if the packages that write videos are missing."""
     if any(importlib.util.find_spec(package) is None for package in ("imageio", "imageio_ffmpeg")):
         raise UserError('videos need imageio and ffmpeg: pip install "qsm_rl[video]".')
 

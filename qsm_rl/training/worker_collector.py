@@ -184,7 +184,7 @@ class WorkerCollector:
         self._thread.submit(self._begin, seed).result()
 
     def reset(self) -> None:
-        """Nothing: :meth:`set_seed` has reset the environments."""
+        """Nothing: [`set_seed`][qsm_rl.training.WorkerCollector.set_seed] has reset the environments."""
 
     def shutdown(self) -> None:
         """Ends the workers."""

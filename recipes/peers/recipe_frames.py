@@ -29,7 +29,7 @@ TURN = 100  # updates of a turn, a multiple of frames_per_batch
 
 
 class InterleavedUpdate(rl.QSMUpdate):
-    """The recipe's update; behind every :data:`TURN` updates of the recipe it does as many by itself.
+    """The recipe's update; behind every ``TURN`` updates of the recipe it does as many by itself.
 
     Attributes:
         seconds: wall-clock and processor time of every turn of the recipe and alone.
