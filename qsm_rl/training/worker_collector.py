@@ -330,7 +330,7 @@ class WorkerCollector:
             workers.shutdown()
 
 
-def _itself(policy: WorkerPolicy) -> WorkerPolicy:
+def _itself(policy: WorkerPolicy | None) -> WorkerPolicy | None:
     return policy
 
 
