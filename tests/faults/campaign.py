@@ -1,6 +1,6 @@
-"""A campaign of faults: runs are killed, stopped, starved of disk and fed NaN, and every one has to go on.
+"""A campaign of faults: runs are killed, stopped, starved of disk and workers and fed NaN; every one has to go on.
 
-python tests/faults/campaign.py --kills 200 --stops 20 --nans 20 --full_disks 20
+python tests/faults/campaign.py --kills 200 --stops 20 --nans 20 --full_disks 20 --worker_kills 10
 
 Each fault is a row of OUTPUT/faults.csv, kept as it comes: the same command goes on with what was stopped.
 """
@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,25 +28,34 @@ if __name__ == "__main__":
     print("loading PyTorch, TorchRL and Lightning, some seconds", file=sys.stderr, flush=True)
 
 import torch
+from safetensors.torch import load_file
 from tensordict import TensorDict
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
 from qsm_rl import training as rl
-from qsm_rl.training import training_run
+from qsm_rl.training import collection, training_run
 from qsm_rl.training.callbacks import CheckpointWriter
 from qsm_rl.training.resuming import run_identity
 from recipes import mujoco_qsm
 from tests.training.small_trainer import Spoiled, build, env_id
 
 HANG = 10.0  # seconds without a word from a process, or until it has ended
+STARTUP = 120.0  # seconds for a run's first workers: what starts them imports everything first
 CAPACITY, ROWS = 2_000, 300  # of the replay buffer, and written between two checkpoints
 FINAL, PERIOD = 400, 40  # frames of a run that is stopped or spoiled, and between its checkpoints
+IN_A_RUN, APART = 5, 320  # workers killed in one run at most, and frames of the run for each
 COLUMNS = ("kind", "number", "recovered", "in_a_write", "unreadable", "reached", "resumed_at", "recovery", "note")
 RUN = [
     *("--env", env_id("Spoiled"), "--total_frames", str(FINAL), "--checkpoint_every", str(PERIOD), "--seed", "3"),
     *("--log_every", "100", "--eval_every", "100000", "--eval_episodes", "1", "--batch_size", "8", "--num_steps", "2"),
     *("--actor_hidden_dims", "[8]", "--critic_hidden_dims", "[8]", "--replay_size", "300", "--device", "cpu"),
     *("--compile", "false", "--precision", "float32", "--warmup_frames", "20"),
+]
+WITH_WORKERS = [
+    *RUN,
+    *("--env", f"tests.training.small_trainer:{env_id('Counted')}", "--num_workers", "2", "--num_envs", "2"),
+    *("--worker_backend", "process", "--frames_per_batch", "16", "--updates_per_frame", "0.5"),
+    *("--checkpoint_every", "160"),
 ]
 
 
@@ -254,7 +263,7 @@ def fill_the_disk(path: Path, log: Path, generator: random.Random, saver: Saver)
 # --- runs that train --------------------------------------------------------------------------------------------------
 
 
-def train(path: Path, report: Callable[..., None]) -> int:
+def train(path: Path, report: Callable[..., None], settings: Sequence[str] = RUN) -> int:
     """The recipe, begun or resumed; says when it is about to train."""
     restore = training_run.restore_checkpoint
     begin = training_run.Trainer.fit
@@ -276,7 +285,7 @@ def train(path: Path, report: Callable[..., None]) -> int:
         begin(trainer, module, frames)
 
     training_run.restore_checkpoint, training_run.Trainer.fit = restored, fit
-    mujoco_qsm.main(["--resume", str(path)] if path.exists() else [*RUN, "--run_dir", str(path)])
+    mujoco_qsm.main(["--resume", str(path)] if path.exists() else [*settings, "--run_dir", str(path)])
     return 0
 
 
@@ -358,14 +367,120 @@ def feed_nan(path: Path, log: Path, generator: random.Random, reference: Path) -
     return row
 
 
+# --- runs that collect in worker processes ----------------------------------------------------------------------------
+
+
+class Watched(rl.WorkerCollector):
+    """Says which processes collect, when there is a batch, and how many steps of the environments a fault has cost."""
+
+    report: Callable[..., None]
+    steps: Path  # a byte for each step
+    ordered_at: int | None = None  # steps before the batch under way
+
+    def _start(self) -> None:
+        super()._start()
+        Watched.report(workers=[process.pid for process in self._workers.procs])
+
+    def _attempt(self, order: Any) -> Any:
+        self.ordered_at = Watched.steps.stat().st_size
+        batch = super()._attempt(order)
+        self.ordered_at = None
+        Watched.report(batch=self.replacements)
+        return batch
+
+    def _fail(self, error: Exception, failures: int) -> None:
+        super()._fail(error, failures)  # no worker is alive behind it
+        Watched.report(lost=0 if self.ordered_at is None else Watched.steps.stat().st_size - self.ordered_at)
+
+
+def train_with_workers(path: Path, frames: int, report: Callable[..., None]) -> int:
+    """The recipe with two workers, in a process group of its own; the replay buffer keeps every frame."""
+    os.setpgrp()
+    Watched.report, Watched.steps = report, path.with_name("steps")
+    Watched.steps.write_bytes(b"")
+    os.environ["STEPS"] = str(Watched.steps)
+    collection.WorkerCollector = Watched  # type: ignore[misc]
+    return train(path, report, [*WITH_WORKERS, "--total_frames", str(frames), "--replay_size", str(frames)])
+
+
+def true_transitions(path: Path) -> int:
+    """Rows of the newest checkpoint's replay buffer that are transitions of the simulator."""
+    state = rl.CheckpointFolder(path / "checkpoints").newest()
+    names = [f"rows-{first:012d}-{last:012d}.safetensors" for first, last, _ in state["replay"]["segments"]]
+    files = [load_file(path / "checkpoints" / "replay" / name) for name in names]
+    before, push, after = (
+        torch.cat([file[key] for file in files]).double() for key in ("observation", "action", "next.observation")
+    )
+    speed = 0.9 * before[:, 1] + 0.1 * push[:, 0]
+    place = before[:, 0] + 0.2 * speed + 0.02 * push[:, 1]
+    return int(torch.isclose(after, torch.stack([place, speed], -1), rtol=0, atol=1e-5).all(-1).sum())
+
+
+def is_alive(group: int) -> bool:
+    """Whether a process group has a process."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def kill_workers(path: Path, log: Path, generator: random.Random, count: int) -> list[dict[str, Any]]:
+    """SIGKILL of worker processes at random moments of a run, which trains to its end; a row for each."""
+    count = min(count, IN_A_RUN)
+    frames = (count + 1) * APART
+    child = Child(lambda report: train_with_workers(path, frames, report), log)
+    rows: list[dict[str, Any]] = []
+    workers: list[int] = []
+    at, frame, killed, wrong = generator.randrange(1, APART), 0, 0.0, ""
+    try:
+        while said := child.read(HANG if workers else STARTUP):
+            for report in said:
+                workers, frame = report.get("workers", workers), report.get("frame", frame)
+                wrong = report.get("error", wrong)
+                if rows and "lost" in report:
+                    rows[-1].update(reached=frame + report["lost"], resumed_at=frame)
+                if rows and "recovery" not in rows[-1] and report.get("batch") == len(rows):
+                    rows[-1]["recovery"] = round(time.perf_counter() - killed, 3)
+            if frame >= at and len(rows) < count and (not rows or "recovery" in rows[-1]):
+                time.sleep(generator.uniform(0.0, 0.2))
+                os.kill(generator.choice(workers), signal.SIGKILL)
+                killed = time.perf_counter()
+                rows.append({"in_a_write": int(in_a_write(path))})
+                at = len(rows) * APART + generator.randrange(1, APART)
+        code, end = child.wait(), time.perf_counter() + HANG
+        while is_alive(child.pid) and time.perf_counter() < end:
+            time.sleep(0.05)
+        if is_alive(child.pid):
+            wrong = wrong or f"a process was left behind for {HANG:.0f} s"
+        elif code != 0:
+            wrong = wrong or f"exit code {code}"
+        elif (true := true_transitions(path)) != frames:
+            wrong = f"{true} of {frames} rows are transitions of the simulator"
+    except TimeoutError:
+        wrong = f"no word for {HANG:.0f} s"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+    checkpoints = rl.CheckpointFolder(path / "checkpoints")
+    unreadable = len(checkpoints.frames()) - len(checkpoints.readable())
+    for row in rows:
+        row["unreadable"] = unreadable
+        row["recovered"] = int(not wrong and {"recovery", "reached"} <= row.keys())
+        row["note"] = wrong or ("" if row["recovered"] else "it was not replaced")
+    shutil.rmtree(path)
+    return rows or [{"recovered": 0, "note": wrong or "the run ended before a worker was killed"}]
+
+
 # --- the campaign -----------------------------------------------------------------------------------------------------
 
-KINDS: dict[str, tuple[Callable[..., dict[str, Any]], str]] = {
+KINDS: dict[str, tuple[Callable[..., dict[str, Any] | list[dict[str, Any]]], str]] = {
     "kills": (kill_while_saving, "SIGKILL while saving"),
     "full_disks": (fill_the_disk, "full disk while saving"),
     "stops": (stop_while_training, "SIGTERM while training"),
     "training_kills": (kill_while_training, "SIGKILL while training"),
     "nans": (feed_nan, "NaN from the environment"),
+    "worker_kills": (kill_workers, "SIGKILL of a worker while training"),
 }
 
 
@@ -388,19 +503,21 @@ def campaign(counts: dict[str, int], output: Path, seed: int = 0) -> list[dict[s
             raise SystemExit(f"the undisturbed run has failed, see {log}; its last words: {said[-1:]}")
     try:
         for kind, (make, name) in KINDS.items():
-            done = sum(row["kind"] == kind for row in known)
-            for number in range(done, counts.get(kind, 0)):
+            number = sum(row["kind"] == kind for row in known)
+            while number < (count := counts.get(kind, 0)):
                 generator = random.Random(f"{seed} {kind} {number}")
-                base = saver if kind in ("kills", "full_disks") else reference
+                given = {"kills": saver, "full_disks": saver, "worker_kills": count - number}.get(kind, reference)
                 try:
-                    row = make(work / kind, log, generator, base)
+                    made = make(work / kind, log, generator, given)
                 except TimeoutError:
-                    row = {"recovered": 0, "note": f"no word for {HANG:.0f} s"}
-                row = {"kind": kind, "number": number, **row}
-                known.append({column: str(row.get(column, "")) for column in COLUMNS})
-                with table.open("a", newline="") as file:
-                    csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(known[-1])
-                print(f"{name} {number + 1}/{counts[kind]}: {row}", file=sys.stderr, flush=True)
+                    made = {"recovered": 0, "note": f"no word for {HANG:.0f} s"}
+                for row in made if isinstance(made, list) else [made]:
+                    row = {"kind": kind, "number": number, **row}
+                    known.append({column: str(row.get(column, "")) for column in COLUMNS})
+                    with table.open("a", newline="") as file:
+                        csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(known[-1])
+                    number += 1
+                    print(f"{name} {number}/{count}: {row}", file=sys.stderr, flush=True)
     finally:
         if os.path.ismount(work / "disk"):
             subprocess.run(["umount", str(work / "disk")], check=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 import re
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -292,3 +294,34 @@ def test_the_command_trains_from_a_shell(tmp_path):
     assert str(folder.relative_to(tmp_path)) in done.stdout
     saved = (folder / "config.yaml").read_text()
     assert 'schedule: "vp"' in saved and "actor_hidden_dims: [16, 16]" in saved and "warmup_frames: 12" in saved
+
+
+@pytest.mark.slow
+def test_a_run_with_worker_processes_ends_by_itself_and_leaves_no_process_behind(tmp_path):
+    process = subprocess.Popen(
+        [
+            *(sys.executable, RECIPE, *SMALL, "--total_frames", "480", "--checkpoint_every", "160"),
+            *("--num_workers", "2", "--num_envs", "2", "--frames_per_batch", "16", "--run_dir", tmp_path / "run"),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # a process group of all that it starts
+    )
+    try:
+        printed, _ = process.communicate(timeout=240)  # until all who write there have ended
+        assert process.returncode == 0, printed
+        assert "480/480 frames (100%)" in printed and (tmp_path / "run" / "actor" / "model.safetensors").is_file()
+        for _ in range(100):  # the server that forks the workers ends a moment later
+            try:
+                os.killpg(process.pid, 0)
+            except ProcessLookupError:
+                break
+            time.sleep(0.1)
+        else:
+            pytest.fail("a process was left behind")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 
 import gymnasium
@@ -66,6 +67,16 @@ class Spoiled(Slide):
         return observation, np.nan if Spoiled.frames == int(os.environ.get("SPOIL_AT", "0")) else reward, *ends
 
 
+class Counted(Slide):
+    """The point on a line; each step in a worker process is a byte of a file: the environment variable STEPS."""
+
+    def step(self, action):
+        if multiprocessing.parent_process() is not None:
+            with open(os.environ["STEPS"], "ab", buffering=0) as file:
+                file.write(b".")
+        return super().step(action)
+
+
 class Countdown(gymnasium.Env):
     """Each environment of a batch ends after as many steps as its seed says; the reward is 1."""
 
@@ -92,6 +103,7 @@ for name, entry, options in (
     ("NanReward", Slide, {"bound": 1.0, "spoiled": "reward"}),
     ("InfObservation", Slide, {"bound": 1.0, "spoiled": "observation"}),
     ("Spoiled", Spoiled, {"bound": 1.0}),
+    ("Counted", Counted, {"bound": 1.0}),
     ("Countdown", Countdown, {}),
 ):
     gymnasium.register(env_id(name), entry, kwargs=options, max_episode_steps=40)
