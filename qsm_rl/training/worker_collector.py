@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from functools import partial
+from multiprocessing.connection import wait
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -296,10 +297,10 @@ class WorkerCollector:
         self._workers.map_fn("reset")
 
     def _fail(self, error: Exception, failures: int) -> None:
+        reason = self._ended() or " ".join(str(error).split()) or type(error).__name__
         self._stop()
         if self._closing.is_set():
             raise error
-        reason = " ".join(str(error).split()) or type(error).__name__
         if failures == MOST_FAILURES:
             raise TrainingError(
                 f"the {self._num_workers} workers that collect failed {failures} times in a row, at last with: "
@@ -315,6 +316,14 @@ class WorkerCollector:
             file=sys.stderr,
             flush=True,
         )
+
+    def _ended(self) -> str:
+        """Which worker processes have ended by themselves; TorchRL's error can be about those that it ends then."""
+        processes = [process for process in getattr(self._workers, "procs", ()) if not process._closed]
+        # Its pipe breaks a moment before its end is known.
+        wait([process.sentinel for process in processes], timeout=0.5)
+        codes = [process.exitcode for process in processes if process.exitcode is not None]
+        return ", ".join(f"a worker ended with exit code {code}" for code in codes)
 
     def _stop(self) -> None:
         workers, self._workers = self._workers, None
