@@ -322,7 +322,7 @@ class WorkerCollector:
         processes = [process for process in getattr(self._workers, "procs", ()) if not process._closed]
         # Its pipe breaks a moment before its end is known.
         wait([process.sentinel for process in processes], timeout=0.5)
-        codes = [process.exitcode for process in processes if process.exitcode is not None]
+        codes = [process.exitcode for process in processes if process.exitcode]
         return ", ".join(f"a worker ended with exit code {code}" for code in codes)
 
     def _stop(self) -> None:
