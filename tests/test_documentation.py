@@ -152,6 +152,7 @@ def test_flags_on_the_pages_exist():
         "stops",
         "training_kills",
         "nans",
+        "worker_kills",
     }  # of tests/faults/campaign.py, made from a table
     for path in [*(ROOT / "qsm_rl" / "training").rglob("*.py"), *(ROOT / "recipes").rglob("*.py")]:
         source = path.read_text(encoding="utf-8")
