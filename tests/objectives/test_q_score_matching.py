@@ -34,6 +34,7 @@ from tests.loss_contract import (
     make_critics,
     make_transitions,
 )
+from tests.objectives.hand import TWO_STEPS, Gain, Line
 
 
 class TestContract(LossContract):
@@ -74,27 +75,6 @@ class TestContract(LossContract):
 # One action dimension. Two diffusion steps with alphas (0.64, 0.01): at t = 0 a noised action is 0.8 a + 0.6 e. The
 # score network predicts gain * noisy action; the critics are linear, q = slope * a + value * s, or q = -a^2.
 
-HAND_SCHEDULE = [0.36, 0.99]
-
-
-class LinearScore(nn.Module):
-    def __init__(self, gain: float) -> None:
-        super().__init__()
-        self.gain = nn.Parameter(torch.tensor(gain))
-
-    def forward(self, noisy_action: Tensor, observation: Tensor, t: Tensor) -> Tensor:
-        return self.gain * noisy_action
-
-
-class LinearCritic(nn.Module):
-    def __init__(self, slope: float, value: float) -> None:
-        super().__init__()
-        self.slope = nn.Parameter(torch.tensor(slope))
-        self.value = nn.Parameter(torch.tensor(value))
-
-    def forward(self, observation: Tensor, action: Tensor) -> Tensor:
-        return self.slope * action + self.value * observation
-
 
 class QuadraticCritic(nn.Module):
     def __init__(self) -> None:
@@ -108,9 +88,7 @@ class QuadraticCritic(nn.Module):
 def hand_loss(
     *critics: nn.Module, gain: float = 0.0, low: float = -1.0, high: float = 1.0, **options: Any
 ) -> QScoreMatchingLoss:
-    actor = DiffusionActor(
-        LinearScore(gain), action_spec=Bounded(low, high, (1,)), noise_schedule=NoiseSchedule(HAND_SCHEDULE)
-    )
+    actor = DiffusionActor(Gain(gain), action_spec=Bounded(low, high, (1,)), noise_schedule=NoiseSchedule(TWO_STEPS))
     modules = [TensorDictModule(c, in_keys=["observation", "action"], out_keys=["state_action_value"]) for c in critics]
     loss = QScoreMatchingLoss(actor, modules, **options)
     if options.get("delay_qvalue", True) or options.get("delay_actor", False):
@@ -169,7 +147,7 @@ def test_actor_loss_of_a_quadratic_critic(low, high, action, q_score):
     [(-1.0, 1.0, 1.5), (-3.0, 3.0, 4.5), (0.0, 4.0, 3.0)],  # the mean slope 1.5 times the half range 1, 3, 2
 )
 def test_actor_loss_of_linear_critics(low, high, q_score):
-    loss = hand_loss(LinearCritic(2.0, 5.0), LinearCritic(1.0, -3.0), gain=3.0, low=low, high=high)
+    loss = hand_loss(Line(2.0, 5.0), Line(1.0, -3.0), gain=3.0, low=low, high=high)
     box_actions = torch.tensor([[0.5], [0.0]])
     batch = hand_batch(loss.actor_network.box.from_box(box_actions).squeeze(-1).tolist())
     value, info = loss.actor_loss(batch, t=torch.tensor([0, 1]), noise=torch.tensor([[1.0], [0.0]]))
@@ -184,7 +162,7 @@ def test_actor_loss_of_linear_critics(low, high, q_score):
 def test_behaviour_cloning_beside_the_score_target_by_hand():
     # Noised actions 1 and 0.8 * -0.5 + 0.6 * 2 = 0.8, predicted noises 3 and 2.4 against the noises 1 and 2 and the
     # targets -0.5 * dQ/da = -0.5 * 2.
-    loss = hand_loss(LinearCritic(2.0, 0.0), gain=3.0, score_target=ScaledQScore(0.5), bc_weight=0.25)
+    loss = hand_loss(Line(2.0, 0.0), gain=3.0, score_target=ScaledQScore(0.5), bc_weight=0.25)
     draws = {"t": torch.tensor([0, 0]), "noise": torch.tensor([[1.0], [2.0]])}
     value, info = loss.actor_loss(hand_batch([0.5, -0.5]), **draws)
     value.backward()
@@ -212,7 +190,7 @@ def test_behaviour_cloning_is_reported_where_it_is_on_and_costs_nothing_where_it
 @pytest.mark.parametrize(("weight", "mean"), [(0.5, 0.1), (2.0, 0.2)])
 def test_what_is_learned_is_the_weighted_mean_of_target_and_noise(weight, mean):
     """The data's noise is 0.3 and the critic is flat: (0 + weight * 0.3) / (1 + weight)."""
-    loss = hand_loss(LinearCritic(0.0, 0.0), bc_weight=weight)
+    loss = hand_loss(Line(0.0, 0.0), bc_weight=weight)
     predicted = nn.Parameter(torch.zeros(1))
     loss.actor_network.score_network.forward = lambda noisy_action, observation, t: predicted.expand_as(noisy_action)
     optimizer = torch.optim.SGD([predicted], 0.2)
@@ -234,7 +212,7 @@ def test_what_is_learned_is_the_weighted_mean_of_target_and_noise(weight, mean):
     ],
 )
 def test_score_targets_in_the_loss(score_target, target):
-    loss = hand_loss(LinearCritic(2.0, 0.0), low=-3.0, high=3.0, score_target=score_target)
+    loss = hand_loss(Line(2.0, 0.0), low=-3.0, high=3.0, score_target=score_target)
     value, info = loss.actor_loss(hand_batch([0.0, 1.0]), t=torch.tensor([0, 0]))
     torch.testing.assert_close(info["score_target"], torch.full((2, 1), target))
     torch.testing.assert_close(value.item(), target**2)
@@ -242,7 +220,7 @@ def test_score_targets_in_the_loss(score_target, target):
 
 def test_score_aggregation_and_score_critics():
     batch, draws = hand_batch([0.5]), {"t": torch.tensor([0]), "noise": torch.tensor([[1.0]])}
-    critics = LinearCritic(2.0, 0.0), LinearCritic(-1.0, 2.5)  # 2 and 1.5 at the noised action 1 and observation 1
+    critics = Line(2.0, 0.0), Line(-1.0, 2.5)  # 2 and 1.5 at the noised action 1 and observation 1
     batch["observation"] += 1.0
     for aggregation, q_score in (("mean", 0.5), ("min", -1.0)):
         loss = hand_loss(*critics, score_aggregation=aggregation)
@@ -266,7 +244,7 @@ def test_score_aggregation_and_score_critics():
     ],
 )
 def test_qvalue_loss_of_linear_critics(low, high, action, target_value, q_values):
-    loss = hand_loss(LinearCritic(2.0, 1.0), LinearCritic(1.0, 3.0), low=low, high=high)
+    loss = hand_loss(Line(2.0, 1.0), Line(1.0, 3.0), low=low, high=high)
     loss.make_value_estimator(gamma=0.9)
     batch = hand_batch([action], observation=[2.0], next_observation=[1.0])
     value, info = loss.qvalue_loss(batch, torch.tensor([[0.04]]), torch.zeros(2, 1, 1), torch.tensor([[0.1]]))
@@ -289,7 +267,7 @@ def test_qvalue_loss_of_linear_critics(low, high, action, target_value, q_values
     [("min", 1.0), ("mean", 4.0), (0.5, 4 - 0.5 * (26 / 3) ** 0.5)],
 )
 def test_target_aggregation_over_three_critics(target_aggregation, next_value):
-    critics = [LinearCritic(0.0, value) for value in (1.0, 3.0, 8.0)]
+    critics = [Line(0.0, value) for value in (1.0, 3.0, 8.0)]
     loss = hand_loss(*critics, target_aggregation=target_aggregation).make_value_estimator(gamma=0.5)
     loss.qvalue_network_params["module", "value"].data.zero_()  # the online critics say nothing about the target
     _, info = loss.qvalue_loss(hand_batch([0.0], next_observation=[1.0]))
@@ -298,7 +276,7 @@ def test_target_aggregation_over_three_critics(target_aggregation, next_value):
 
 
 def test_next_action_is_clipped_to_the_box_after_the_noise():
-    loss = hand_loss(LinearCritic(1.0, 0.0)).make_value_estimator(gamma=1.0)
+    loss = hand_loss(Line(1.0, 0.0)).make_value_estimator(gamma=1.0)
     _, info = loss.qvalue_loss(hand_batch([0.0]), torch.tensor([[0.04]]), torch.zeros(2, 1, 1), torch.tensor([[9.0]]))
     torch.testing.assert_close(info["target_value"].item(), 1.0 + 1.0)
 
@@ -309,13 +287,11 @@ def test_next_action_is_clipped_to_the_box_after_the_noise():
 )
 def test_loss_functions(loss_function, expected):
     # The transition ends: its target is the reward 1, the critics say 1.5 and 4.
-    loss = hand_loss(LinearCritic(0.0, 1.5), LinearCritic(0.0, 4.0), loss_function=loss_function)
+    loss = hand_loss(Line(0.0, 1.5), Line(0.0, 4.0), loss_function=loss_function)
     batch = hand_batch([0.0], observation=[1.0], next_observation=[9.0], terminated=[True])
     torch.testing.assert_close(loss.qvalue_loss(batch)[0].item(), expected)
     # A predicted noise of 0 against a target of -0.5 * dQ/da = -0.5 * mean(0, 0) has no loss; with slopes it has.
-    loss = hand_loss(
-        LinearCritic(1.0, 0.0), LinearCritic(3.0, 0.0), loss_function=loss_function, score_target=ScaledQScore(1.0)
-    )
+    loss = hand_loss(Line(1.0, 0.0), Line(3.0, 0.0), loss_function=loss_function, score_target=ScaledQScore(1.0))
     expected = {"l2": 4.0, "l1": 2.0, "smooth_l1": 1.5}[loss_function]
     torch.testing.assert_close(loss.actor_loss(batch)[0].item(), expected)
 
@@ -339,7 +315,7 @@ RETURNS = {
 
 @pytest.mark.parametrize(("ending", "name"), list(itertools.product(RETURNS, ("TD0", "TD1", "TDLambda"))))
 def test_returns_by_hand(ending, name):
-    loss = hand_loss(LinearCritic(0.0, 1.0))
+    loss = hand_loss(Line(0.0, 1.0))
     options = {"lmbda": 0.5} if name == "TDLambda" else {}
     loss.make_value_estimator(ValueEstimators[name], gamma=0.5, **options)
     end = [False, True, False]
@@ -363,14 +339,14 @@ def test_returns_by_hand(ending, name):
 def test_next_actions_follow_the_policy_under_any_exploration_type():
     # The score network predicts no noise, so the chain from x_T is clip(clip(10 x_T + sqrt(0.99) z) / 0.8): almost
     # always at a face, either face half of the time. A deterministic chain would stay at 0.
-    loss = hand_loss(LinearCritic(1.0, 0.0), target_action_noise_std=0.0)
+    loss = hand_loss(Line(1.0, 0.0), target_action_noise_std=0.0)
     torch.manual_seed(0)
     _, info = loss.qvalue_loss(hand_batch([0.0] * 4000))
     next_action = info["next_action"]
     assert (next_action.abs() == 1).float().mean() > 0.9
     assert abs(next_action.mean()) < 0.05
     # The smoothing noise has the asked size in box units, whatever the bounds, here seen through Q = a.
-    loss = hand_loss(LinearCritic(1.0, 0.0), low=-3.0, high=3.0, target_action_noise_std=0.1)
+    loss = hand_loss(Line(1.0, 0.0), low=-3.0, high=3.0, target_action_noise_std=0.1)
     loss.make_value_estimator(gamma=1.0)
     start = torch.zeros(4000, 1)
     _, info = loss.qvalue_loss(hand_batch([0.0] * 4000, reward=0.0), start, torch.zeros(2, 4000, 1))
@@ -508,7 +484,7 @@ def test_networks_of_the_wrong_size_are_refused():
     )
     with pytest.raises(ValueError, match=r"critic returned shape \(4, 2\) for batch size \(4,\), expected \(4, 1\)"):
         QScoreMatchingLoss(make_actor(), [wide], delay_qvalue=False)(data)
-    score_network = LinearScore(1.0)
+    score_network = Gain(1.0)
     score_network.forward = lambda noisy_action, observation, t: noisy_action[..., :1]
     actor = DiffusionActor(score_network, action_spec=Bounded(-1.0, 1.0, (2,)), noise_schedule=NoiseSchedule.vp(5))
     loss = QScoreMatchingLoss(actor, make_critics(), delay_qvalue=False)
