@@ -96,9 +96,6 @@ def build(
     entropy_bonus = None
     if config.entropy_temperature is not None:
         entropy_bonus = EntropyBonus(config.entropy_temperature, config.entropy_samples)
-    has_targets = config.critic != "crossq"
-    if not has_targets and config.score_critics == "target":
-        print("crossq has no target critics: dQ/da comes from the critics themselves, as with --score_critics online")
     loss = QScoreMatchingLoss(
         actor,
         critics,
@@ -109,7 +106,7 @@ def build(
         target_aggregation=config.target_aggregation,
         target_action_noise_std=config.target_action_noise_std,
         entropy_bonus=entropy_bonus,
-        delay_qvalue=has_targets,
+        delay_qvalue=config.critic != "crossq",
     ).to(device)
     loss.make_value_estimator(gamma=config.gamma)
     update = rl.QSMUpdate(

@@ -110,9 +110,9 @@ class TrainingConfiguration:
     """Environments stepped together. More give more varied data and faster collection, with fewer policies tried in
     all."""
 
-    frames_per_batch: int = 1
-    """Frames collected between two rounds of updates, a multiple of num_envs. More is faster and acts with older
-    weights; 1 is the paper's with one environment."""
+    frames_per_batch: int = 10
+    """Frames collected between two rounds of updates, rounded up to a multiple of num_envs. More is faster and acts
+    with older weights; 1 is the paper's with one environment, usual range 1 to 100."""
 
     num_workers: int = 0
     """Processes that collect while this one updates, num_envs split over them, with weights that are one batch old; 0
@@ -122,7 +122,7 @@ class TrainingConfiguration:
     """Where workers run: process (on this machine) or ray (actors on the Ray cluster that RAY_ADDRESS names, or that
     runs here; needs the ray extra)."""
 
-    warmup_frames: int = 10_000
+    warmup_frames: int = 1_000
     """Frames of uniformly random actions before the first update, capped at a fifth of total_frames. More fills the
     replay buffer with wider data and starts learning later; usual range 1,000 to 25,000."""
 
@@ -198,9 +198,7 @@ class TrainingConfiguration:
         self._check(
             "gradient_clipping", self.gradient_clipping is None or self.gradient_clipping > 0, "null or above 0"
         )
-        self._check(
-            "frames_per_batch", self.frames_per_batch % self.num_envs == 0, f"a multiple of num_envs={self.num_envs}"
-        )
+        self.frames_per_batch = self.num_envs * math.ceil(self.frames_per_batch / self.num_envs)
         self._check(
             "device", re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device) is not None, "auto, cpu, cuda or cuda:N"
         )

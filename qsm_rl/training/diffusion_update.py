@@ -16,6 +16,7 @@ from qsm_rl.action_selection import BestOfN
 from qsm_rl.actor import DiffusionActor
 from qsm_rl.objectives.diffusion_actor_critic import DiffusionActorCriticLoss
 from qsm_rl.training.random_state import isolated_random_state
+from qsm_rl.training.ranks import average_batch_statistics
 from qsm_rl.training.updates import Update, accelerated, cosine_decay, gradient_step
 
 __all__ = ["SPREAD_OBSERVATIONS", "SPREAD_SAMPLES", "DiffusionUpdate"]
@@ -116,6 +117,7 @@ class DiffusionUpdate(Update):
         """See ``Update.forward``; returns ``qvalue`` (mean over critics) and, where it is its turn, ``actor``."""
         loss_qvalue, self._qvalue_info = self._qvalue_loss(batch)
         self._step("critic", "loss_qvalue", loss_qvalue, self.critic_parameters)
+        average_batch_statistics(self.loss.qvalue_network_params)
         if self.target_updater is not None:
             self.target_updater.step()
         losses = {"qvalue": loss_qvalue.detach() / self.loss.num_qvalue_nets}

@@ -99,8 +99,8 @@ class QSMConfiguration(DiffusionConfiguration):
     """Actions at which the posterior target evaluates the critics. More is less noisy and costs time; usual range 32
     to 512."""
 
-    score_critics: Literal["online", "target"] = "target"
-    """Critics that dQ/da is taken from. target is smoother and lags behind."""
+    score_critics: Literal["online", "target"] = "online"
+    """Critics that dQ/da is taken from. target is smoother and lags behind; crossq has none."""
 
     score_aggregation: Literal["mean", "min"] = "mean"
     """How the critics are joined for dQ/da. min is more cautious."""
@@ -109,15 +109,28 @@ class QSMConfiguration(DiffusionConfiguration):
     """Weight of behaviour cloning on the replayed actions beside the score target. More keeps the policy nearer to
     them, for offline data and fine-tuning; usual range 0.1 to 10, 0 for none."""
 
-    critic: Literal["mlp", "simba", "crossq"] = "mlp"
-    """Network of the critics. mlp; simba: residual blocks with layer norms, one for each of critic_hidden_dims, which
-    must be equal, each eight times the work of a layer, bears wider critics and more updates; crossq: batch
-    renormalisation in place of target critics (tau and score_critics then mean nothing), learns faster and wants wide
-    layers. Its authors take critic_hidden_dims [2048, 2048], critic_learning_rate 0.001, critic_adam_beta1 0.5 and
-    policy_delay 3."""
+    critic: Literal["mlp", "simba", "crossq"] = "crossq"
+    """Network of the critics. crossq: batch renormalisation in place of target critics (tau then means nothing), learns
+    from the fewest frames; its authors take critic_hidden_dims [2048, 2048] and policy_delay 3; mlp; simba: residual
+    blocks with layer norms, one for each of critic_hidden_dims, which must be equal, each eight times the work of a
+    layer, bears wider critics and more updates."""
 
-    critic_adam_beta1: float = 0.9
-    """Decay of the critics' momentum in Adam. Lower follows moving targets faster; 0.5 is CrossQ's."""
+    actor_learning_rate: float = 1e-3
+    """Adam's step size for the actor. Higher follows the critics faster and is less stable; usual range 3e-4 to
+    1e-3."""
+
+    critic_learning_rate: float = 1e-3
+    """Adam's step size for the critics. Higher learns faster and is less stable; usual 1e-3 for crossq, 3e-4 for the
+    others."""
+
+    critic_adam_beta1: float = 0.5
+    """Decay of the critics' momentum in Adam. Lower follows moving targets faster; usual 0.5 for crossq, 0.9 for the
+    others."""
+
+    target_aggregation: Literal["min", "mean"] | float = "mean"
+    """How the critics are joined in the TD target: min, mean, or a number rho for mean minus rho times their standard
+    deviation. min is the most cautious and learns later, mean is for critics that do not run away; min grows more
+    pessimistic with the number of critics; usual range of rho 0 to 1, more is more pessimistic."""
 
     critic_bins: int | None = None
     """Points of a value support for critics that classify (two-hot cross-entropy) where the others regress; null
@@ -185,6 +198,10 @@ class QSMConfiguration(DiffusionConfiguration):
         self._check("critic_adam_beta1", 0 <= self.critic_adam_beta1 < 1, "0 or more and below 1")
         for name in ("best_of", "eval_best_of"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
+        if self.critic == "crossq":
+            self._check(
+                "score_critics", self.score_critics == "online", "online with --critic crossq, which has no others"
+            )
         if self.critic == "simba":
             self._check(
                 "critic_hidden_dims", len(set(self.critic_hidden_dims)) == 1, "equal widths with --critic simba"

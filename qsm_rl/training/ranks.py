@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from tensordict import TensorDictBase
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = [
     "any_rank",
+    "average_batch_statistics",
     "average_gradients",
     "from_rank_zero",
     "gather_objects",
@@ -53,14 +54,25 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
     Args:
         parameters: what was differentiated; the same ones have a gradient on each rank.
     """
-    if not _connected():
+    if _connected():
+        _average([parameter.grad for parameter in parameters if parameter.grad is not None])
+
+
+def average_batch_statistics(module: nn.Module) -> None:
+    """Replaces running means and variances by their mean over all ranks, each of which has seen batches of its own."""
+    if _connected():
+        statistics = ("running_mean", "running_var")
+        _average([buffer for name, buffer in module.named_buffers() if name.endswith(statistics)])
+
+
+def _average(tensors: Sequence[Tensor]) -> None:
+    if not tensors:
         return
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
+    for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(mean.view_as(tensor))
 
 
 def gather_rows(tensor: Tensor, dim: int = 0) -> Tensor:

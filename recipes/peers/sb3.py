@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--algo", choices=["sac", "td3"], required=True)
     parser.add_argument("--env", default="HalfCheetah-v5")
     parser.add_argument("--total_frames", type=int, default=30_000)
-    parser.add_argument("--warmup_frames", type=int, default=6_000, help="the kit's: a fifth of 30,000")
+    parser.add_argument("--warmup_frames", type=int, default=1_000, help="the kit's default")
     parser.add_argument("--eval_every", type=int, default=5_000)
     parser.add_argument("--eval_episodes", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=3, help="runs with the seeds 0, 1, ...")
@@ -110,6 +110,9 @@ def main() -> None:
     if options.output.exists():
         with options.output.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
+    others = {json.loads(row["settings"])["learning_starts"] for row in rows} - {options.warmup_frames}
+    if others:
+        parser.error(f"{options.output} holds runs with a warm-up of {others}, not {options.warmup_frames}; give another.")
     for seed in range(options.seeds):
         if any((row["env"], row["seed"]) == (options.env, str(seed)) for row in rows):
             continue

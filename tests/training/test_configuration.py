@@ -31,7 +31,7 @@ def parse(*arguments: str) -> QSMConfiguration:
         (["--updates_per_frame", "inf"], ["updates_per_frame", "inf"]),
         (["--gradient_clipping", "0"], ["gradient_clipping", "0"]),
         (["--actor_ema", "1"], ["actor_ema", "1"]),
-        (["--num_envs", "2"], ["frames_per_batch", "multiple", "num_envs=2"]),
+        (["--num_envs", "0"], ["num_envs", "at least 1", "0"]),
         (["--num_workers", "-1"], ["num_workers", "-1", "0 or more"]),
         (["--num_workers", "2"], ["num_envs", "multiple of num_workers=2", "got 1"]),
         (["--worker_backend", "ray"], ["worker_backend", "--num_workers", "'ray'"]),
@@ -40,6 +40,7 @@ def parse(*arguments: str) -> QSMConfiguration:
         (["--devices", "0"], ["devices", "at least 1", "0"]),
         (["--devices", "2", "--device", "cuda:1"], ["device", "without an index", "cuda:1"]),
         (["--device", "gpu"], ["device", "gpu", "cuda"]),
+        (["--score_critics", "target"], ["score_critics", "online with --critic crossq", "target"]),
         (["--score_target", "scald"], ["score_target", "scald", "scaled"]),
         (["--total-frames", "5"], ["--total-frames", "--total_frames"]),
         (["--seed", "-1"], ["seed", "-1"]),
@@ -58,6 +59,14 @@ def test_bad_values_are_named_with_what_was_expected(arguments, words):
 @pytest.mark.parametrize(("asked", "total", "warmup"), [(10_000, 50_000, 10_000), (10_000, 49_999, 9_999), (10, 3, 0)])
 def test_warmup_is_at_most_a_fifth(asked, total, warmup):
     assert capped_warmup(asked, total) == warmup
+
+
+@pytest.mark.parametrize(
+    ("frames_per_batch", "num_envs", "collected"), [(10, 1, 10), (10, 4, 12), (1, 16, 16), (32, 8, 32)]
+)
+def test_a_batch_has_as_many_frames_of_every_environment(frames_per_batch, num_envs, collected):
+    config = parse("--frames_per_batch", str(frames_per_batch), "--num_envs", str(num_envs))
+    assert config.frames_per_batch == collected
 
 
 def test_a_configuration_without_presets_has_the_default_alone():

@@ -48,11 +48,12 @@ def test_workers_have_cores_of_their_own(monkeypatch, cores, workers, expected):
     ("given", "machine", "expected"),
     [
         ({}, {}, (True, "bfloat16")),
-        ({"total_frames": 6_248}, {}, (False, "float32")),  # warm-up of a fifth, 1,249 frames: 4,999 updates
-        ({"total_frames": 6_249}, {}, (True, "bfloat16")),
-        ({"total_frames": 5_999, "warmup_frames": 1_000}, {}, (False, "float32")),
-        ({"total_frames": 6_000, "warmup_frames": 1_000}, {}, (True, "bfloat16")),
-        ({"total_frames": 12_000, "updates_per_frame": 0.5}, {}, (False, "float32")),
+        # A warm-up of a fifth, 1,249 frames, leaves 4,999 updates.
+        ({"total_frames": 6_248, "warmup_frames": 10_000}, {}, (False, "float32")),
+        ({"total_frames": 6_249, "warmup_frames": 10_000}, {}, (True, "bfloat16")),
+        ({"total_frames": 5_999}, {}, (False, "float32")),
+        ({"total_frames": 6_000}, {}, (True, "bfloat16")),
+        ({"total_frames": 10_999, "updates_per_frame": 0.5}, {}, (False, "float32")),
         ({}, {"bfloat16": False}, (True, "float32")),
         ({}, {"compiler": False}, (False, "float32")),
         ({"compile": True}, {"compiler": False}, (False, "float32")),

@@ -9,7 +9,7 @@ import sys
 import torch
 from tensordict.nn import TensorDictModule, TensorDictSequential
 
-from qsm_rl import DiffusionActor, GaussianExploration, NoiseSchedule, QScoreMatchingLoss, QValueMLP, ScoreMLP
+from qsm_rl import DiffusionActor, GaussianExploration, NoiseSchedule, QScoreMatchingLoss, QValueCrossQ, ScoreMLP
 from qsm_rl import training as rl
 from qsm_rl.training.ranks import rank
 
@@ -34,10 +34,10 @@ def main(arguments: list[str] | None = None) -> int:
     torch.manual_seed(run.config.seed + rank())  # other weights on each rank: rank 0's are to win
     actor = DiffusionActor(ScoreMLP(4, 1, (16,)), action_spec=run.action_spec, noise_schedule=NoiseSchedule.vp(3))
     critics = [
-        TensorDictModule(QValueMLP(4, 1, (16,)), in_keys=["observation", "action"], out_keys=["state_action_value"])
+        TensorDictModule(QValueCrossQ(4, 1, (16,)), in_keys=["observation", "action"], out_keys=["state_action_value"])
         for _ in range(2)
     ]
-    loss = QScoreMatchingLoss(actor, critics)
+    loss = QScoreMatchingLoss(actor, critics, delay_qvalue=False)  # running statistics have to agree, too
     loss.make_value_estimator(gamma=0.99)
     update = Watched(loss, actor_learning_rate=1e-3, critic_learning_rate=1e-3, tau=0.05)
     code = run.train(update, TensorDictSequential(actor, GaussianExploration(run.action_spec, std=0.1)))
