@@ -107,7 +107,8 @@ def write_results(cells: Sequence[rl.Cell], table: rl.CellTable, output: Path, t
     references = published(envs, total_frames)
     if references:
         lines = ["| published | frames | return | source | protocol |", "|---|---|---|---|---|"]
-        for row in references:
+        farthest_first = sorted(references, key=lambda row: -abs(row["frames"] - total_frames))
+        for row in {(row["env"], row["curve"]): row for row in farthest_first}.values():  # the nearest of each curve
             name, _, _ = row["curve"].partition(": ")
             lines.append(
                 f"| {row['env']}, {name} | {row['frames']:,} | {row['return_mean']:g} | {row['source']} "

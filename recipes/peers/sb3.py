@@ -112,7 +112,9 @@ def main() -> None:
             rows = list(csv.DictReader(file))
     others = {json.loads(row["settings"])["learning_starts"] for row in rows} - {options.warmup_frames}
     if others:
-        parser.error(f"{options.output} holds runs with a warm-up of {others}, not {options.warmup_frames}; give another.")
+        parser.error(
+            f"{options.output} holds runs with a warm-up of {others}, not {options.warmup_frames}; give another."
+        )
     for seed in range(options.seeds):
         if any((row["env"], row["seed"]) == (options.env, str(seed)) for row in rows):
             continue

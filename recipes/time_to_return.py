@@ -1,0 +1,135 @@
+"""Measures how long training takes to a given return as the chain grows: Q-score matching beside Diffusion-QL.
+
+python recipes/time_to_return.py --output results/time_to_return
+
+Both train the same networks on the same task with the same settings, one process of one thread each, eager float32, and
+stop at the return; only the actor's loss differs. Finished cells stand in OUTPUT/cells.csv and are not run again; stop
+with Ctrl-C, and the same command goes on. Writes OUTPUT/table.md and OUTPUT/time_to_return.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from qsm_rl import training as rl
+from qsm_rl.training.hardware import available_cores
+
+SETTINGS = {
+    "batch_size": 128,
+    "warmup_frames": 1000,
+    "frames_per_batch": 10,
+    "n_step": 1,
+    "tau": 0.005,
+    "actor_learning_rate": 3e-4,
+    "critic_learning_rate": 3e-4,
+    "actor_hidden_dims": [64, 64],
+    "critic_hidden_dims": [64, 64],
+    "target_aggregation": "min",
+    "eval_every": 500,
+    "eval_episodes": 10,
+    "compile": False,
+    "precision": "float32",
+}
+ALGORITHMS = {
+    "Q-score matching": (
+        "mujoco_qsm",
+        {"critic": "mlp", "critic_adam_beta1": 0.9, "score_critics": "target", "score_target": "normalized"},
+    ),
+    "Diffusion-QL": ("mujoco_diffusion_ql", {}),
+}
+
+
+def make_grid(options: argparse.Namespace) -> list[rl.Cell]:
+    """The cells, the short chains first."""
+    cells = []
+    for steps in options.steps:
+        for name, (recipe, flags) in ALGORITHMS.items():
+            settings = SETTINGS | flags
+            settings |= {"total_frames": options.total_frames, "stop_at_return": options.value, "num_steps": steps}
+            seeds = range(options.seeds)
+            cells += rl.make_cells(recipe, f"{name}, T = {steps}", settings, options.env, seeds, options.runs)
+    return cells
+
+
+def seconds_to(value: float, rows: Sequence[dict[str, str]]) -> float | None:
+    """Seconds up to the first evaluation that is as good, None if there is none."""
+    return next((float(row["elapsed_seconds"]) for row in rows if float(row["return_mean"]) >= value), None)
+
+
+def write_results(cells: Sequence[rl.Cell], table: rl.CellTable, options: argparse.Namespace) -> None:
+    """The table and the figure of what has finished."""
+    lines = ["| T | algorithm | seconds, a seed each | frames | updates/s |", "|---|---|---|---|---|"]
+    figure = Figure(figsize=(5.4, 3.8), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for color, name in enumerate(ALGORITHMS):
+        points = []
+        for steps in options.steps:
+            runs = [table.rows_of(cell) for cell in cells if cell.variant == f"{name}, T = {steps}"]
+            runs = [rows for rows in runs if rows]
+            if not runs:
+                continue
+            times = [seconds_to(options.value, rows) for rows in runs]
+            reached = [time for time in times if time is not None]
+            frames = ", ".join(f"{int(rows[-1]['frames']):,}" for rows in runs)
+            rate = statistics.mean(float(rows[0]["updates_per_second"]) for rows in runs)
+            texts = ", ".join("not reached" if time is None else f"{time:.0f}" for time in times)
+            lines.append(f"| {steps} | {name} | {texts} | {frames} | {rate:.0f} |")
+            axes.plot([steps] * len(reached), reached, "o", color=f"C{color}", alpha=0.5)
+            if len(reached) == len(runs):
+                points.append((steps, statistics.median(reached)))
+        axes.plot([x for x, _ in points], [y for _, y in points], color=f"C{color}", label=name)
+    axes.set(xlabel="denoising steps T", ylabel=f"seconds to a return of {options.value:g}", xscale="log", yscale="log")
+    axes.set_xticks(options.steps, [str(steps) for steps in options.steps])
+    axes.minorticks_off()
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(options.output / "time_to_return.png")
+    (options.output / "table.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options, checked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--env", default="Pendulum-v1", help="environment id; default Pendulum-v1")
+    parser.add_argument("--value", type=float, default=-200.0, help="the return that ends a run; default -200")
+    parser.add_argument("--steps", nargs="+", type=int, default=[2, 5, 10, 20, 50], help="chain lengths T")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each with the seeds 0, 1, ...; default 3")
+    parser.add_argument("--total_frames", type=int, default=15_000, help="frames of a run that does not get there")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--runs", type=Path, default=Path("runs/time_to_return"), help="folder of the run folders")
+    parser.add_argument("--workers", type=int, default=available_cores(), help="runs at a time, one thread each")
+    options = parser.parse_args(arguments)
+    if wrong := [steps for steps in options.steps if steps < 1]:
+        raise rl.UserError(f"--steps must be at least 1 each, got {wrong[0]}.")
+    for name in ("seeds", "total_frames", "workers"):
+        if getattr(options, name) < 1:
+            raise rl.UserError(f"--{name} must be at least 1, got {getattr(options, name)}.")
+    return options
+
+
+@rl.exit_on_error
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    cells = make_grid(options)
+    rl.check_cells(cells)
+    options.output.mkdir(parents=True, exist_ok=True)
+    table = rl.CellTable(options.output / "cells.csv")
+    failures = rl.run_cells(cells, table, Path(__file__).parent, workers=options.workers)
+    write_results(cells, table, options)
+    print(f"wrote table.md and time_to_return.png in {options.output}")
+    for failure in failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
