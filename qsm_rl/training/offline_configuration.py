@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from qsm_rl.training.diffusion_configuration import DiffusionConfiguration
@@ -18,7 +19,8 @@ class OfflineQSMConfiguration(DiffusionConfiguration):
     TorchRL replay buffer's dumps."""
 
     offline_updates: int = 100_000
-    """Updates on the data set before anything is collected. More learns more from it, and can overfit a small one."""
+    """Updates on the data set before anything is collected, rounded up to a multiple of frames_per_batch. More learns
+    more from it, and can overfit a small one."""
 
     online_frames: int = 0
     """Frames to go on with in the environment, one update each, new transitions beside the data set's."""
@@ -54,5 +56,5 @@ class OfflineQSMConfiguration(DiffusionConfiguration):
             self._check(name, getattr(self, name) == only, f"{only} with a data set")
         self._check("num_workers", self.num_workers == 0, "0 with a data set")
         self._check("normalize_observation", not self.normalize_observation, "false with a data set")
-        whole = self.offline_updates % self.frames_per_batch == 0
-        self._check("offline_updates", whole, f"a multiple of frames_per_batch={self.frames_per_batch}")
+        self.offline_updates = self.frames_per_batch * math.ceil(self.offline_updates / self.frames_per_batch)
+        self.total_frames = max(self.total_frames, self.offline_updates + self.online_frames)

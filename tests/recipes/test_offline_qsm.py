@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDict
 from torchrl.data import LazyTensorStorage, ReplayBuffer
 
-from qsm_rl.training import UserError, make_environment, read_dataset
+from qsm_rl.training import OfflineQSMConfiguration, UserError, make_environment, read_dataset
 from recipes import mujoco_qsm, offline_qsm
 from tests.recipes.test_mujoco_qsm import SMALL, checkpoint, differences, metrics
 
@@ -24,6 +24,11 @@ def run(recipe, *arguments) -> int:
     with pytest.raises(SystemExit) as ended:
         recipe.main([str(argument) for argument in arguments])
     return ended.value.code
+
+
+def test_offline_updates_are_whole_batches_of_frames():
+    config = OfflineQSMConfiguration(dataset="minari:x", offline_updates=25, online_frames=7, frames_per_batch=10)
+    assert (config.offline_updates, config.total_frames) == (30, 37)
 
 
 @pytest.fixture(scope="module")
