@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import math
+import textwrap
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -90,28 +92,37 @@ def plot_curves(curves: Curves, reference: Sequence[Mapping[str, Any]], picture:
     from matplotlib.figure import Figure
 
     envs = sorted({env for env, _ in curves})
-    figure = Figure(figsize=(5.2 * len(envs), 4.2), dpi=130, layout="constrained")
+    colors = {name: f"C{number}" for number, name in enumerate(dict.fromkeys(name for _, name in curves))}
+    columns = min(2, len(envs))
+    rows = math.ceil(len(envs) / columns)
+    figure = Figure(figsize=(5.6 * columns, 4.2 * rows), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, env in zip(figure.subplots(1, len(envs), squeeze=False)[0], envs, strict=True):
-        for color, name in enumerate(name for other, name in curves if other == env):
-            curve = curves[env, name]
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for panel in panels[len(envs) :]:
+        panel.remove()
+    for axes, env in zip(panels, envs, strict=False):
+        for name in (name for other, name in curves if other == env):
+            curve, color = curves[env, name], colors[name]
             frames = common_frames(curve)
             means, lows, highs = curve_intervals([[seed[frame] for frame in frames] for seed in curve.values()])
-            axes.fill_between(frames, lows, highs, color=f"C{color}", alpha=0.2, linewidth=0)
+            axes.fill_between(frames, lows, highs, color=color, alpha=0.2, linewidth=0)
             label = f"{name}, {len(curve)} seed{'s' if len(curve) > 1 else ''}"
-            axes.plot(frames, means, color=f"C{color}", marker="o", markersize=3, label=label)
+            axes.plot(frames, means, color=color, marker="o", markersize=3, label=label)
         published: dict[str, list[tuple[int, float]]] = defaultdict(list)
         for row in reference:
             if row["env"] == env:
                 published[str(row["curve"])].append((row["frames"], row["return_mean"]))
         for style, (name, points) in enumerate(sorted(published.items())):
-            look = {"color": f"{0.2 + 0.15 * (style % 4):.2f}", "linestyle": "--", "label": name}
+            look = {"color": f"{0.2 + 0.15 * (style % 4):.2f}", "linestyle": "--", "label": textwrap.fill(name, 68)}
             if len(points) == 1:
                 axes.axhline(points[0][1], linewidth=1, **look)
             else:
                 axes.plot(*zip(*sorted(points), strict=True), marker="s", markersize=3, **look)
-        axes.set(title=env, xlabel="frames", ylabel="evaluation return, mean and 95 % interval over seeds")
-        axes.legend(frameon=False, fontsize=7 if len(published) > 1 else 9)
+        axes.set(title=env, xlabel="frames", ylabel="evaluation return, mean and 95 % interval")
+        if published:  # long names, which would hide curves
+            axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(-0.05, -0.13))
+        else:
+            axes.legend(frameon=False, fontsize=9)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(picture)
