@@ -122,7 +122,7 @@ class TrainingConfiguration:
     """Where workers run: process (on this machine) or ray (actors on the Ray cluster that RAY_ADDRESS names, or that
     runs here; needs the ray extra)."""
 
-    warmup_frames: int = 1_000
+    warmup_frames: int = 10_000
     """Frames of uniformly random actions before the first update, capped at a fifth of total_frames. More fills the
     replay buffer with wider data and starts learning later; usual range 1,000 to 25,000."""
 

@@ -72,6 +72,10 @@ class QSMConfiguration(DiffusionConfiguration):
     """Named set of values for everything not given otherwise: default (what works best) or paper (the authors'
     settings)."""
 
+    warmup_frames: int = 1_000
+    """Frames of uniformly random actions before the first update, capped at a fifth of total_frames. More fills the
+    replay buffer with wider data and starts learning later; usual range 1,000 to 10,000."""
+
     score_target: Literal["scaled", "boltzmann", "normalized", "posterior"] = "normalized"
     """How the critics become the denoiser's target: scaled is the authors' -M_q dQ/da; boltzmann is -sigma_t dQ/da /
     temperature; normalized is boltzmann with dQ/da divided by its mean size, one temperature for all reward scales;
