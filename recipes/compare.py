@@ -21,7 +21,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from qsm_rl import training as rl
-from qsm_rl.training.hardware import available_cores
 
 PUBLISHED = Path(__file__).with_name("published_returns.csv")
 THRESHOLDS = [step / 50 for step in range(51)]
@@ -146,10 +145,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--hidden_dims", type=int, nargs="+", help="widths of all networks; default each algorithm's own"
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--runs", type=Path, default=Path("runs/compare"), help="folder of the run folders")
-    parser.add_argument("--workers", type=int, default=available_cores(), help="runs at a time, one thread each")
-    parser.add_argument("--dry_run", action="store_true", help="check everything, say what is missing, write results")
+    rl.add_grid_arguments(parser, runs="runs/compare")
     options = parser.parse_args(arguments)
     for name in ("algos", "envs"):
         names = [part.strip() for part in getattr(options, name).split(",") if part.strip()]
@@ -158,9 +154,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         setattr(options, name, list(dict.fromkeys(names)))
     if unknown := [name for name in options.algos if name not in rl.ALGORITHMS]:
         raise rl.UserError(f"--algos: unknown {', '.join(unknown)}; there are {', '.join(rl.ALGORITHMS)}.")
-    for name in ("seeds", "workers"):
-        if getattr(options, name) < 1:
-            raise rl.UserError(f"--{name} must be at least 1, got {getattr(options, name)}.")
+    if options.seeds < 1:
+        raise rl.UserError(f"--seeds must be at least 1, got {options.seeds}.")
     return options
 
 
@@ -169,22 +164,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     rl.require_rliable()
     cells = make_grid(options)
-    rl.check_cells(cells)
-    options.output.mkdir(parents=True, exist_ok=True)
-    table = rl.CellTable(options.output / "cells.csv")
-    missing = [cell for cell in cells if not table.rows_of(cell)]
-    print(f"{len(cells)} cells, {len(cells) - len(missing)} finished; runs in {options.runs}", flush=True)
-    failures: list[str] = []
-    if options.dry_run:
-        for cell in missing:
-            print(f"missing: {cell.env}, {cell.variant}, seed {cell.seed}")
-    else:
-        failures = rl.run_cells(cells, table, Path(__file__).parent, workers=options.workers)
-    written = write_results(cells, table, options.output, options.total_frames)
-    print(f"wrote {', '.join(written)} in {options.output}")
-    for failure in failures:
-        print(f"failed: {failure}", file=sys.stderr)
-    return 1 if failures else 0
+    return rl.run_grid(
+        cells,
+        options,
+        Path(__file__).parent,
+        lambda table: write_results(cells, table, options.output, options.total_frames),
+    )
 
 
 if __name__ == "__main__":

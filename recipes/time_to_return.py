@@ -19,7 +19,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from qsm_rl import training as rl
-from qsm_rl.training.hardware import available_cores
 
 SETTINGS = {
     "batch_size": 128,
@@ -63,8 +62,8 @@ def seconds_to(value: float, rows: Sequence[dict[str, str]]) -> float | None:
     return next((float(row["elapsed_seconds"]) for row in rows if float(row["return_mean"]) >= value), None)
 
 
-def write_results(cells: Sequence[rl.Cell], table: rl.CellTable, options: argparse.Namespace) -> None:
-    """The table and the figure of what has finished."""
+def write_results(cells: Sequence[rl.Cell], table: rl.CellTable, options: argparse.Namespace) -> list[str]:
+    """The table and the figure of what has finished; the names of the files written."""
     lines = ["| T | algorithm | seconds, a seed each | frames | updates/s |", "|---|---|---|---|---|"]
     figure = Figure(figsize=(5.4, 3.8), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
@@ -94,6 +93,7 @@ def write_results(cells: Sequence[rl.Cell], table: rl.CellTable, options: argpar
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(options.output / "time_to_return.png")
     (options.output / "table.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
+    return ["table.md", "time_to_return.png"]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -104,13 +104,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", nargs="+", type=int, default=[2, 5, 10, 20, 50], help="chain lengths T")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each with the seeds 0, 1, ...; default 3")
     parser.add_argument("--total_frames", type=int, default=15_000, help="frames of a run that does not get there")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--runs", type=Path, default=Path("runs/time_to_return"), help="folder of the run folders")
-    parser.add_argument("--workers", type=int, default=available_cores(), help="runs at a time, one thread each")
+    rl.add_grid_arguments(parser, runs="runs/time_to_return")
     options = parser.parse_args(arguments)
     if wrong := [steps for steps in options.steps if steps < 1]:
         raise rl.UserError(f"--steps must be at least 1 each, got {wrong[0]}.")
-    for name in ("seeds", "total_frames", "workers"):
+    for name in ("seeds", "total_frames"):
         if getattr(options, name) < 1:
             raise rl.UserError(f"--{name} must be at least 1, got {getattr(options, name)}.")
     return options
@@ -120,15 +118,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     cells = make_grid(options)
-    rl.check_cells(cells)
-    options.output.mkdir(parents=True, exist_ok=True)
-    table = rl.CellTable(options.output / "cells.csv")
-    failures = rl.run_cells(cells, table, Path(__file__).parent, workers=options.workers)
-    write_results(cells, table, options)
-    print(f"wrote table.md and time_to_return.png in {options.output}")
-    for failure in failures:
-        print(f"failed: {failure}", file=sys.stderr)
-    return 1 if failures else 0
+    return rl.run_grid(cells, options, Path(__file__).parent, lambda table: write_results(cells, table, options))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from qsm_rl.training.evaluation import EvaluationResult, evaluate_policy
 from qsm_rl.training.faults import Fault, read_fault, write_fault
 from qsm_rl.training.frames import FramesDataset
 from qsm_rl.training.grid import Cell, CellTable, make_cells, read_grid, run_cells
+from qsm_rl.training.grid_command import add_grid_arguments, run_grid
 from qsm_rl.training.hardware import choose_arithmetic, choose_device, limit_threads
 from qsm_rl.training.loggers import read_metrics
 from qsm_rl.training.many_seeds import run_seeds
@@ -87,6 +88,7 @@ __all__ = [
     "Update",
     "UserError",
     "WorkerCollector",
+    "add_grid_arguments",
     "capped_warmup",
     "check_cells",
     "check_filming",
@@ -125,6 +127,7 @@ __all__ = [
     "require_rliable",
     "restore_checkpoint",
     "run_cells",
+    "run_grid",
     "run_seeds",
     "seed_everything",
     "user_errors",
