@@ -2,18 +2,20 @@
 
 The critic is given, Q = log p of two equal Gaussians at each of several states, so the policy exp(Q) is known: half of
 the actions at each peak. A mode counts where at least 5 % of the actions lie within three standard deviations of it.
-Writes OUTPUT/table.csv and OUTPUT/actions.png.
+Writes OUTPUT/table.csv, OUTPUT/table.md and OUTPUT/actions.png.
 
-python recipes/modes.py --output docs/results/modes
+python recipes/modes.py --seeds 3 --output docs/results/modes
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -150,6 +152,39 @@ def count_modes(action: Tensor, bandwidth: float = 0.05) -> int:
     return modes
 
 
+def measure(critic: TwoPeaks, state: Tensor, action: Tensor) -> dict[str, float]:
+    """What the table says of the actions ``(N,)`` at one state."""
+    left, right = shares_of_peaks(action, critic.peaks(state)).tolist()
+    q_value = critic(state.expand(len(action), 1), action.unsqueeze(-1)).mean().item()
+    return {
+        "modes": count_modes(action),
+        "left": round(left, 2),
+        "right": round(right, 2),
+        "elsewhere": round(1 - left - right, 2),
+        "mean_q": round(q_value, 2),
+    }
+
+
+def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
+    """A line for each policy: the least and the most over states and seeds."""
+    lines = ["| policy | modes | share of the smaller peak | elsewhere | mean Q |", "|---|---|---|---|---|"]
+    for name in dict.fromkeys(row["policy"] for row in rows):
+        own = [row for row in rows if row["policy"] == name]
+        smaller = [min(row["left"], row["right"]) for row in own]
+        columns = (
+            [row["modes"] for row in own],
+            smaller,
+            [row["elsewhere"] for row in own],
+            [row["mean_q"] for row in own],
+        )
+        cells = [
+            f"{min(values):g}" if min(values) == max(values) else f"{min(values):g} to {max(values):g}"
+            for values in columns
+        ]
+        lines.append(f"| {' | '.join([name, *cells])} |")
+    return "\n".join([*lines, ""])
+
+
 def draw_figure(actions: dict[str, Tensor], critic: TwoPeaks, picture: Path) -> None:
     """A row for each policy, a column for each state."""
     figure = Figure(figsize=(2.6 * len(STATES), 1.5 * len(actions)), dpi=110, layout="constrained")
@@ -178,42 +213,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES), help="what to train")
     parser.add_argument("--updates", type=int, default=2_500, help="updates for each policy")
     parser.add_argument("--learning_rate", type=float, default=3e-3, help="Adam's first step size; it falls to zero")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each with the seeds 0, 1, ...; default 1")
     parser.add_argument("--output", type=Path, default=Path("runs/modes"), help="folder of table and figure")
     options = parser.parse_args(arguments)
-    if options.updates < 1 or not options.learning_rate > 0:
-        raise rl.UserError(
-            f"--updates must be at least 1 and --learning_rate above 0, got {options.updates}, {options.learning_rate}."
-        )
+    for name in ("updates", "learning_rate", "seeds"):
+        if not getattr(options, name) > 0:
+            raise rl.UserError(f"--{name} must be above 0, got {getattr(options, name)}.")
     options.output.mkdir(parents=True, exist_ok=True)
     critic, rows, actions = TwoPeaks(), [], {}
     q_network = TensorDictModule(critic, ["observation", "action"], ["state_action_value"])
-    for name in options.policies:
-        torch.manual_seed(options.seed)
+    for seed, name in itertools.product(range(options.seeds), options.policies):
+        torch.manual_seed(seed)
         sample = POLICIES[name](q_network, options.updates, options.learning_rate)
         with torch.no_grad():
-            actions[name] = sample(STATES.expand(SAMPLES, *STATES.shape)).squeeze(-1)
-        for state, action in zip(STATES, actions[name].unbind(1), strict=True):
-            shares = shares_of_peaks(action, critic.peaks(state))
-            q_value = critic(state.expand(SAMPLES, 1), action.unsqueeze(-1)).mean()
-            rows.append(
-                {
-                    "policy": name,
-                    "state": state.item(),
-                    "modes": count_modes(action),
-                    "left": round(shares[0].item(), 2),
-                    "right": round(shares[1].item(), 2),
-                    "elsewhere": round(1 - shares.sum().item(), 2),
-                    "mean_q": round(q_value.item(), 2),
-                }
-            )
+            action = sample(STATES.expand(SAMPLES, *STATES.shape)).squeeze(-1)
+        actions.setdefault(name, action)  # the figure shows the first seed
+        for state, own in zip(STATES, action.unbind(1), strict=True):
+            rows.append({"policy": name, "seed": seed, "state": state.item(), **measure(critic, state, own)})
             print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
     with (options.output / "table.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+    (options.output / "table.md").write_text(markdown_table(rows), encoding="utf-8")
     draw_figure(actions, critic, options.output / "actions.png")
-    print(f"wrote {options.output / 'table.csv'} and {options.output / 'actions.png'}")
+    print(f"wrote table.csv, table.md and actions.png in {options.output}")
     return 0
 
 

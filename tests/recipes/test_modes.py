@@ -46,14 +46,39 @@ def test_the_known_policy_has_half_of_its_actions_at_each_peak():
 
 def test_a_short_run_leaves_table_and_figure(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
-        modes.main(["--policies", "Diffusion-QL", "SAC", "--updates", "2", "--output", str(tmp_path)])
+        modes.main(["--policies", "Diffusion-QL", "SAC", "--updates", "2", "--seeds", "2", "--output", str(tmp_path)])
     assert ended.value.code == 0
     with (tmp_path / "table.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["policy"], float(row["state"])) for row in rows] == [
-        (name, state) for name in ("Diffusion-QL", "SAC") for state in (-0.5, 0.0, 0.5)
+    assert [(row["seed"], row["policy"], float(row["state"])) for row in rows] == [
+        (seed, name, state) for seed in "01" for name in ("Diffusion-QL", "SAC") for state in (-0.5, 0.0, 0.5)
     ]
+    assert len({row["mean_q"] for row in rows}) > 6  # the seeds differ
     assert (tmp_path / "actions.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_table_says_the_least_and_the_most_over_states_and_seeds():
+    keys = ("policy", "seed", "state", "modes", "left", "right", "elsewhere", "mean_q")
+    rows = [
+        dict(zip(keys, values, strict=True))
+        for values in (
+            ("A", 0, 0.5, 2, 0.5, 0.4, 0.1, -0.5),
+            ("A", 1, 0.5, 2, 0.3, 0.6, 0.1, -0.75),
+            ("B", 0, 0.5, 1, 0, 1, 0, 0),
+        )
+    ]
+    assert modes.markdown_table(rows).splitlines()[2:] == [
+        "| A | 2 | 0.3 to 0.4 | 0.1 | -0.75 to -0.5 |",
+        "| B | 1 | 0 | 0 | 0 |",
+    ]
+
+
+@pytest.mark.parametrize("flag", ["--updates", "--learning_rate", "--seeds"])
+def test_numbers_that_train_nothing_are_named(tmp_path, capsys, flag):
+    with pytest.raises(SystemExit) as ended:
+        modes.main([flag, "0", "--output", str(tmp_path / "out")])
+    assert ended.value.code == 2 and f"{flag} must be above 0, got 0" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
