@@ -174,6 +174,7 @@ def test_every_import_is_a_declared_dependency(folder: str):
         *PROJECT["dependencies"],
         *extras["dmc"],
         *extras["results"],
+        *extras["offline"],
         *extras["ray"],
         *extras["video"],
         *(extras["test"] if folder == "tests" else []),

@@ -14,10 +14,12 @@ from torchrl.envs import EnvBase
 
 from qsm_rl.training.checkpoints import CheckpointFolder
 from qsm_rl.training.errors import UserError
+from qsm_rl.training.public_data import read_d4rl, read_minari
 from qsm_rl.training.replay import ENTRIES, ReplayArchive, TransitionWriter
 
 __all__ = ["DatasetCollector", "OfflineWriter", "read_dataset"]
 
+READERS = {"minari": read_minari, "d4rl": read_d4rl}
 TOLERANCE = 1e-3  # in units of half the action range
 
 
@@ -25,8 +27,8 @@ def read_dataset(name: str, environment: EnvBase) -> TensorDict:
     """Reads transitions and checks that they are an environment's.
 
     Args:
-        name: ``minari:ID`` or ``d4rl:ID``, by TorchRL's loaders, which download; or a folder: of a run of the kit, or
-            of a TorchRL replay buffer's ``dumps``. Reading a folder runs no code in it.
+        name: ``minari:ID`` or ``d4rl:ID``, which are downloaded where they do not lie already (extra ``offline``); or a
+            folder: of a run of the kit, or of a TorchRL replay buffer's ``dumps``. Reading a folder runs no code in it.
         environment: what the transitions should fit, from [`make_environment`][qsm_rl.training.make_environment].
 
     Returns:
@@ -37,8 +39,7 @@ def read_dataset(name: str, environment: EnvBase) -> TensorDict:
             expected.
     """
     kind, _, identity = name.partition(":")
-    downloaded = kind in ("minari", "d4rl") and identity
-    found = _from_torchrl(kind, identity) if downloaded else _from_folder(Path(name))
+    found = _downloaded(kind, identity) if kind in READERS and identity else _from_folder(Path(name))
     return _checked(name, found, environment)
 
 
@@ -96,18 +97,16 @@ class OfflineWriter(TransitionWriter):
             super().write(batch)
 
 
-def _from_torchrl(kind: str, identity: str) -> TensorDictBase:
-    from torchrl.data.datasets import D4RLExperienceReplay, MinariExperienceReplay
-
-    loader = MinariExperienceReplay if kind == "minari" else D4RLExperienceReplay
-    packages = 'pip install "minari[hdf5,hf]"' if kind == "minari" else "pip install h5py"
+def _downloaded(kind: str, identity: str) -> TensorDictBase:
     try:
-        return loader(identity, batch_size=1)[:]
+        return READERS[kind](identity)
     except ImportError as error:
         raise UserError(
-            f"--dataset {kind}:{identity} needs a package that is missing ({error}): {packages}."
+            f"--dataset {kind}:{identity} needs a package that is missing ({error}): pip install 'qsm_rl[offline]'."
         ) from error
-    except Exception as error:  # the loaders let whatever their download or file raises through
+    except UserError:
+        raise
+    except Exception as error:  # the readers let whatever their download or file raises through
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"--dataset {kind}:{identity} cannot be had: {reason}") from error
 

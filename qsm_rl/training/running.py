@@ -170,7 +170,9 @@ def make_callbacks(
     ]
 
 
-def finish_run(trainer: Trainer, module: OffPolicyModule, frames: FramesDataset, folder: RunFolder) -> int:
+def finish_run(
+    trainer: Trainer, module: OffPolicyModule, frames: FramesDataset, folder: RunFolder, *, usual_frames: int
+) -> int:
     """Closes the environments and says how the run went and how to go on.
 
     Args:
@@ -178,6 +180,7 @@ def finish_run(trainer: Trainer, module: OffPolicyModule, frames: FramesDataset,
         module: the trained module.
         frames: the data set.
         folder: the run's folder, the actor in it published.
+        usual_frames: frames of the recipe's runs by default; a shorter run says how to begin one.
 
     Returns:
         The exit code: 0, or 128 plus the signal that ended the run.
@@ -215,9 +218,8 @@ def finish_run(trainer: Trainer, module: OffPolicyModule, frames: FramesDataset,
             flush=True,
         )
         return 0
-    full = TrainingConfiguration.total_frames
-    if module.env_frames < full:
-        print(f"the full job, {full:,} frames: {script} --env {module.env}")
+    if module.env_frames < usual_frames:
+        print(f"the full job, {usual_frames:,} frames: {script} --env {module.env}")
     print(f"go on for longer: {script} --resume {folder.path} --total_frames {2 * module.env_frames}", flush=True)
     return 0
 

@@ -250,7 +250,7 @@ class TrainingRun(Generic[Configuration]):
             env=config.env,
             action_repeat=config.action_repeat,
         )
-        return finish_run(trainer, module, frames, folder)
+        return finish_run(trainer, module, frames, folder, usual_frames=type(config).total_frames)
 
     def _check_space(self, module: OffPolicyModule) -> None:
         config = self.config

@@ -72,6 +72,9 @@ def test_a_run_and_a_torchrl_folder_give_back_what_was_stored(tmp_path, collecte
 def test_offline_then_online_and_resumed_to_the_bit(tmp_path, collected, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert run(offline_qsm, *OFFLINE, "--dataset", collected, "--run_dir", whole) == 0
+    said = capsys.readouterr().out
+    assert f"go on for longer: python recipes/offline_qsm.py --resume {whole} --total_frames 240" in said
+    assert "the full job" not in said  # its length is the user's to say
     last = checkpoint(whole, 120)
     assert last["training"]["grad_steps"] == 120 and last["replay"]["written"] == 100 + 40
     assert checkpoint(whole, 60)["replay"]["written"] == 100  # nothing is collected for the first 80
