@@ -11,6 +11,7 @@ spread of the first action as a table.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -270,6 +271,20 @@ def soft_optimal(temperature: float, seed: int, size: int = 41, pushes: int = 13
     return shares_row(reached.tolist(), float(first.std(0).mean()))
 
 
+def markdown_table(measured: dict[str, list[dict[str, float]]]) -> str:
+    """A line for each policy: the mean over seeds, and behind it the least and the most where there are several."""
+    columns = list(next(iter(measured.values()))[0])
+    lines = [f"| policy | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+    for name, runs in measured.items():
+        cells = []
+        for column in columns:
+            values = [run[column] for run in runs]
+            text = f"{sum(values) / len(values):.2f}"
+            cells.append(text if len(values) == 1 else f"{text} ({min(values):.2f} to {max(values):.2f})")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
 def draw(episodes: dict[str, np.ndarray], picture: Path) -> None:
     figure = Figure(figsize=(3.2 * len(episodes), 3.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
@@ -289,27 +304,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [*TARGETS, "sac"]
     parser.add_argument("--policies", nargs="+", choices=names, default=names, help="what to train")
     parser.add_argument("--frames", type=int, default=6_000, help="frames for each")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each with the seeds 0, 1, ...; default 1")
     parser.add_argument("--output", type=Path, default=Path("multigoal"), help="folder of table and figure")
     options = parser.parse_args(arguments)
     if options.frames < 100:
         raise rl.UserError(f"--frames must be at least 100, got {options.frames}.")
+    if options.seeds < 1:
+        raise rl.UserError(f"--seeds must be at least 1, got {options.seeds}.")
     rl.limit_threads(torch.device("cpu"))
     options.output.mkdir(parents=True, exist_ok=True)
-    episodes: dict[str, np.ndarray] = {}
+    shown: dict[str, np.ndarray] = {}
+    measured: dict[str, list[dict[str, float]]] = {}
     rows: list[dict[str, str]] = []
 
-    def report(name: str, measured: dict[str, float]) -> None:
-        rows.append({"policy": name, **{key: f"{value:.2f}" for key, value in measured.items()}})
+    def report(name: str, seed: int, values: dict[str, float]) -> None:
+        measured.setdefault(name, []).append(values)
+        rows.append({"policy": name, "seed": str(seed), **{key: f"{value:.2f}" for key, value in values.items()}})
         print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
-
-    report(f"soft-optimal at {TEMPERATURE:g}", soft_optimal(TEMPERATURE, options.seed))
-    for name in options.policies:
-        policy, episodes[name] = train(name, options.frames, options.seed)
-        report(name, measure(policy, episodes[name]))
         write_csv_atomically(options.output / "table.csv", list(rows[0]), rows)
-    draw(episodes, options.output / "trajectories.png")
-    print(f"wrote {options.output / 'table.csv'} and {options.output / 'trajectories.png'}")
+
+    report(f"soft-optimal at {TEMPERATURE:g}", 0, soft_optimal(TEMPERATURE, 0))
+    for seed, name in itertools.product(range(options.seeds), options.policies):
+        policy, episodes = train(name, options.frames, seed)
+        shown.setdefault(name, episodes)  # the figure shows the first seed
+        report(name, seed, measure(policy, episodes))
+    (options.output / "table.md").write_text(markdown_table(measured), encoding="utf-8")
+    draw(shown, options.output / "trajectories.png")
+    print(f"wrote table.csv, table.md and trajectories.png in {options.output}")
     return 0
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import math
 
 import numpy as np
@@ -64,3 +65,28 @@ def test_every_policy_trains(name):
     policy, places = multigoal.train(name, 120, seed=0)
     assert np.abs(places[~np.isnan(places)]).max() <= 1
     assert 0 < multigoal.measure(policy, places)["spread of the first action"] <= 1
+
+
+def test_a_short_run_of_two_seeds_leaves_tables_and_figure(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        multigoal.main(["--policies", "sac", "--frames", "100", "--seeds", "2", "--output", str(tmp_path)])
+    assert ended.value.code == 0
+    with (tmp_path / "table.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["policy"], row["seed"]) for row in rows] == [("soft-optimal at 0.1", "0"), ("sac", "0"), ("sac", "1")]
+    assert (tmp_path / "table.md").read_text().count("\n") == 4
+    assert (tmp_path / "trajectories.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_table_has_means_and_ranges_over_seeds():
+    assert multigoal.markdown_table({"known": [{"a": 0.5}], "A": [{"a": 0.25}, {"a": 0.75}]}).splitlines() == [
+        *("| policy | a |", "|---|---|", "| known | 0.50 |", "| A | 0.50 (0.25 to 0.75) |"),
+    ]
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--frames", "99"), ("--seeds", "0")])
+def test_numbers_too_small_are_named(tmp_path, capsys, flag, value):
+    with pytest.raises(SystemExit) as ended:
+        multigoal.main([flag, value, "--output", str(tmp_path / "out")])
+    assert ended.value.code == 2 and f"{flag} must be at least" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
