@@ -194,7 +194,8 @@ class DiffusionActor(TensorDictModule):
 
         Returns:
             Actions in box units, shape ``(*B, A)``, inside the box, and with ``return_chain`` the
-            [`ReverseChain`][qsm_rl.ReverseChain]. Gradients flow through the chain unless disabled.
+            [`ReverseChain`][qsm_rl.ReverseChain]. Gradients flow through the chain unless disabled; where something is
+            clipped, only those that lead back into the box ([`clamp_inward`][qsm_rl.functional.clamp_inward]).
 
         Examples:
             >>> from qsm_rl import ScoreMLP

@@ -105,7 +105,7 @@ class DiffusionPolicy(nn.Module):
             if return_chain:
                 samples.append(sample)
                 states.append(noisy)
-        action = noisy.clamp(-1, 1)
+        action = F.clamp_inward(noisy)
         if not return_chain:
             return action, None
         states[-1] = action

@@ -10,12 +10,14 @@ and a sampler is the table of its three coefficients at each timestep it visits.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from qsm_rl import functional as F
 from qsm_rl.noise_schedule import NoiseSchedule
 
 __all__ = ["DDIMSampler", "DDPMSampler", "ReverseChain", "ReverseStep", "Sampler"]
@@ -89,22 +91,27 @@ class Sampler:
 
     def draw(self, noisy: Tensor, predicted_noise: Tensor, step: ReverseStep, noise: Tensor | None) -> Tensor:
         """The step's draw before ``clip_sample``, from N(``mean``, noise_std^2); arguments of ``step``."""
-        mean = self.mean(noisy, predicted_noise, step)
+        mean = self._mean(noisy, predicted_noise, step, F.clamp_inward)  # a loss may go through the chain
         return mean if noise is None or step.noise_std == 0 else torch.add(mean, noise, alpha=step.noise_std)
 
     def mean(self, noisy: Tensor, predicted_noise: Tensor, step: ReverseStep) -> Tensor:
         """Mean of the step's Gaussian, shape ``(*B, A)``; arguments of [`step`][qsm_rl.samplers.Sampler.step]."""
+        return self._mean(noisy, predicted_noise, step, lambda clean: clean.clamp(-1, 1))
+
+    def _mean(
+        self, noisy: Tensor, predicted_noise: Tensor, step: ReverseStep, clamp: Callable[[Tensor], Tensor]
+    ) -> Tensor:
         # torch.add(x, y, alpha=c) is x + c y in one call: for one observation the calls are what a step costs.
         if self.clip == "clean":
-            clean = torch.add(noisy, predicted_noise, alpha=-step.sigma).div(step.sqrt_alpha_cumprod).clamp(-1, 1)
-            return torch.add(step.noisy_weight * noisy, clean, alpha=step.clean_weight)
+            clean = torch.add(noisy, predicted_noise, alpha=-step.sigma).div(step.sqrt_alpha_cumprod)
+            return torch.add(step.noisy_weight * noisy, clamp(clean), alpha=step.clean_weight)
         # The same mean with the prediction multiplied out: nothing is divided by a small number first.
         ratio = step.clean_weight / step.sqrt_alpha_cumprod
         return torch.add((step.noisy_weight + ratio) * noisy, predicted_noise, alpha=-ratio * step.sigma)
 
     def clip_sample(self, sample: Tensor) -> Tensor:
         """A draw as the next step sees it, shape ``(*B, A)``: clipped to the box with clip ``"sample"``."""
-        return sample.clamp(-1, 1) if self.clip == "sample" else sample
+        return F.clamp_inward(sample) if self.clip == "sample" else sample
 
 
 @dataclass(frozen=True)

@@ -66,3 +66,15 @@ def test_normalized_q_value_has_no_gradient_to_the_other_critic():
     value.sum().backward()
     torch.testing.assert_close(one.grad, torch.full((2,), 0.25))
     assert other.grad is None
+
+
+def test_clamping_inward_keeps_the_gradient_that_leads_back():
+    action = torch.tensor([-2.0, -2.0, -1.0, 0.3, 1.0, 2.0, 2.0], requires_grad=True)
+    direction = torch.tensor([1.0, -1.0, 1.0, -1.0, -1.0, -1.0, 1.0])  # descent moves the action against it
+    clamped = F.clamp_inward(action)
+    clamped.backward(direction)
+    assert torch.equal(clamped, action.clamp(-1, 1))
+    assert action.grad.tolist() == [0.0, -1.0, 1.0, -1.0, -1.0, 0.0, 1.0]
+    with torch.no_grad():
+        assert torch.equal(F.clamp_inward(action), action.clamp(-1, 1))
+    torch.testing.assert_close(torch.func.vmap(F.clamp_inward)(action.unsqueeze(-1)), clamped.unsqueeze(-1))

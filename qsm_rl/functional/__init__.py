@@ -5,7 +5,14 @@ Notation, everywhere the same: ``T = num_steps``, ``t`` in ``0 .. T-1`` with ``t
 alphas_cumprod[t])``. Actions are in box units: the box is ``[-1, 1]^A``. ``q_score`` is the action gradient dQ/da.
 """
 
-from qsm_rl.functional.diffusion import add_noise, cosine_betas, linear_betas, predict_clean, vp_betas
+from qsm_rl.functional.diffusion import (
+    add_noise,
+    clamp_inward,
+    cosine_betas,
+    linear_betas,
+    predict_clean,
+    vp_betas,
+)
 from qsm_rl.functional.policy_gradients import gaussian_log_prob, leave_one_out_advantage, normalized_q_value
 from qsm_rl.functional.posterior import log_mixture_weight, posterior_gradient_noise, posterior_noise, truncated_normal
 from qsm_rl.functional.q_scores import (
@@ -22,6 +29,7 @@ __all__ = [
     "add_noise",
     "aggregate_q_values",
     "boltzmann_q_score",
+    "clamp_inward",
     "clip_norm",
     "cosine_betas",
     "gaussian_log_prob",

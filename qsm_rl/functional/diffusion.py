@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 __all__ = [
     "add_noise",
+    "clamp_inward",
     "cosine_betas",
     "linear_betas",
     "predict_clean",
@@ -118,3 +120,47 @@ def predict_clean(noisy: Tensor, predicted_noise: Tensor, alphas_cumprod_t: Tens
     assert noisy.shape == predicted_noise.shape, (noisy.shape, predicted_noise.shape)
     alphas_cumprod_t = alphas_cumprod_t.unsqueeze(-1)
     return (noisy - (1 - alphas_cumprod_t).sqrt() * predicted_noise) / alphas_cumprod_t.sqrt()
+
+
+def clamp_inward(action: Tensor) -> Tensor:
+    """Clips to the box, and passes the gradient of a step that leads back into it.
+
+    ``clamp`` has no gradient outside the box: a policy that maximises Q through it and whose actions have all left the
+    box never comes back. Here a coordinate outside keeps the gradient by which gradient descent would move it towards
+    the box, and loses the one that would move it further away. Inside, value and gradient are those of ``clamp``; for
+    ``tanh`` policies the same is known as inverting gradients (Hausknecht and Stone 2016, arXiv 1511.04143).
+
+    Args:
+        action: actions in box units, any shape.
+
+    Returns:
+        Actions inside ``[-1, 1]``, same shape.
+
+    Examples:
+        >>> action = torch.tensor([-3.0, 0.5, 3.0], requires_grad=True)
+        >>> clamp_inward(action).sum().backward()  # descent makes every action smaller
+        >>> action.grad
+        tensor([0., 1., 1.])
+    """
+    if torch.is_grad_enabled() and action.requires_grad:
+        return _ClampInward.apply(action)
+    return action.clamp(-1, 1)
+
+
+class _ClampInward(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(action: Tensor) -> Tensor:
+        return action.clamp(-1, 1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (action,) = ctx.saved_tensors
+        # Descent moves the action against its gradient.
+        outward = ((action > 1) & (gradient < 0)) | ((action < -1) & (gradient > 0))
+        return gradient.masked_fill(outward, 0)

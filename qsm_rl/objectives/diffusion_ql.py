@@ -31,9 +31,9 @@ class DiffusionQLLoss(DiffusionActorCriticLoss):
     those of Q-score matching's actor update do not.
 
     Args:
-        actor_network: the policy. The authors' is ``NoiseSchedule.vp(5)`` with ``DDPMSampler(clip="clean")``. There is
-            no gradient where an action is clipped, and an untrained chain that clips its samples or nothing ends at the
-            faces of the box almost always: take the clip ``"clean"``.
+        actor_network: the policy. The authors' is ``NoiseSchedule.vp(5)`` with ``DDPMSampler(clip="clean")``. An
+            untrained chain that clips its samples or nothing ends at the faces of the box almost always, where only
+            gradients that lead back are left ([`clamp_inward`][qsm_rl.functional.clamp_inward]): take ``"clean"``.
         qvalue_network: critics, as in [`QScoreMatchingLoss`][qsm_rl.QScoreMatchingLoss].
 
     Keyword Args:

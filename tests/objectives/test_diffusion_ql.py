@@ -6,7 +6,7 @@ import pytest
 import torch
 from tensordict.nn import TensorDictModule
 
-from qsm_rl import DiffusionQLLoss
+from qsm_rl import DDPMSampler, DiffusionQLLoss
 from tests.loss_contract import FLAT_KEYS, Keys, LossContract, evaluate, make_actor, make_critics, make_transitions
 from tests.objectives.hand import ONE_STEP, TWO_STEPS, Gain, Line, Peak, make, mean_action_after_training, transitions
 
@@ -85,12 +85,18 @@ def test_actor_loss_through_a_chain_of_two_steps_beside_behaviour_cloning():
     assert loss.actor_network.score_network.gain.grad.item() == pytest.approx(gradient, rel=1e-5)
 
 
-def test_no_gradient_where_the_action_is_clipped():
-    loss = make(DiffusionQLLoss, [Line(2.0, 0.0)], Gain(0.5), betas=ONE_STEP, bc_weight=0.0)
+@pytest.mark.parametrize(("best", "leads"), [(2.0, "out"), (0.5, "in")])
+@pytest.mark.parametrize("clip", ["clean", "sample", None])
+def test_a_clipped_action_has_the_gradient_that_leads_back(best, leads, clip):
+    """From 0.4 the step goes to 0.4 (1 - 0.5 sqrt(0.9936)) / 0.08 = 2.5, which is clipped to 1; Q = -(a - best)^2."""
+    options = {"betas": ONE_STEP, "bc_weight": 0.0, "normalize_q": False, "sampler": DDPMSampler(clip=clip)}
+    loss = make(DiffusionQLLoss, [Peak(best)], Gain(0.5), **options)
     value, _ = loss.actor_loss(transitions([0.0]), torch.tensor([[0.4]]), torch.zeros(1, 1, 1))
     value.backward()
-    assert value.item() == -1  # a single critic is divided by its own mean size
-    assert loss.actor_network.score_network.gain.grad.item() == 0
+    assert value.item() == pytest.approx((1 - best) ** 2)
+    slope = -(0.9936**0.5) * 0.4 / 0.08  # of the action in the gain
+    expected = 2 * (1 - best) * slope if leads == "in" else 0
+    assert loss.actor_network.score_network.gain.grad.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_maximised_critic_is_drawn_and_the_next_one_scales_it():
