@@ -11,7 +11,7 @@ from pathlib import Path
 if __name__ == "__main__":
     print("loading PyTorch, TorchRL and Lightning, some seconds", file=sys.stderr, flush=True)
 
-from tensordict.nn import TensorDictModule, TensorDictSequential
+from tensordict.nn import TensorDictSequential
 
 from qsm_rl import (
     DDIMSampler,
@@ -20,7 +20,6 @@ from qsm_rl import (
     DiffusionPolicyGradientLoss,
     GaussianExploration,
     NoiseSchedule,
-    QValueMLP,
     ScoreMLP,
 )
 from qsm_rl import training as rl
@@ -47,19 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
         sampler=sampler,
     ).to(device)
 
-    # Critics.
-    critics = [
-        TensorDictModule(
-            QValueMLP(
-                run.observation_dim, run.action_dim, config.critic_hidden_dims, layer_norm=config.critic_layer_norm
-            ),
-            in_keys=["observation", "action"],
-            out_keys=["state_action_value"],
-        )
-        for _ in range(config.num_critics)
-    ]
-
-    # Loss and update.
+    # Critics, loss and update.
+    critics = rl.make_critics(config, run.observation_dim, run.action_dim)
     loss = DiffusionPolicyGradientLoss(
         actor,
         critics,
@@ -67,6 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         min_std=config.min_std,
         target_aggregation=config.target_aggregation,
         target_action_noise_std=config.target_action_noise_std,
+        delay_qvalue=config.critic != "crossq",
     ).to(device)
     loss.make_value_estimator(gamma=config.gamma)
     update = rl.DiffusionUpdate(
@@ -74,6 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         actor_learning_rate=config.actor_learning_rate,
         critic_learning_rate=config.critic_learning_rate,
         tau=config.tau,
+        critic_adam_beta1=config.critic_adam_beta1,
         policy_delay=config.policy_delay,
         gradient_clipping=config.gradient_clipping,
         actor_ema=config.actor_ema,

@@ -6,14 +6,13 @@ python recipes/mujoco_qsm.py --env Hopper-v5 --total_frames 200000 --seed 1
 from __future__ import annotations
 
 import sys
-from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
     print("loading PyTorch, TorchRL and Lightning, some seconds", file=sys.stderr, flush=True)
 
 import torch
-from tensordict.nn import TensorDictModule, TensorDictSequential
+from tensordict.nn import TensorDictSequential
 from torchrl.data import Bounded
 
 from qsm_rl import (
@@ -28,9 +27,6 @@ from qsm_rl import (
     NormalizedQScore,
     PosteriorQScore,
     QScoreMatchingLoss,
-    QValueCrossQ,
-    QValueMLP,
-    QValueSimBa,
     ScaledQScore,
     ScoreMLP,
     SpreadTuner,
@@ -71,20 +67,7 @@ def build(
     head = None
     if config.critic_bins is not None:
         head = TwoHotHead(*(config.critic_support or (None, None)), config.critic_bins, config.critic_symlog)
-    widths = config.critic_hidden_dims
-    make_critic = {
-        "mlp": partial(QValueMLP, hidden_dims=widths, layer_norm=config.critic_layer_norm),
-        "simba": partial(QValueSimBa, width=widths[0], num_blocks=len(widths)),
-        "crossq": partial(QValueCrossQ, hidden_dims=widths),
-    }[config.critic]
-    critics = [
-        TensorDictModule(
-            make_critic(observation_dim, action_dim, head=head),
-            in_keys=["observation", "action"],
-            out_keys=["state_action_value"],
-        )
-        for _ in range(config.num_critics)
-    ]
+    critics = rl.make_critics(config, observation_dim, action_dim, head)
     score_target = {
         "scaled": lambda: ScaledQScore(config.score_scale),
         "boltzmann": lambda: BoltzmannQScore(config.score_temperature),

@@ -30,6 +30,8 @@ SETTINGS = {
     "critic_learning_rate": 3e-4,
     "actor_hidden_dims": [64, 64],
     "critic_hidden_dims": [64, 64],
+    "critic": "mlp",
+    "critic_adam_beta1": 0.9,
     "target_aggregation": "min",
     "eval_every": 500,
     "eval_episodes": 10,
@@ -39,7 +41,7 @@ SETTINGS = {
 ALGORITHMS = {
     "Q-score matching": (
         "mujoco_qsm",
-        {"critic": "mlp", "critic_adam_beta1": 0.9, "score_critics": "target", "score_target": "normalized"},
+        {"score_critics": "target", "score_target": "normalized"},
     ),
     "Diffusion-QL": ("mujoco_diffusion_ql", {}),
 }

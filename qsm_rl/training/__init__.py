@@ -7,6 +7,7 @@ from qsm_rl.training.checkpoints import CheckpointFolder
 from qsm_rl.training.collection import make_collector
 from qsm_rl.training.command_line import parse_configuration
 from qsm_rl.training.configuration import TrainingConfiguration, capped_warmup
+from qsm_rl.training.critic_networks import make_critics
 from qsm_rl.training.curves import common_frames, curves_of, plot_curves, read_reference
 from qsm_rl.training.diffusion_configuration import (
     DiffusionConfiguration,
@@ -109,6 +110,7 @@ __all__ = [
     "make_callbacks",
     "make_cells",
     "make_collector",
+    "make_critics",
     "make_environment",
     "make_loggers",
     "markdown_table",

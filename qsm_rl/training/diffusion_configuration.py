@@ -14,6 +14,10 @@ __all__ = ["DiffusionConfiguration", "DiffusionPGConfiguration", "DiffusionQLCon
 class DiffusionConfiguration(TrainingConfiguration):
     """Settings of a diffusion policy and its critics, whatever trains them."""
 
+    warmup_frames: int = 1_000
+    """Frames of uniformly random actions before the first update, capped at a fifth of total_frames. More fills the
+    replay buffer with wider data and starts learning later; usual range 1,000 to 10,000."""
+
     num_steps: int = 10
     """Denoising steps T of the policy. More makes finer policies and costs time in acting and in TD targets; usual
     range 5 to 20."""
@@ -32,16 +36,34 @@ class DiffusionConfiguration(TrainingConfiguration):
     """Factor on the fresh noise of the ddpm sampler's steps, in acting and in TD targets. Below 1 is greedier, above 1
     explores more; usual range 0.3 to 1."""
 
+    critic: Literal["mlp", "simba", "crossq"] = "crossq"
+    """Network of the critics. crossq: batch renormalisation in place of target critics (tau then means nothing), learns
+    from the fewest frames; its authors take critic_hidden_dims [2048, 2048] and policy_delay 3; mlp; simba: residual
+    blocks with layer norms, one for each of critic_hidden_dims, which must be equal, each eight times the work of a
+    layer, bears wider critics and more updates."""
+
+    actor_learning_rate: float = 1e-3
+    """Adam's step size for the actor. Higher follows the critics faster and is less stable; usual range 3e-4 to
+    1e-3."""
+
+    critic_learning_rate: float = 1e-3
+    """Adam's step size for the critics. Higher learns faster and is less stable; usual 1e-3 for crossq, 3e-4 for the
+    others."""
+
+    critic_adam_beta1: float = 0.5
+    """Decay of the critics' momentum in Adam. Lower follows moving targets faster; usual 0.5 for crossq, 0.9 for the
+    others."""
+
+    target_aggregation: Literal["min", "mean"] | float = "mean"
+    """How the critics are joined in the TD target: min, mean, or a number rho for mean minus rho times their standard
+    deviation. min is the most cautious and learns later, mean is for critics that do not run away; min grows more
+    pessimistic with the number of critics; usual range of rho 0 to 1, more is more pessimistic."""
+
     critic_layer_norm: bool = True
     """Whether mlp critics normalise before each activation. Keeps Q-values bounded away from the data."""
 
     num_critics: int = 2
     """Critics of the ensemble. More are steadier and cost time in proportion; usual range 2 to 10."""
-
-    target_aggregation: Literal["min", "mean"] | float = "min"
-    """How the target critics are joined in the TD target: min (as usual), mean, or a number rho for mean minus rho
-    times their standard deviation. min grows more pessimistic with the number of critics; usual range of rho 0 to 1,
-    more is more pessimistic."""
 
     exploration_noise_std: float = 0.1
     """Gaussian noise added to actions while collecting, in units of half the action range, then clipped. More explores
@@ -74,6 +96,11 @@ class DiffusionConfiguration(TrainingConfiguration):
             )
         for name in ("exploration_noise_std", "target_action_noise_std"):
             self._check(name, getattr(self, name) >= 0, "0 or more")
+        self._check("critic_adam_beta1", 0 <= self.critic_adam_beta1 < 1, "0 or more and below 1")
+        if self.critic == "simba":
+            self._check(
+                "critic_hidden_dims", len(set(self.critic_hidden_dims)) == 1, "equal widths with --critic simba"
+            )
         self._check("actor_ema", self.actor_ema is None or 0 < self.actor_ema < 1, "null or between 0 and 1")
 
 

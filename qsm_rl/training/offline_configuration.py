@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from qsm_rl.training.diffusion_configuration import DiffusionConfiguration
 
@@ -30,6 +31,24 @@ class OfflineQSMConfiguration(DiffusionConfiguration):
 
     warmup_frames: int = 0
     """Always 0: the data set is there from the beginning."""
+
+    critic: Literal["mlp", "simba", "crossq"] = "mlp"
+    """Network of the critics. mlp, with target critics, is what has been tried on data sets; simba: residual blocks
+    with layer norms; crossq: batch renormalisation in place of target critics."""
+
+    actor_learning_rate: float = 3e-4
+    """Adam's step size for the actor. Higher learns faster and is less stable; usual range 1e-4 to 1e-3."""
+
+    critic_learning_rate: float = 3e-4
+    """Adam's step size for the critics. Higher learns faster and is less stable; usual 3e-4, 1e-3 for crossq."""
+
+    critic_adam_beta1: float = 0.9
+    """Decay of the critics' momentum in Adam; usual 0.9, 0.5 for crossq."""
+
+    target_aggregation: Literal["min", "mean"] | float = "min"
+    """How the critics are joined in the TD target: min, mean, or a number rho for mean minus rho times their standard
+    deviation. Nobody corrects what critics believe too good of actions that are not in the data: the more cautious, the
+    safer."""
 
     score_temperature: float = 0.1
     """Temperature of the normalised score target. Lower is greedier; usual range 0.03 to 1."""

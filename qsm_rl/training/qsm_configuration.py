@@ -72,10 +72,6 @@ class QSMConfiguration(DiffusionConfiguration):
     """Named set of values for everything not given otherwise: default (what works best) or paper (the authors'
     settings)."""
 
-    warmup_frames: int = 1_000
-    """Frames of uniformly random actions before the first update, capped at a fifth of total_frames. More fills the
-    replay buffer with wider data and starts learning later; usual range 1,000 to 10,000."""
-
     score_target: Literal["scaled", "boltzmann", "normalized", "posterior"] = "normalized"
     """How the critics become the denoiser's target: scaled is the authors' -M_q dQ/da; boltzmann is -sigma_t dQ/da /
     temperature; normalized is boltzmann with dQ/da divided by its mean size, one temperature for all reward scales;
@@ -112,29 +108,6 @@ class QSMConfiguration(DiffusionConfiguration):
     bc_weight: float = 0.0
     """Weight of behaviour cloning on the replayed actions beside the score target. More keeps the policy nearer to
     them, for offline data and fine-tuning; usual range 0.1 to 10, 0 for none."""
-
-    critic: Literal["mlp", "simba", "crossq"] = "crossq"
-    """Network of the critics. crossq: batch renormalisation in place of target critics (tau then means nothing), learns
-    from the fewest frames; its authors take critic_hidden_dims [2048, 2048] and policy_delay 3; mlp; simba: residual
-    blocks with layer norms, one for each of critic_hidden_dims, which must be equal, each eight times the work of a
-    layer, bears wider critics and more updates."""
-
-    actor_learning_rate: float = 1e-3
-    """Adam's step size for the actor. Higher follows the critics faster and is less stable; usual range 3e-4 to
-    1e-3."""
-
-    critic_learning_rate: float = 1e-3
-    """Adam's step size for the critics. Higher learns faster and is less stable; usual 1e-3 for crossq, 3e-4 for the
-    others."""
-
-    critic_adam_beta1: float = 0.5
-    """Decay of the critics' momentum in Adam. Lower follows moving targets faster; usual 0.5 for crossq, 0.9 for the
-    others."""
-
-    target_aggregation: Literal["min", "mean"] | float = "mean"
-    """How the critics are joined in the TD target: min, mean, or a number rho for mean minus rho times their standard
-    deviation. min is the most cautious and learns later, mean is for critics that do not run away; min grows more
-    pessimistic with the number of critics; usual range of rho 0 to 1, more is more pessimistic."""
 
     critic_bins: int | None = None
     """Points of a value support for critics that classify (two-hot cross-entropy) where the others regress; null
@@ -199,16 +172,11 @@ class QSMConfiguration(DiffusionConfiguration):
         self._check("score_spread", tunable, "null for the scaled target, which has no temperature")
         for name in ("score_scale", "score_temperature"):
             self._check(name, getattr(self, name) > 0, "above 0")
-        self._check("critic_adam_beta1", 0 <= self.critic_adam_beta1 < 1, "0 or more and below 1")
         for name in ("best_of", "eval_best_of"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
         if self.critic == "crossq":
             self._check(
                 "score_critics", self.score_critics == "online", "online with --critic crossq, which has no others"
-            )
-        if self.critic == "simba":
-            self._check(
-                "critic_hidden_dims", len(set(self.critic_hidden_dims)) == 1, "equal widths with --critic simba"
             )
         self._check("critic_bins", self.critic_bins is None or self.critic_bins >= 2, "null or at least 2")
         low, high = self.critic_support or (-1.0, 1.0)

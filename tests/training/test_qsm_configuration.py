@@ -6,6 +6,8 @@ import pytest
 
 from qsm_rl.training import (
     PRESETS,
+    DiffusionPGConfiguration,
+    DiffusionQLConfiguration,
     QSMConfiguration,
     UserError,
     parse_configuration,
@@ -58,3 +60,12 @@ def test_presets_name_only_fields_and_pass_the_checks():
     for preset, values in PRESETS.items():
         assert values.keys() <= names
         QSMConfiguration(**values, preset=preset)
+
+
+@pytest.mark.parametrize("other", [DiffusionQLConfiguration, DiffusionPGConfiguration])
+def test_the_diffusion_algorithms_have_the_same_defaults(other):
+    """So that a comparison compares how the policy learns."""
+    qsm = {field.name: field.default for field in dataclasses.fields(QSMConfiguration)}
+    shared = {field.name: field.default for field in dataclasses.fields(other) if field.name in qsm}
+    assert {"critic", "critic_learning_rate", "target_aggregation", "warmup_frames", "num_steps"} < set(shared)
+    assert shared == {name: qsm[name] for name in shared} | {"preset": shared["preset"]}
