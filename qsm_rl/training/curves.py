@@ -118,7 +118,7 @@ def plot_curves(curves: Curves, reference: Sequence[Mapping[str, Any]], picture:
                 axes.axhline(points[0][1], linewidth=1, **look)
             else:
                 axes.plot(*zip(*sorted(points), strict=True), marker="s", markersize=3, **look)
-        axes.set(title=env, xlabel="frames", ylabel="evaluation return, mean and 95 % interval")
+        axes.set(title=env, xlabel="frames", ylabel="return, mean and 95 % interval")
         if published:  # long names, which would hide curves
             axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(-0.05, -0.13))
         else:
