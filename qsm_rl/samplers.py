@@ -10,7 +10,6 @@ and a sampler is the table of its three coefficients at each timestep it visits.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -91,20 +90,15 @@ class Sampler:
 
     def draw(self, noisy: Tensor, predicted_noise: Tensor, step: ReverseStep, noise: Tensor | None) -> Tensor:
         """The step's draw before ``clip_sample``, from N(``mean``, noise_std^2); arguments of ``step``."""
-        mean = self._mean(noisy, predicted_noise, step, F.clamp_inward)  # a loss may go through the chain
+        mean = self.mean(noisy, predicted_noise, step)
         return mean if noise is None or step.noise_std == 0 else torch.add(mean, noise, alpha=step.noise_std)
 
     def mean(self, noisy: Tensor, predicted_noise: Tensor, step: ReverseStep) -> Tensor:
         """Mean of the step's Gaussian, shape ``(*B, A)``; arguments of [`step`][qsm_rl.samplers.Sampler.step]."""
-        return self._mean(noisy, predicted_noise, step, lambda clean: clean.clamp(-1, 1))
-
-    def _mean(
-        self, noisy: Tensor, predicted_noise: Tensor, step: ReverseStep, clamp: Callable[[Tensor], Tensor]
-    ) -> Tensor:
         # torch.add(x, y, alpha=c) is x + c y in one call: for one observation the calls are what a step costs.
         if self.clip == "clean":
             clean = torch.add(noisy, predicted_noise, alpha=-step.sigma).div(step.sqrt_alpha_cumprod)
-            return torch.add(step.noisy_weight * noisy, clamp(clean), alpha=step.clean_weight)
+            return torch.add(step.noisy_weight * noisy, F.clamp_inward(clean), alpha=step.clean_weight)
         # The same mean with the prediction multiplied out: nothing is divided by a small number first.
         ratio = step.clean_weight / step.sqrt_alpha_cumprod
         return torch.add((step.noisy_weight + ratio) * noisy, predicted_noise, alpha=-ratio * step.sigma)

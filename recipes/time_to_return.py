@@ -17,6 +17,7 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, StrMethodFormatter
 
 from qsm_rl import training as rl
 
@@ -66,7 +67,8 @@ def seconds_to(value: float, rows: Sequence[dict[str, str]]) -> float | None:
 
 def write_results(cells: Sequence[rl.Cell], table: rl.CellTable, options: argparse.Namespace) -> list[str]:
     """The table and the figure of what has finished; the names of the files written."""
-    lines = ["| T | algorithm | seconds, a seed each | frames | updates/s |", "|---|---|---|---|---|"]
+    header = ["| T | algorithm | seconds, a seed each | frames | updates/s |", "|---|---|---|---|---|"]
+    lines: list[tuple[int, str]] = []
     figure = Figure(figsize=(5.4, 3.8), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -82,19 +84,22 @@ def write_results(cells: Sequence[rl.Cell], table: rl.CellTable, options: argpar
             frames = ", ".join(f"{int(rows[-1]['frames']):,}" for rows in runs)
             rate = statistics.mean(float(rows[0]["updates_per_second"]) for rows in runs)
             texts = ", ".join("not reached" if time is None else f"{time:.0f}" for time in times)
-            lines.append(f"| {steps} | {name} | {texts} | {frames} | {rate:.0f} |")
+            lines.append((steps, f"| {steps} | {name} | {texts} | {frames} | {rate:.0f} |"))
             axes.plot([steps] * len(reached), reached, "o", color=f"C{color}", alpha=0.5)
             if len(reached) == len(runs):
                 points.append((steps, statistics.median(reached)))
         axes.plot([x for x, _ in points], [y for _, y in points], color=f"C{color}", label=name)
     axes.set(xlabel="denoising steps T", ylabel=f"seconds to a return of {options.value:g}", xscale="log", yscale="log")
     axes.set_xticks(options.steps, [str(steps) for steps in options.steps])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.minorticks_off()
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(options.output / "time_to_return.png")
-    (options.output / "table.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
+    by_steps = [line for _, line in sorted(lines, key=lambda line: line[0])]
+    (options.output / "table.md").write_text("\n".join([*header, *by_steps, ""]), encoding="utf-8")
     return ["table.md", "time_to_return.png"]
 
 
