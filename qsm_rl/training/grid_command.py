@@ -40,7 +40,7 @@ def run_grid(
 
     Args:
         cells: the grid.
-        options: what the options of :func:`add_grid_arguments` were given.
+        options: the values of [`add_grid_arguments`][qsm_rl.training.add_grid_arguments].
         recipes: folder of the recipes.
         write_results: takes the table, writes into the output folder, and returns the names of the files.
 
