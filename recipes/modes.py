@@ -1,7 +1,7 @@
 """Counts the modes that a policy keeps: Q-score matching, Diffusion-QL and SAC on one critic with two equal peaks.
 
 The critic is given, Q = log p of two equal Gaussians at each of several states, so the policy exp(Q) is known: half of
-the actions at each peak. A mode counts where at least 5 % of the actions lie within three standard deviations of it.
+the actions at each peak. A mode is a peak of the actions' kernel density that stands out from the valleys beside it.
 Writes OUTPUT/table.csv, OUTPUT/table.md and OUTPUT/actions.png.
 
 python recipes/modes.py --seeds 3 --output docs/results/modes

@@ -13,6 +13,7 @@ from qsm_rl.training.diffusion_configuration import (
     DiffusionConfiguration,
     DiffusionPGConfiguration,
     DiffusionQLConfiguration,
+    PlainCriticsConfiguration,
 )
 from qsm_rl.training.diffusion_update import DiffusionUpdate
 from qsm_rl.training.environments import make_environment
@@ -72,6 +73,7 @@ __all__ = [
     "OffPolicyModule",
     "OfflineQSMConfiguration",
     "OfflineWriter",
+    "PlainCriticsConfiguration",
     "QSMConfiguration",
     "QSMUpdate",
     "ReplayArchive",

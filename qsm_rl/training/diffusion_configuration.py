@@ -7,7 +7,12 @@ from typing import Literal
 
 from qsm_rl.training.configuration import TrainingConfiguration
 
-__all__ = ["DiffusionConfiguration", "DiffusionPGConfiguration", "DiffusionQLConfiguration"]
+__all__ = [
+    "DiffusionConfiguration",
+    "DiffusionPGConfiguration",
+    "DiffusionQLConfiguration",
+    "PlainCriticsConfiguration",
+]
 
 
 @dataclass(kw_only=True)
@@ -133,7 +138,34 @@ class DiffusionQLConfiguration(DiffusionConfiguration):
 
 
 @dataclass(kw_only=True)
-class DiffusionPGConfiguration(DiffusionConfiguration):
+class PlainCriticsConfiguration(DiffusionConfiguration):
+    """Settings of a diffusion policy with plain critics and their target copies, as the field's baselines have them.
+
+    A policy gradient asks for values of Q away from the data, and nobody corrects critics of a data set there: both
+    learn more safely from these than from the other diffusion policies' critics.
+    """
+
+    critic: Literal["mlp", "simba", "crossq"] = "mlp"
+    """Network of the critics. mlp, with target critics, is what has been tried here; simba: residual blocks with layer
+    norms; crossq: batch renormalisation in place of target critics, with which a policy gradient narrowed too early."""
+
+    actor_learning_rate: float = 3e-4
+    """Adam's step size for the actor. Higher follows the critics faster and is less stable; usual range 1e-4 to
+    1e-3."""
+
+    critic_learning_rate: float = 3e-4
+    """Adam's step size for the critics. Higher learns faster and is less stable; usual 3e-4, 1e-3 for crossq."""
+
+    critic_adam_beta1: float = 0.9
+    """Decay of the critics' momentum in Adam. Lower follows moving targets faster; usual 0.9, 0.5 for crossq."""
+
+    target_aggregation: Literal["min", "mean"] | float = "min"
+    """How the critics are joined in the TD target: min, mean, or a number rho for mean minus rho times their standard
+    deviation. What they overrate is what such a policy is drawn to: the more cautious, the safer."""
+
+
+@dataclass(kw_only=True)
+class DiffusionPGConfiguration(PlainCriticsConfiguration):
     """Settings of the policy gradient of the chain's likelihood.
 
     It asks for values of Q away from the data, not for their slope, and narrows too early with the other diffusion
@@ -143,24 +175,6 @@ class DiffusionPGConfiguration(DiffusionConfiguration):
     warmup_frames: int = 10_000
     """Frames of uniformly random actions before the first update, capped at a fifth of total_frames. More fills the
     replay buffer with wider data and starts learning later; usual range 5,000 to 25,000."""
-
-    critic: Literal["mlp", "simba", "crossq"] = "mlp"
-    """Network of the critics. mlp, with target critics; simba: residual blocks with layer norms; crossq: batch
-    renormalisation in place of target critics, with which the policy narrowed too early."""
-
-    actor_learning_rate: float = 3e-4
-    """Adam's step size for the actor. Higher follows the critics faster and narrows the policy earlier; usual range
-    1e-4 to 1e-3."""
-
-    critic_learning_rate: float = 3e-4
-    """Adam's step size for the critics. Higher learns faster and is less stable; usual range 1e-4 to 1e-3."""
-
-    critic_adam_beta1: float = 0.9
-    """Decay of the critics' momentum in Adam; usual 0.9, 0.5 for crossq."""
-
-    target_aggregation: Literal["min", "mean"] | float = "min"
-    """How the target critics are joined in the TD target: min, mean, or a number rho for mean minus rho times their
-    standard deviation. Likelihoods favour whatever the critics overrate: the more cautious, the safer."""
 
     num_samples: int = 4
     """Chains sampled for each observation of an update, compared with each other. More is less noisy and costs time in

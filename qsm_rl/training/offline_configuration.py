@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
-from qsm_rl.training.diffusion_configuration import DiffusionConfiguration
+from qsm_rl.training.diffusion_configuration import PlainCriticsConfiguration
 
 __all__ = ["OfflineQSMConfiguration"]
 
 
 @dataclass(kw_only=True)
-class OfflineQSMConfiguration(DiffusionConfiguration):
+class OfflineQSMConfiguration(PlainCriticsConfiguration):
     """Settings of Q-score matching on a data set, and online behind it."""
 
     dataset: str = ""
@@ -32,24 +31,6 @@ class OfflineQSMConfiguration(DiffusionConfiguration):
     warmup_frames: int = 0
     """Always 0: the data set is there from the beginning."""
 
-    critic: Literal["mlp", "simba", "crossq"] = "mlp"
-    """Network of the critics. mlp, with target critics, is what has been tried on data sets; simba: residual blocks
-    with layer norms; crossq: batch renormalisation in place of target critics."""
-
-    actor_learning_rate: float = 3e-4
-    """Adam's step size for the actor. Higher learns faster and is less stable; usual range 1e-4 to 1e-3."""
-
-    critic_learning_rate: float = 3e-4
-    """Adam's step size for the critics. Higher learns faster and is less stable; usual 3e-4, 1e-3 for crossq."""
-
-    critic_adam_beta1: float = 0.9
-    """Decay of the critics' momentum in Adam; usual 0.9, 0.5 for crossq."""
-
-    target_aggregation: Literal["min", "mean"] | float = "min"
-    """How the critics are joined in the TD target: min, mean, or a number rho for mean minus rho times their standard
-    deviation. Nobody corrects what critics believe too good of actions that are not in the data: the more cautious, the
-    safer."""
-
     score_temperature: float = 0.1
     """Temperature of the normalised score target. Lower is greedier; usual range 0.03 to 1."""
 
@@ -66,7 +47,7 @@ class OfflineQSMConfiguration(DiffusionConfiguration):
         """
         self._check("offline_updates", self.offline_updates >= 1, "at least 1")
         self._check("online_frames", self.online_frames >= 0, "0 or more")
-        self.total_frames = max(self.total_frames, self.offline_updates + self.online_frames)
+        self.total_frames = max(self.total_frames, self.offline_updates + self.online_frames)  # below again, rounded
         super().__post_init__()
         self._check("dataset", bool(self.dataset), "minari:ID, d4rl:ID or a folder")
         self._check("score_temperature", self.score_temperature > 0, "above 0")
