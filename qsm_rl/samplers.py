@@ -10,6 +10,7 @@ and a sampler is the table of its three coefficients at each timestep it visits.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -93,12 +94,22 @@ class Sampler:
         mean = self.mean(noisy, predicted_noise, step)
         return mean if noise is None or step.noise_std == 0 else torch.add(mean, noise, alpha=step.noise_std)
 
-    def mean(self, noisy: Tensor, predicted_noise: Tensor, step: ReverseStep) -> Tensor:
-        """Mean of the step's Gaussian, shape ``(*B, A)``; arguments of [`step`][qsm_rl.samplers.Sampler.step]."""
+    def mean(
+        self,
+        noisy: Tensor,
+        predicted_noise: Tensor,
+        step: ReverseStep,
+        clamp: Callable[[Tensor], Tensor] = F.clamp_inward,
+    ) -> Tensor:
+        """Mean of the step's Gaussian, shape ``(*B, A)``; arguments of [`step`][qsm_rl.samplers.Sampler.step].
+
+        ``clamp`` clips the predicted clean action. By default its gradient is the one that leads back into the box; a
+        likelihood needs the derivative itself.
+        """
         # torch.add(x, y, alpha=c) is x + c y in one call: for one observation the calls are what a step costs.
         if self.clip == "clean":
             clean = torch.add(noisy, predicted_noise, alpha=-step.sigma).div(step.sqrt_alpha_cumprod)
-            return torch.add(step.noisy_weight * noisy, F.clamp_inward(clean), alpha=step.clean_weight)
+            return torch.add(step.noisy_weight * noisy, clamp(clean), alpha=step.clean_weight)
         # The same mean with the prediction multiplied out: nothing is divided by a small number first.
         ratio = step.clean_weight / step.sqrt_alpha_cumprod
         return torch.add((step.noisy_weight + ratio) * noisy, predicted_noise, alpha=-ratio * step.sigma)

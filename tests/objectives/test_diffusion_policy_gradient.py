@@ -7,7 +7,7 @@ import pytest
 import torch
 from tensordict.nn import TensorDictModule
 
-from qsm_rl import DiffusionPolicyGradientLoss
+from qsm_rl import DDPMSampler, DiffusionPolicyGradientLoss
 from tests.loss_contract import FLAT_KEYS, Keys, LossContract, evaluate, make_actor, make_critics, make_transitions
 from tests.objectives.hand import ONE_STEP, TWO_STEPS, Gain, Line, Peak, make, mean_action_after_training, transitions
 
@@ -109,6 +109,24 @@ def test_the_gradient_is_that_of_the_expected_q_value():
     ((action - 0.4) ** 2).mean().backward()
     torch.testing.assert_close(likelihood_ratio, gain.grad, rtol=0.03, atol=0)
     assert abs(gain.grad) > 0.01
+
+
+def test_the_gradient_where_the_predicted_clean_action_is_clipped_is_that_of_the_expected_q_value():
+    """Against finite differences of the expected Q-value over the same draws."""
+    torch.manual_seed(0)
+    gain, options = 0.3, {"betas": TWO_STEPS, "sampler": DDPMSampler(clip="clean"), "min_std": 0.3}
+    loss = make(DiffusionPolicyGradientLoss, [Peak(0.4)], Gain(gain), num_samples=16, **options)
+    loss.actor_loss(transitions([0.0] * 20_000))[0].backward()
+    actor = loss.actor_network
+    start, noise, observation = torch.randn(200_000, 1), torch.randn(2, 200_000, 1), torch.zeros(200_000, 1)
+    costs = []
+    with torch.no_grad():
+        for value in (gain + 0.02, gain - 0.02):
+            actor.score_network.gain.fill_(value)
+            costs.append(((actor.sample(observation, start, noise, min_std=0.3) - 0.4) ** 2).mean())
+    slope = (costs[0] - costs[1]) / 0.04
+    assert abs(slope) > 0.01
+    torch.testing.assert_close(actor.score_network.gain.grad, slope, rtol=0.05, atol=0)
 
 
 def test_masked_samples_count_for_nothing():
