@@ -38,7 +38,7 @@ class ActionBox(Float32Buffers):
 
     def __init__(self, low: Tensor, high: Tensor) -> None:
         super().__init__()
-        low, high = low.float(), high.float()
+        low, high = low.float().clone(), high.float().clone()  # a spec's own memory stays the spec's
         if not bool((torch.isfinite(low) & torch.isfinite(high) & (low < high)).all()):
             raise ValueError(
                 f"the action space must be bounded with low < high in every dimension, got low={low.tolist()}, "

@@ -70,11 +70,10 @@ class DiffusionPolicy(nn.Module):
         """Noise prediction at each reverse step; a network's own ``reverse_chain`` shares work."""
         timesteps = [step.t for step in self.steps]
         network = self.score_network.network
-        reverse_chain = getattr(network, "reverse_chain", None)
-        if reverse_chain is not None:
-            predict = reverse_chain(observation, timesteps)
+        if has_own_chain(network):
+            predict = network.reverse_chain(observation, timesteps)
             return lambda index, noisy: predict(index, noisy.to(observation.dtype)).to(noisy.dtype)
-        times = torch.tensor(timesteps, dtype=observation.dtype, device=observation.device)
+        times = torch.tensor(timesteps, device=observation.device)  # integers, as in training
         return lambda index, noisy: self.predict_noise(noisy, observation, times[index].expand(noisy.shape[:-1]))
 
     def run_chain(
@@ -142,6 +141,16 @@ class DiffusionPolicy(nn.Module):
             start = torch.zeros(shape, dtype=chain_dtype(observation), device=observation.device)
             action, _ = self.run_chain(observation, start, [None] * len(self.steps))
         return self.box.clamp(self.box.from_box(action)).to(observation.dtype)
+
+
+def has_own_chain(network: nn.Module) -> bool:
+    """Whether a network's ``reverse_chain`` belongs to its ``forward``: a subclass may override ``forward`` alone."""
+    for kind in type(network).__mro__:
+        if "reverse_chain" in vars(kind):
+            return True
+        if "forward" in vars(kind):
+            return False
+    return False
 
 
 def chain_dtype(observation: Tensor) -> torch.dtype:

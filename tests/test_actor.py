@@ -269,3 +269,41 @@ def test_a_chain_without_noise_has_no_likelihood():
         actor.chain_log_prob(torch.randn(2, 4), chain)
     with pytest.raises(ValueError, match=r"min_std must be at least 0, got -0.1"):
         actor.sample(torch.randn(2, 4), min_std=-0.1)
+
+
+class Shifted(ScoreMLP):
+    """Overrides forward alone, so that the inherited reverse chain is not its own."""
+
+    def forward(self, noisy_action, observation, t):
+        return torch.zeros_like(super().forward(noisy_action, observation, t))
+
+
+class Embedded(nn.Module):
+    """Looks its timesteps up in a table, which takes integers only."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(5, 3)
+
+    def forward(self, noisy_action, observation, t):
+        return self.table(t)
+
+
+def test_a_subclass_that_overrides_forward_is_sampled_by_it():
+    torch.manual_seed(0)
+    start, noise, observation = torch.randn(8, 3), torch.randn(5, 8, 3), torch.randn(8, 4)
+    zero = make_actor(network=Constant(0.0)).sample(observation, start, noise)
+    torch.testing.assert_close(make_actor(network=Shifted(4, 3, (16, 16))).sample(observation, start, noise), zero)
+
+
+def test_a_network_gets_integer_timesteps():
+    assert SPEC.is_in(make_actor(network=Embedded())(TensorDict({"observation": torch.randn(4)}, []))["action"])
+
+
+def test_loading_an_actor_leaves_the_spec_it_was_made_of_alone():
+    spec = Bounded(LOW.clone(), HIGH.clone(), shape=(3,))
+    actor = make_actor(spec)
+    with torch.no_grad():
+        for buffer in actor.buffers():
+            buffer.zero_()
+    assert torch.equal(spec.space.low, LOW) and torch.equal(spec.space.high, HIGH)

@@ -57,7 +57,17 @@ def stack_critics(loss: LossModule, critics: list[TensorDictModule], delay_qvalu
         loss: gets ``qvalue_network`` and ``qvalue_network_params``, and target parameters.
         critics: at least one, all alike.
         delay_qvalue: whether the target parameters are copies.
+
+    Raises:
+        ValueError: if the critics differ in more than their weights.
     """
+    first = critics[0]
+    for critic in critics[1:]:
+        if critic.in_keys != first.in_keys or critic.out_keys != first.out_keys or repr(critic) != repr(first):
+            raise ValueError(
+                "critics must be alike but for their weights, since all are evaluated by the first one's code, got "
+                f"{first} and {critic}."
+            )
     options = {"expand_dim": len(critics), "create_target_params": delay_qvalue}
     if len(critics) > 1:
         loss.convert_to_functional(critics, "qvalue_network", **options)

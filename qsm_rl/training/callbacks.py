@@ -259,7 +259,8 @@ class MetricRows(PeriodicCallback):
         """Writes the row."""
         row = module.metrics()
         now = time.perf_counter()
-        seconds = max(now - self._last_time, 1e-9)
+        training_seconds = now - self._last_time - row.get("time/evaluation_seconds", 0.0)
+        seconds = max(training_seconds, 1e-9)
         row["time/frames_per_second"] = (module.env_frames - self._last_frames) / seconds
         row["time/updates_per_second"] = (module.grad_steps - self._last_steps) / seconds
         row["time/elapsed_seconds"] = now - self._begin

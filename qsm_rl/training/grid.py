@@ -112,12 +112,14 @@ def read_grid(path: Path, runs: Path) -> list[Cell]:
         )
     cells = []
     for env, task in grid["tasks"].items():
-        task = dict(task)
+        task = dict(task or {})
         variants, seeds = task.pop("variants", list(grid["variants"])), task.pop("seeds", grid["seeds"])
+        if not isinstance(seeds, list):
+            raise UserError(f"{path}: seeds must be a list such as [0, 1, 2], got {seeds!r}.")
         if unknown := sorted(set(variants) - set(grid["variants"])):
             raise UserError(f"{path}: the task {env} names unknown variants {unknown}.")
         for variant in variants:
-            settings = {**grid["settings"], **task, **(grid["variants"][variant] or {})}
+            settings = {**(grid["settings"] or {}), **task, **(grid["variants"][variant] or {})}
             if "total_frames" not in settings:
                 raise UserError(f"{path}: the task {env} needs total_frames.")
             cells += make_cells(grid["recipe"], variant, settings, env, seeds, runs)
@@ -271,7 +273,14 @@ def _frames(folder: Path) -> int:
 
 
 def _finished(cell: Cell) -> bool:
-    return (cell.folder / "actor" / "config.json").exists() and _frames(cell.folder) >= cell.total_frames
+    """Whether the run came to its end: its frames, or the return that stops it."""
+    if not (cell.folder / "actor" / "config.json").exists():
+        return False
+    if _frames(cell.folder) >= cell.total_frames:
+        return True
+    target = json.loads(cell.settings).get("stop_at_return")
+    returns = read_metrics(cell.folder / "metrics.csv").get("eval/return_mean", [])
+    return target is not None and any(value >= target for value in returns)
 
 
 def _total_elapsed(clock: Sequence[float], count: int) -> list[str]:

@@ -7,7 +7,9 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from qsm_rl.atomic_files import write_atomically
 from qsm_rl.training.command_line import NOT_SAVED
 from qsm_rl.training.configuration import TrainingConfiguration
 from qsm_rl.training.errors import UserError
@@ -32,15 +34,14 @@ def run_seeds(config: TrainingConfiguration, script: Path) -> int:
         The exit code: 1 if a run failed, else 0.
 
     Raises:
-        UserError: if ``run_dir`` holds something else.
+        UserError: if ``run_dir`` holds something else, or runs with other settings.
     """
     default = Path("runs") / script.stem / config.env / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.seeds}-seeds"
     folder = default if config.run_dir is None else Path(config.run_dir)
-    if folder.exists() and any(not path.name.startswith(("seed_", "cells.csv")) for path in folder.iterdir()):
-        raise UserError(f"{folder} holds something other than runs of many seeds; choose a new folder as --run_dir.")
     left_out = {*NOT_SAVED, "env", "seed", "seeds"}
     settings = {name: value for name, value in asdict(config).items() if name not in left_out}
     text = json.dumps(settings, sort_keys=True)
+    _claim(folder, {"recipe": script.stem, "env": config.env, **json.loads(text)})
     cells = [
         Cell(script.stem, config.preset, text, config.env, seed, folder / f"seed_{seed}")
         for seed in range(config.seed, config.seed + config.seeds)
@@ -59,3 +60,28 @@ def run_seeds(config: TrainingConfiguration, script: Path) -> int:
         print(f"last evaluation of {len(finished)} seeds: mean {mean:.1f}, {interval} ({returns})")
         print(f"curves: python recipes/plot.py {folder}/seed_*[0-9] --output {folder.with_suffix('')}-curves")
     return 1 if failures else 0
+
+
+def _claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Writes down what the runs in the folder are, or checks that they are the same."""
+    path = folder / "settings.json"
+    if not path.exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(
+                f"{folder} holds something other than runs of many seeds; choose a new folder as --run_dir."
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(settings, indent=2)
+        write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        return
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    differences = [
+        f"{name} {saved.get(name)!r}, now {settings.get(name)!r}"
+        for name in sorted({*saved, *settings})
+        if saved.get(name) != settings.get(name)
+    ]
+    if differences:
+        raise UserError(
+            f"{folder} holds runs with other settings ({'; '.join(differences)}); give the same ones to go on, or a "
+            "new folder as --run_dir."
+        )

@@ -590,3 +590,13 @@ def test_offline_the_policy_stays_at_the_better_half_of_the_data_with_behaviour_
         assert better > 0.4 and worse < 0.15 and at_the_bound < 0.2
     else:
         assert better < 0.25 and at_the_bound > 0.4
+
+
+def test_critics_that_differ_in_more_than_their_weights_are_refused():
+    first, other = make_critics()
+    other.module.mlp[1] = nn.Tanh()
+    with pytest.raises(ValueError, match="alike but for their weights"):
+        QScoreMatchingLoss(make_actor(), [first, other], delay_qvalue=False)
+    other = TensorDictModule(make_critics()[0].module, ["observation", "other"], ["state_action_value"])
+    with pytest.raises(ValueError, match="alike but for their weights"):
+        QScoreMatchingLoss(make_actor(), [first, other], delay_qvalue=False)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from qsm_rl.training import CellTable, UserError, mean_interval, read_grid, run_cells
+from qsm_rl.training import CellTable, UserError, make_cells, mean_interval, read_grid, run_cells
 
 GRID = """
 recipe: fake
@@ -203,3 +204,21 @@ def test_interval_of_the_mean_by_hand():
     # standard error sqrt(0.25 / 100) = 0.05
     assert low == pytest.approx(0.5 - 1.96 * 0.05, abs=0.02)
     assert high == pytest.approx(0.5 + 1.96 * 0.05, abs=0.02)
+
+
+def test_a_run_that_stopped_at_its_return_counts_as_finished(tmp_path):
+    cell = make_cells("fake", "v", {"total_frames": 600, "stop_at_return": 5}, "A-v0", [0], tmp_path)[0]
+    (cell.folder / "actor").mkdir(parents=True)
+    (cell.folder / "actor" / "config.json").write_text("{}")
+    header = "frames,eval/return_mean,eval/return_std,time/updates_per_second,time/elapsed_seconds"
+    (cell.folder / "metrics.csv").write_text(f"{header}\n100,4,0,9,1\n200,6,0,9,2\n")
+    table = CellTable(tmp_path / "cells.csv")
+    assert run_cells([cell], table, tmp_path, workers=1) == []
+    assert [row["return_mean"] for row in table.rows] == ["4.00", "6.00"]
+
+
+def test_a_grid_whose_seeds_are_a_number_is_refused(grid):
+    path = grid / "grid.yaml"
+    path.write_text(re.sub("^seeds: .*$", "seeds: 3", path.read_text(), flags=re.MULTILINE))
+    with pytest.raises(UserError, match="seeds must be a list"):
+        read_grid(path, grid / "runs")

@@ -53,3 +53,22 @@ def test_a_folder_of_another_kind_is_refused(tmp_path, script):
     (tmp_path / "runs" / "config.yaml").touch()
     with pytest.raises(UserError, match="something other"):
         run_seeds(configuration(tmp_path / "runs"), script)
+
+
+def test_a_folder_named_like_a_run_is_left_alone(tmp_path, script):
+    precious = tmp_path / "runs" / "seed_3" / "precious.txt"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("mine")
+    with pytest.raises(UserError, match="something other"):
+        run_seeds(configuration(tmp_path / "runs"), script)
+    assert precious.read_text() == "mine"
+
+
+def test_finished_runs_are_not_reported_as_those_of_other_settings(tmp_path, script):
+    folder = tmp_path / "runs"
+    assert run_seeds(configuration(folder, actor_learning_rate=1e-3), script) == 0
+    before = rows(folder)
+    with pytest.raises(UserError, match=r"other settings \(actor_learning_rate 0.001, now 0.005\)"):
+        run_seeds(configuration(folder, actor_learning_rate=5e-3), script)
+    assert rows(folder) == before
+    assert len(calls(tmp_path)) == 3
