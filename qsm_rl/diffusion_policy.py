@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from tensordict.nn import InteractionType
@@ -71,7 +72,8 @@ class DiffusionPolicy(nn.Module):
         timesteps = [step.t for step in self.steps]
         network = self.score_network.network
         if has_own_chain(network):
-            predict = network.reverse_chain(observation, timesteps)
+            reverse_chain: Any = network.reverse_chain
+            predict = reverse_chain(observation, timesteps)
             return lambda index, noisy: predict(index, noisy.to(observation.dtype)).to(noisy.dtype)
         times = torch.tensor(timesteps, device=observation.device)  # integers, as in training
         return lambda index, noisy: self.predict_noise(noisy, observation, times[index].expand(noisy.shape[:-1]))
