@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from qsm_rl.atomic_files import write_atomically
@@ -54,10 +55,13 @@ def run_seeds(config: TrainingConfiguration, script: Path) -> int:
         print(f"failed: {failure}", file=sys.stderr)
     finished = [float(rows[-1]["return_mean"]) for cell in cells if (rows := table.rows_of(cell))]
     if finished:
-        mean, low, high = mean_interval([[value] for value in finished])
         returns = ", ".join(f"{value:.1f}" for value in finished)
-        interval = f"95 % interval {low:.1f} to {high:.1f}"
-        print(f"last evaluation of {len(finished)} seeds: mean {mean:.1f}, {interval} ({returns})")
+        try:
+            _, low, high = mean_interval([[value] for value in finished])
+            interval = f"95 % interval {low:.1f} to {high:.1f}"
+        except UserError as error:  # rliable is an extra; the returns are there without it
+            interval = f"no interval: {error}"
+        print(f"last evaluation of {len(finished)} seeds: mean {fmean(finished):.1f}, {interval} ({returns})")
         print(f"curves: python recipes/plot.py {folder}/seed_*[0-9] --output {folder.with_suffix('')}-curves")
     return 1 if failures else 0
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
@@ -35,6 +36,13 @@ def test_every_seed_runs_with_the_given_settings_and_the_interval_is_told(tmp_pa
 
     run_seeds(config, script)
     assert len(calls(tmp_path)) == 3, "finished seeds ran again"
+
+
+def test_returns_are_told_without_rliable(tmp_path, script, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rliable", None)
+    assert run_seeds(configuration(tmp_path / "runs", tau=0.25), script) == 0
+    told = capsys.readouterr().out
+    assert "mean 25.0, no interval: " in told and "(25.0, 25.0, 25.0)" in told
 
 
 def test_a_failed_seed_is_told_and_the_same_command_goes_on(tmp_path, script, capsys):
