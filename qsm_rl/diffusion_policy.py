@@ -121,9 +121,8 @@ class DiffusionPolicy(nn.Module):
                     "above 0, such as 0.1."
                 )
         predict_noise = self.chain(observation)
-        # The derivative of the clip itself: with any other the gradient of log p is not the policy's score.
         means = [
-            self.sampler.mean(noisy, predict_noise(index, noisy), step, clamp=lambda clean: clean.clamp(-1, 1))
+            self.sampler.mean(noisy, predict_noise(index, noisy), step)
             for index, (noisy, step) in enumerate(zip(chain.states[:-1], self.steps, strict=True))
         ]
         log_probs = [

@@ -91,21 +91,19 @@ class Sampler:
 
     def draw(self, noisy: Tensor, predicted_noise: Tensor, step: ReverseStep, noise: Tensor | None) -> Tensor:
         """The step's draw before ``clip_sample``, from N(``mean``, noise_std^2); arguments of ``step``."""
-        mean = self.mean(noisy, predicted_noise, step)
+        mean = self._mean(noisy, predicted_noise, step, F.clamp_inward)  # a loss may go through the chain
         return mean if noise is None or step.noise_std == 0 else torch.add(mean, noise, alpha=step.noise_std)
 
-    def mean(
-        self,
-        noisy: Tensor,
-        predicted_noise: Tensor,
-        step: ReverseStep,
-        clamp: Callable[[Tensor], Tensor] = F.clamp_inward,
-    ) -> Tensor:
+    def mean(self, noisy: Tensor, predicted_noise: Tensor, step: ReverseStep) -> Tensor:
         """Mean of the step's Gaussian, shape ``(*B, A)``; arguments of [`step`][qsm_rl.samplers.Sampler.step].
 
-        ``clamp`` clips the predicted clean action. By default its gradient is the one that leads back into the box; a
-        likelihood needs the derivative itself.
+        Its gradient is its own, clip included: with any other the gradient of a likelihood is not the policy's score.
         """
+        return self._mean(noisy, predicted_noise, step, lambda clean: clean.clamp(-1, 1))
+
+    def _mean(
+        self, noisy: Tensor, predicted_noise: Tensor, step: ReverseStep, clamp: Callable[[Tensor], Tensor]
+    ) -> Tensor:
         # torch.add(x, y, alpha=c) is x + c y in one call: for one observation the calls are what a step costs.
         if self.clip == "clean":
             clean = torch.add(noisy, predicted_noise, alpha=-step.sigma).div(step.sqrt_alpha_cumprod)
