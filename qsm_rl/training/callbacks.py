@@ -78,10 +78,12 @@ class StopSignals(Callback):
 
     Attributes:
         signal: the signal that came, or None.
+        left: whether an evaluation was left because of it, by ``Evaluation``.
     """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self.left = False
         self._interruptible = False
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -179,6 +181,7 @@ class Evaluation(PeriodicCallback):
                 if self.deterministic:
                     results["deterministic"] = self._evaluate(module.update.actor, module, deterministic=True)
         except StopRequested:
+            self.stop.left = True
             return
         self.results = results
         metrics = {name: value for way, result in results.items() for name, value in result.metrics(way).items()}
@@ -294,19 +297,27 @@ class LearningCurve(PeriodicCallback):
 class CheckpointWriter(PeriodicCallback):
     """Stores networks, optimisers, counters, observation statistics and replay buffer at every cut.
 
-    Put it behind the callbacks that write to the run's files: what they wrote is then older than the checkpoint.
+    Put it behind the callbacks that write to the run's files: what they wrote is then older than the checkpoint. Where
+    a stop has left the evaluation of the same frame nothing is stored, so that the run goes on before it and has it.
 
     Args:
         frames: the data set, whose cuts are the period.
         folder: the run's folder.
         archive: the replay buffer's files.
         identity: what the checkpoints belong to, see ``resuming.run_identity``.
+        stop: knows of evaluations that were left.
     """
 
     def __init__(
-        self, frames: FramesDataset, folder: RunFolder, archive: ReplayArchive, identity: dict[str, Any]
+        self,
+        frames: FramesDataset,
+        folder: RunFolder,
+        archive: ReplayArchive,
+        identity: dict[str, Any],
+        stop: StopSignals,
     ) -> None:
         super().__init__(frames, frames.checkpoint_every)
+        self.stop = stop
         self.checkpoints = CheckpointFolder(folder.checkpoints)
         self.archive = archive
         self.identity = identity
@@ -324,6 +335,8 @@ class CheckpointWriter(PeriodicCallback):
         Raises:
             TrainingError: if the disk is full or not writable; the last good checkpoint is untouched.
         """
+        if any_rank(self.stop.left, module.device):
+            return
         try:
             manifest = self.archive.save(module.writer.replay)
             manifests = gather_objects(manifest)

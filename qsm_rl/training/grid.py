@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -207,7 +208,9 @@ def run_cells(cells: Sequence[Cell], table: CellTable, recipes: Path, *, workers
                         done += cell.total_frames
                         continue
                     process = _start(cell, recipes)
-                    if workers <= len(cores):  # a core each: moving about costs a tenth
+                    # A core each where all are this grid's: moving about costs a tenth. With fewer, another grid may
+                    # run beside this one and would take the same.
+                    if workers == len(cores):
                         os.sched_setaffinity(process.pid, {cores[worker]})
                     running[worker] = cell, process
             time.sleep(POLL_SECONDS)
@@ -273,14 +276,13 @@ def _frames(folder: Path) -> int:
 
 
 def _finished(cell: Cell) -> bool:
-    """Whether the run came to its end: its frames, or the return that stops it."""
-    if not (cell.folder / "actor" / "config.json").exists():
+    """Whether the run came to its end and evaluated there: its frames, or the return that stops it."""
+    metrics = cell.folder / "metrics.csv"
+    if not (cell.folder / "actor" / "config.json").exists() or not metrics.exists():
         return False
-    if _frames(cell.folder) >= cell.total_frames:
-        return True
-    target = json.loads(cell.settings).get("stop_at_return")
-    returns = read_metrics(cell.folder / "metrics.csv").get("eval/return_mean", [])
-    return target is not None and any(value >= target for value in returns)
+    columns, target = read_metrics(metrics), json.loads(cell.settings).get("stop_at_return", math.inf)
+    evaluations = zip(columns["frames"], columns.get("eval/return_mean", []), strict=False)
+    return any(value >= target or (frame >= cell.total_frames and value == value) for frame, value in evaluations)
 
 
 def _total_elapsed(clock: Sequence[float], count: int) -> list[str]:

@@ -148,7 +148,7 @@ def make_callbacks(
     """
     stop, identity = StopSignals(), run_identity(config, frames.collector.env)
     if rank() > 0:
-        return [CheckpointWriter(frames, folder, archive, identity), stop]
+        return [CheckpointWriter(frames, folder, archive, identity, stop), stop]
     evaluation = Evaluation(
         frames,
         config.eval_every,
@@ -164,7 +164,7 @@ def make_callbacks(
         StopAtReturn(evaluation, config.stop_at_return),
         MetricRows(frames, config.log_every, config.eval_every),
         LearningCurve(frames, config.eval_every, folder, title),
-        CheckpointWriter(frames, folder, archive, identity),
+        CheckpointWriter(frames, folder, archive, identity, stop),
         Progress(frames, evaluation),
         stop,
     ]

@@ -34,7 +34,7 @@ from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
 from qsm_rl import training as rl
 from qsm_rl.training import collection, training_run
-from qsm_rl.training.callbacks import CheckpointWriter
+from qsm_rl.training.callbacks import CheckpointWriter, StopSignals
 from qsm_rl.training.resuming import run_identity
 from recipes import mujoco_qsm
 from tests.training.small_trainer import Spoiled, build, env_id
@@ -163,7 +163,7 @@ class Saver:
         unreadable = len(checkpoints.frames()) - len(checkpoints.readable())
         if checkpoints.frames():
             rl.restore_checkpoint(checkpoints.newest(), module, frames, archive)
-        writer = CheckpointWriter(frames, folder, archive, self.identity)
+        writer = CheckpointWriter(frames, folder, archive, self.identity, StopSignals())
         marker = next(module.update.parameters())
         first = max(0, module.env_frames - CAPACITY)
         sound = replay.write_count == module.env_frames and (

@@ -24,7 +24,7 @@ from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
 from qsm_rl import DiffusionActor
 from qsm_rl import training as rl
-from qsm_rl.training.callbacks import CheckpointWriter
+from qsm_rl.training.callbacks import CheckpointWriter, StopSignals
 from qsm_rl.training.resuming import check_identity, run_identity
 from tests.training.small_trainer import build, env_id
 
@@ -55,7 +55,8 @@ def run(tmp_path_factory) -> Path:
     folder = rl.RunFolder.open(config, "mujoco_qsm")
     frames, module = build("Slide", total=FRAMES)
     identity = run_identity(config, frames.collector.env)
-    writer = CheckpointWriter(frames, folder, rl.ReplayArchive(folder.checkpoints / "replay"), identity)
+    archive = rl.ReplayArchive(folder.checkpoints / "replay")
+    writer = CheckpointWriter(frames, folder, archive, identity, StopSignals())
     for index, batch in enumerate(frames):
         module.training_step(batch, index)
         writer.on_train_batch_end(None, module, None, batch, index)

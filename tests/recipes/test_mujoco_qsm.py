@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from qsm_rl.training import callbacks
+from qsm_rl.training.random_state import derived_seed
 from recipes.mujoco_qsm import main
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "mujoco_qsm.py"
@@ -272,6 +273,23 @@ def test_a_signal_leaves_an_evaluation_at_once(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("qsm_rl.training.callbacks.evaluate_policy", endless)
     assert run(*SMALL, "--run_dir", tmp_path / "stopped") == 143
     assert "at frame 60" in capsys.readouterr().out
+
+
+def test_an_evaluation_that_a_signal_left_is_made_up_for_by_the_run_that_goes_on(finished, tmp_path, monkeypatch):
+    """The last one of the run, at the frame of its last checkpoint."""
+    folder, evaluate = tmp_path / "stopped", callbacks.evaluate_policy
+
+    def stopped_at_the_end(*args, seed, **kwargs):
+        if seed == derived_seed(0, "evaluation", 180):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args, seed=seed, **kwargs)
+
+    monkeypatch.setattr(callbacks, "evaluate_policy", stopped_at_the_end)
+    assert run(*SMALL, "--run_dir", folder) == 143
+    assert "eval/return_mean" not in metrics(folder)[-1]
+    monkeypatch.undo()
+    assert run("--resume", folder) == 0
+    assert metrics(folder) == metrics(finished)
 
 
 def test_the_command_trains_from_a_shell(tmp_path):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import signal
 import subprocess
@@ -173,6 +174,29 @@ def test_a_finished_run_that_a_killed_grid_left_behind_is_taken_over(grid):
         (cell.folder / "actor" / "config.json").write_text("{}")
     assert run(grid) == []
     assert len(calls(grid)) == 5 and rows(grid) == before
+
+
+def test_a_run_that_was_stopped_in_its_last_evaluation_goes_on(grid):
+    """It wrote its last row, without the evaluation, and published its actor."""
+    (cell,) = make_cells("fake", "v", {"total_frames": 20, "tau": 0.1}, "A-v0", [0], grid / "runs")
+    (cell.folder / "actor").mkdir(parents=True)
+    (cell.folder / "actor" / "config.json").write_text("{}")
+    (cell.folder / "metrics.csv").write_text("frames,train/q_value\n10,1\n20,2\n")
+    table = CellTable(grid / "cells.csv")
+    assert run_cells([cell], table, grid, workers=1) == []
+    assert [(row["frames"], row["return_mean"]) for row in table.rows] == [("10", "1.00"), ("20", "10.00")]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="processes cannot be bound to cores here")
+def test_cells_are_bound_to_cores_only_where_the_grid_has_all_of_them(grid, monkeypatch):
+    bound = []
+    monkeypatch.setattr(os, "sched_setaffinity", lambda process, cores: bound.append(cores))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5})
+    cells = make_cells("fake", "v", {"total_frames": 20, "tau": 0.1}, "A-v0", [0, 1, 2], grid / "runs")
+    run_cells(cells[:1], CellTable(grid / "cells.csv"), grid, workers=1)
+    assert bound == []
+    run_cells(cells, CellTable(grid / "cells.csv"), grid, workers=2)
+    assert bound == [{3}, {5}]
 
 
 def test_a_table_from_before_the_clock_was_kept_is_read(grid):
