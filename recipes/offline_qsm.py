@@ -37,9 +37,10 @@ def main(arguments: list[str] | None = None) -> int:
     # Data, before a folder is made: it has to fit the environment.
     with rl.user_errors(ValueError, ImportError):
         environment = rl.make_environment(config.env, action_repeat=config.action_repeat)
-    dataset = rl.read_dataset(config.dataset, environment)
+    dataset = rl.read_dataset(config.dataset, environment, env=config.env, action_repeat=config.action_repeat)
     environment.close()
-    config = replace(config, replay_size=max(config.replay_size, len(dataset)))
+    if config.resume is None:  # what is collected comes beside the data set, not in its place
+        config = replace(config, replay_size=max(config.replay_size, len(dataset) + config.online_frames))
     run = rl.TrainingRun.begin(config, recipe=__file__)
     config, device = run.config, run.device
     print(

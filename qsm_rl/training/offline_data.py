@@ -23,13 +23,17 @@ READERS = {"minari": read_minari, "d4rl": read_d4rl}
 TOLERANCE = 1e-3  # in units of half the action range
 
 
-def read_dataset(name: str, environment: EnvBase) -> TensorDict:
+def read_dataset(
+    name: str, environment: EnvBase, *, env: str | None = None, action_repeat: int | None = None
+) -> TensorDict:
     """Reads transitions and checks that they are an environment's.
 
     Args:
         name: ``minari:ID`` or ``d4rl:ID``, which are downloaded where they do not lie already (extra ``offline``); or a
             folder: of a run of the kit, or of a TorchRL replay buffer's ``dumps``. Reading a folder runs no code in it.
         environment: what the transitions should fit, from [`make_environment`][qsm_rl.training.make_environment].
+        env: id of the environment that the run of a folder has to have had; not compared when not given.
+        action_repeat: its simulator steps for each action; not compared when not given.
 
     Returns:
         Transitions ``(N,)``: observation, action, and next's observation, reward, done and terminated; float32.
@@ -39,7 +43,10 @@ def read_dataset(name: str, environment: EnvBase) -> TensorDict:
             expected.
     """
     kind, _, identity = name.partition(":")
-    found = _downloaded(kind, identity) if kind in READERS and identity else _from_folder(Path(name))
+    if kind in READERS and identity:
+        return _checked(name, _downloaded(kind, identity), environment)
+    wanted = {"env": env, "action_repeat": action_repeat, "normalize_observation": False}
+    found = _from_folder(Path(name), {key: value for key, value in wanted.items() if value is not None})
     return _checked(name, found, environment)
 
 
@@ -111,9 +118,17 @@ def _downloaded(kind: str, identity: str) -> TensorDictBase:
         raise UserError(f"--dataset {kind}:{identity} cannot be had: {reason}") from error
 
 
-def _from_folder(folder: Path) -> TensorDictBase:
+def _from_folder(folder: Path, wanted: dict[str, Any]) -> TensorDictBase:
     if (folder / "checkpoints" / "replay").is_dir():
-        manifest = CheckpointFolder(folder / "checkpoints").newest()["replay"]
+        state = CheckpointFolder(folder / "checkpoints").newest()
+        settings = state.get("run", {}).get("settings", {})  # which an early version's checkpoints lack
+        for name, value in wanted.items():
+            if settings.get(name, value) != value:
+                raise UserError(
+                    f"--dataset {folder} is of a run with {name} {settings[name]}, expected {value}: its transitions "
+                    "are those of another problem."
+                )
+        manifest = state["replay"]
         replay = ReplayBuffer(storage=LazyTensorStorage(manifest["capacity"]), batch_size=1)
         ReplayArchive(folder / "checkpoints" / "replay").restore(replay, manifest)
         return replay[:]

@@ -214,7 +214,10 @@ class TrainingRun(Generic[Configuration]):
                 faults=folder.faults if rank() == 0 else folder.faults / f"rank-{rank()}",
             )
             if rank() == 0:  # one machine: what all processes need together
-                self._check_space(module)
+                known = 0 if dataset is None else len(dataset)
+                written = known + max(0, config.total_frames - offline_frames)
+                stored = known + max(0, self.first_frame - offline_frames) if self.checkpoint else 0
+                self._check_space(module, written, stored)
             if self.checkpoint:
                 restore_checkpoint(self.checkpoint, module, frames, archive)
             devices: int | list[int] = ranks
@@ -252,9 +255,10 @@ class TrainingRun(Generic[Configuration]):
         )
         return finish_run(trainer, module, frames, folder, usual_frames=type(config).total_frames)
 
-    def _check_space(self, module: OffPolicyModule) -> None:
+    def _check_space(self, module: OffPolicyModule, written: int, stored: int) -> None:
+        """Room for the ``written`` transitions of the whole run, ``stored`` of which lie on the disk already."""
         config = self.config
-        rows = min(config.replay_size, config.total_frames)
+        rows = min(config.replay_size, written)
         try:
             check_space(
                 self.folder.path,
@@ -264,7 +268,7 @@ class TrainingRun(Generic[Configuration]):
                 checkpoint_every=config.checkpoint_every,
                 state={k: v for k, v in module.update.state_dict().items() if isinstance(v, torch.Tensor)},
                 device=self.device if config.replay_storage == "memory" else None,
-                stored=min(self.first_frame, rows),
+                stored=min(stored, rows),
             )
         except UserError:
             if not self.folder.resumed:

@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDict
 from torchrl.data import LazyTensorStorage, ReplayBuffer
 
-from qsm_rl.training import OfflineQSMConfiguration, UserError, make_environment, read_dataset
+from qsm_rl.training import OfflineQSMConfiguration, UserError, make_environment, read_dataset, training_run
 from recipes import mujoco_qsm, offline_qsm
 from tests.recipes.test_mujoco_qsm import SMALL, checkpoint, differences, metrics
 
@@ -76,7 +76,8 @@ def test_offline_then_online_and_resumed_to_the_bit(tmp_path, collected, capsys)
     assert f"go on for longer: python recipes/offline_qsm.py --resume {whole} --total_frames 240" in said
     assert "the full job" not in said  # its length is the user's to say
     last = checkpoint(whole, 120)
-    assert last["training"]["grad_steps"] == 120 and last["replay"]["written"] == 100 + 40
+    assert last["training"]["grad_steps"] == 120
+    assert last["replay"]["written"] == last["replay"]["capacity"] == 100 + 40
     assert checkpoint(whole, 60)["replay"]["written"] == 100  # nothing is collected for the first 80
     assert "train/bc_error" in metrics(whole)[-1]
     shutil.copytree(whole, cut)
@@ -84,6 +85,41 @@ def test_offline_then_online_and_resumed_to_the_bit(tmp_path, collected, capsys)
     assert run(offline_qsm, "--resume", cut) == 0
     assert differences(last, checkpoint(cut, 120)) == []
     assert metrics(whole) == metrics(cut)
+
+
+def test_what_is_collected_takes_no_place_from_the_data_set(tmp_path, collected, monkeypatch):
+    """The data set fills replay_size; room for both is asked for before anything is trained."""
+    asked = {}
+
+    def check_space(folder, **needs):
+        asked.update(needs)
+        raise UserError("no room")
+
+    monkeypatch.setattr(training_run, "check_space", check_space)
+    assert run(offline_qsm, *OFFLINE, "--dataset", collected, "--run_dir", tmp_path / "run") == 2
+    assert (asked["rows"], asked["stored"]) == (100 + 40, 0)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--env", "InvertedPendulum-v4"], "a run with env InvertedPendulum-v5, expected InvertedPendulum-v4"),
+        (["--action_repeat", "2"], "a run with action_repeat 1, expected 2"),
+    ],
+)
+def test_a_run_on_another_problem_is_no_data_set(tmp_path, collected, capsys, arguments, words):
+    folder = tmp_path / "run"
+    assert run(offline_qsm, *OFFLINE, *arguments, "--dataset", collected, "--run_dir", folder) == 2
+    assert words in capsys.readouterr().err
+    assert not folder.exists()
+
+
+def test_a_run_that_normalised_its_observations_is_no_data_set(tmp_path):
+    folder = tmp_path / "run"
+    assert run(mujoco_qsm, *SMALL, "--normalize_observation", "true", "--run_dir", folder) == 0
+    with pytest.raises(UserError, match="normalize_observation True, expected False"):
+        read_dataset(str(folder), make_environment("InvertedPendulum-v5", seed=0))
 
 
 @pytest.mark.parametrize(
