@@ -53,7 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
     filmed = not given.no_video
     if filmed:
         try:
-            rl.check_filming(about["env"], make)
+            with rl.user_errors(ValueError, ImportError):
+                rl.check_filming(about["env"], make)
         except rl.UserError as error:
             print(error)
             filmed = False

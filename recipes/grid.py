@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("grid", type=Path, help="YAML file of the grid, see recipes/grids")
     rl.add_grid_arguments(parser, runs="runs/grid")
     options = parser.parse_args(arguments)
+    rl.require_rliable()  # for the intervals of the table, before hours of training
     cells = rl.read_grid(options.grid, options.runs)
     return rl.run_grid(cells, options, Path(__file__).parent, lambda table: write_results(cells, table, options.output))
 

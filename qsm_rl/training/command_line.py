@@ -88,15 +88,36 @@ def _parser(configuration_class: type[TrainingConfiguration], description: str |
 def _parse(parser: ArgumentParser, arguments: list[str]) -> dict[str, Any]:
     """What was given on the command line and in the YAML file, without defaults."""
     arguments = _config_first(arguments)
-    for option, value in zip(arguments, [*arguments[1:], ""], strict=False):
-        if option == "--config" or option.startswith("--config="):
-            check_plain_yaml(Path(option.partition("=")[2] or value))
+    files = [
+        Path(option.partition("=")[2] or value)
+        for option, value in zip(arguments, [*arguments[1:], ""], strict=False)
+        if option == "--config" or option.startswith("--config=")
+    ]
+    for path in files:
+        check_plain_yaml(path)
     try:
         given = parser.parse_args(arguments, defaults=False).as_dict()
     except ArgumentError as error:
         raise UserError(_readable(str(error), parser)) from error
     given.pop("config", None)
+    for path in files:
+        _check_preset(path, given.get("preset"))
     return given
+
+
+def _check_preset(path: Path, preset: str | None) -> None:
+    """A file with the settings of one preset leaves nothing of another one, whose name the run would bear.
+
+    Raises:
+        UserError: if the file names another preset than the command line.
+    """
+    values = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    named = values.get("preset") if isinstance(values, dict) else None
+    if named is not None and named != preset:
+        raise UserError(
+            f"--preset {preset}: {path} holds settings of the preset {named}, which override those of any other; "
+            "leave --preset away, or leave --config away."
+        )
 
 
 def _config_first(arguments: list[str]) -> list[str]:

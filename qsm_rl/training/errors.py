@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 from typing import NoReturn, ParamSpec
 
-__all__ = ["TrainingError", "UserError", "exit_on_error", "user_errors"]
+__all__ = ["TrainingError", "UserError", "exit_on_error", "full_disk_errors", "user_errors"]
 
 P = ParamSpec("P")
 
@@ -38,6 +40,27 @@ def user_errors(*kinds: type[Exception]) -> Iterator[None]:
         yield
     except kinds as error:
         raise UserError(str(error)) from error
+
+
+@contextmanager
+def full_disk_errors(run_folder: Path) -> Iterator[None]:
+    """Says how a run goes on that a full disk has ended, whatever it was that found no room.
+
+    Args:
+        run_folder: the run's folder.
+
+    Raises:
+        TrainingError: in place of an ``OSError`` of a full disk or an exhausted quota.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise TrainingError(
+            f"{error.filename or run_folder} could not be written: {error.strerror}; make room.\n"
+            f"Then --resume {run_folder} continues at the last checkpoint."
+        ) from error
 
 
 def exit_on_error(main: Callable[P, int]) -> Callable[P, NoReturn]:

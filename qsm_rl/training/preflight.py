@@ -15,6 +15,7 @@ from qsm_rl.training.errors import UserError
 __all__ = ["available_memory", "check_space", "row_bytes"]
 
 KEPT_CHECKPOINTS = 3  # two, and the one that is being written
+CGROUP = Path("/sys/fs/cgroup")
 SMALL_FILES = 64 << 20  # bytes of logs, pictures and the actor
 
 
@@ -41,11 +42,11 @@ def available_memory(device: torch.device) -> int | None:
         free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return None
-    try:  # in a container
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = Path("/sys/fs/cgroup/memory.current").read_text().strip()
-        return min(free, max(0, int(limit) - int(used)))
-    except (OSError, ValueError):
+    try:  # in a container, where files that were read lately count as used, and give way when memory is wanted
+        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        counts = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        return min(free, max(0, limit - used + int(counts["inactive_file"])))
+    except (OSError, ValueError, KeyError):
         return free
 
 

@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torchrl.envs import EnvBase
 
 from qsm_rl.training.callbacks import CheckpointWriter, Evaluation, LearningCurve, MetricRows, StopAtReturn, StopSignals
-from qsm_rl.training.command_line import saved_text
+from qsm_rl.training.command_line import CONFIGURATION_FILE, saved_text
 from qsm_rl.training.configuration import TrainingConfiguration, capped_warmup
 from qsm_rl.training.errors import UserError
 from qsm_rl.training.frames import FramesDataset
@@ -193,12 +193,14 @@ def finish_run(
     last_checkpoint = _callback(trainer, CheckpointWriter).last_frame
     called = Path(sys.argv[0])  # a copy of a recipe lies anywhere
     script = f"python {called if called.stem == folder.recipe else f'recipes/{folder.recipe}.py'}"
+    saved = yaml.safe_load((folder.path / CONFIGURATION_FILE).read_text(encoding="utf-8"))["total_frames"]
+    longer = f" --total_frames {frames.total_frames}" if frames.total_frames > saved else ""  # raised on resuming
     if stop.signal is not None:
         print(f"stopped by {stop.signal.name} at frame {module.env_frames:,}; actor: {folder.actor}")
         if last_checkpoint is None:
-            print(f"no checkpoint had been written yet; begin anew with {script} --resume {folder.path}")
+            print(f"no checkpoint had been written yet; begin anew with {script} --resume {folder.path}{longer}")
         else:
-            print(f"go on from the checkpoint at frame {last_checkpoint:,}: {script} --resume {folder.path}")
+            print(f"go on from the checkpoint at frame {last_checkpoint:,}: {script} --resume {folder.path}{longer}")
         return stop.exit_code
     for way, result in evaluation.results.items():
         metrics = result.metrics()
@@ -214,7 +216,7 @@ def finish_run(
     if target.reached is not None:
         print(
             f"stopped at frame {module.env_frames:,}: the evaluation's return of {target.reached:.1f} is at least "
-            f"--stop_at_return {target.target:g}; go on: {script} --resume {folder.path} --stop_at_return null",
+            f"--stop_at_return {target.target:g}; go on: {script} --resume {folder.path}{longer} --stop_at_return null",
             flush=True,
         )
         return 0

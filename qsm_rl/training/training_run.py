@@ -21,7 +21,7 @@ from qsm_rl.training.checkpoints import CheckpointFolder
 from qsm_rl.training.collection import check_workers, make_collector
 from qsm_rl.training.configuration import TrainingConfiguration, capped_warmup
 from qsm_rl.training.environments import check_registered, make_environment
-from qsm_rl.training.errors import UserError, user_errors
+from qsm_rl.training.errors import UserError, full_disk_errors, user_errors
 from qsm_rl.training.frames import FramesDataset
 from qsm_rl.training.hardware import choose_arithmetic, choose_device, limit_threads
 from qsm_rl.training.loggers import check_logger
@@ -223,21 +223,23 @@ class TrainingRun(Generic[Configuration]):
             devices: int | list[int] = ranks
             if self.device.type == "cuda" and ranks == 1:
                 devices = [self.device.index]
-            trainer = Trainer(
-                accelerator=self.device.type,
-                devices=devices,
-                strategy=DDPStrategy() if ranks > 1 else "auto",
-                max_epochs=1,
-                logger=make_loggers(config, folder, first_frame=self.first_frame) if rank() == 0 else [],
-                callbacks=make_callbacks(config, folder, frames, archive, self.make_environment),
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                log_every_n_steps=0,  # the callbacks log, by frames
-            )
-            trainer.fit(module, frames)
+            with full_disk_errors(folder.path):
+                trainer = Trainer(
+                    accelerator=self.device.type,
+                    devices=devices,
+                    strategy=DDPStrategy() if ranks > 1 else "auto",
+                    max_epochs=1,
+                    logger=make_loggers(config, folder, first_frame=self.first_frame) if rank() == 0 else [],
+                    callbacks=make_callbacks(config, folder, frames, archive, self.make_environment),
+                    enable_checkpointing=False,
+                    enable_progress_bar=False,
+                    enable_model_summary=False,
+                    log_every_n_steps=0,  # the callbacks log, by frames
+                )
+                trainer.fit(module, frames)
         except BaseException:
             frames.close()  # workers that live would keep this process from ending
+            folder.close()
             raise
         finally:
             if isinstance(storage, ReservedMemmapStorage):
@@ -246,13 +248,14 @@ class TrainingRun(Generic[Configuration]):
             frames.close()
             return 0
 
-        publish_actor(
-            folder.actor,
-            update.actor,
-            environment=self.environment,
-            env=config.env,
-            action_repeat=config.action_repeat,
-        )
+        with full_disk_errors(folder.path):
+            publish_actor(
+                folder.actor,
+                update.actor,
+                environment=self.environment,
+                env=config.env,
+                action_repeat=config.action_repeat,
+            )
         return finish_run(trainer, module, frames, folder, usual_frames=type(config).total_frames)
 
     def _check_space(self, module: OffPolicyModule, written: int, stored: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from qsm_rl.training import callbacks
+from qsm_rl.training.loggers import MetricsTable
 from qsm_rl.training.random_state import derived_seed
 from recipes.mujoco_qsm import main
 
@@ -187,6 +189,37 @@ def test_resumed_run_equals_the_uninterrupted_one_to_the_bit(tmp_path, options, 
     assert metrics(whole) == metrics(cut)
     assert unexplained(whole) == set()
     assert (whole / "actor" / "model.safetensors").read_bytes() == (cut / "actor" / "model.safetensors").read_bytes()
+
+
+def test_a_disk_that_is_full_at_a_row_of_the_log_is_told_and_the_run_goes_on(finished, tmp_path, capsys, monkeypatch):
+    folder, log = tmp_path / "run", MetricsTable.log_metrics
+
+    def full(self, metrics, step=None):
+        if step == 150:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        log(self, metrics, step)
+
+    monkeypatch.setattr(MetricsTable, "log_metrics", full)
+    assert run(*SMALL, "--run_dir", folder) == 1
+    message = capsys.readouterr().err
+    assert f"{folder}/metrics.csv could not be written: No space left on device; make room." in message
+    assert f"--resume {folder}" in message and "Traceback" not in message
+    monkeypatch.undo()
+    assert run("--resume", folder) == 0
+    assert metrics(folder) == metrics(finished)
+
+
+def test_a_stopped_run_that_was_made_longer_says_how_long(finished, tmp_path, capsys, monkeypatch):
+    folder, evaluate = tmp_path / "run", callbacks.evaluate_policy
+    shutil.copytree(finished, folder)
+
+    def stopped(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(callbacks, "evaluate_policy", stopped)
+    assert run("--resume", folder, "--total_frames", "300") == 143
+    assert f"--resume {folder} --total_frames 300" in capsys.readouterr().out
 
 
 def test_a_finished_run_can_be_made_longer(finished, tmp_path, capsys):

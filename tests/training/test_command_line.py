@@ -18,6 +18,17 @@ def parse(*arguments: str) -> QSMConfiguration:
     return parse_configuration(QSMConfiguration, arguments)
 
 
+def test_a_file_of_one_preset_is_not_called_another(tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text("preset: default\nnum_steps: 7\n")
+    with pytest.raises(UserError, match=r"--preset paper: .*settings\.yaml holds settings of the preset default"):
+        parse("--config", str(path), "--preset", "paper")
+    assert parse("--config", str(path), "--preset", "default").num_steps == 7
+    path.write_text("num_steps: 7\n")  # of no preset
+    config = parse("--config", str(path), "--preset", "paper")
+    assert (config.preset, config.num_steps, config.schedule) == ("paper", 7, "vp")
+
+
 def test_preset_fills_only_what_neither_flags_nor_yaml_give(tmp_path):
     path = tmp_path / "some.yaml"
     path.write_text("preset: paper\nnum_steps: 7\nbatch_size: 32\n")

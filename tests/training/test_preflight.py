@@ -50,3 +50,12 @@ def test_what_fits_passes_and_what_does_not_is_told_with_need_and_remedy(tmp_pat
 
 def test_this_machine_says_what_is_free():
     assert preflight.available_memory(torch.device("cpu")) > 1 << 20
+
+
+def test_in_a_container_files_that_were_read_lately_give_way(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "CGROUP", tmp_path)
+    for name, content in (("max", "9000"), ("current", "7000"), ("stat", "anon 3000\ninactive_file 2500\n")):
+        (tmp_path / f"memory.{name}").write_text(content)
+    assert preflight.available_memory(torch.device("cpu")) == 9000 - 7000 + 2500
+    (tmp_path / "memory.max").write_text("max\n")  # no limit: the machine's own memory counts
+    assert preflight.available_memory(torch.device("cpu")) > 1 << 20
