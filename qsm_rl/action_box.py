@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torchrl.data import Bounded, Composite, TensorSpec
@@ -19,8 +21,8 @@ class ActionBox(Float32Buffers):
         high: upper bounds, shape ``(A,)``, each above its lower bound.
 
     Attributes:
-        low: lower bounds, float32.
-        high: upper bounds, float32.
+        low: lower bounds, float32, none below the given ones.
+        high: upper bounds, float32, none above the given ones.
 
     Raises:
         ValueError: if a bound is not finite or a lower bound is not below its upper bound.
@@ -38,7 +40,7 @@ class ActionBox(Float32Buffers):
 
     def __init__(self, low: Tensor, high: Tensor) -> None:
         super().__init__()
-        low, high = low.float().clone(), high.float().clone()  # a spec's own memory stays the spec's
+        low, high = _rounded_inwards(low, math.inf), _rounded_inwards(high, -math.inf)
         if not bool((torch.isfinite(low) & torch.isfinite(high) & (low < high)).all()):
             raise ValueError(
                 f"the action space must be bounded with low < high in every dimension, got low={low.tolist()}, "
@@ -109,3 +111,10 @@ class ActionBox(Float32Buffers):
     def extra_repr(self) -> str:
         """Summary shown by ``print(box)``."""
         return f"action_dim={self.action_dim}"
+
+
+def _rounded_inwards(bound: Tensor, inwards: float) -> Tensor:
+    """A bound in float32, in memory of its own: the nearest number, or the next one where that lies outside."""
+    rounded = bound.float().clone()
+    outside = (bound - rounded.to(bound.dtype)) * math.copysign(1.0, inwards) > 0
+    return torch.where(outside, torch.nextafter(rounded, torch.full_like(rounded, inwards)), rounded)

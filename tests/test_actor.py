@@ -61,6 +61,16 @@ def test_all_batch_shapes(shape):
     assert actor.sample(torch.randn(*shape, 4)).shape == (*shape, 3)
 
 
+@pytest.mark.parametrize("bound", [0.4, 0.1, 1.0])
+def test_no_action_lies_outside_bounds_that_float32_cannot_hold(bound):
+    """0.4 in float32 is 0.4000000059, outside the spec of an environment in float64."""
+    spec = Bounded(-bound, bound, (3,), dtype=torch.float64)
+    box = ActionBox.from_spec(spec)
+    ends = box.clamp(box.from_box(torch.tensor([[-1.0, 0.0, 1.0]])))
+    assert spec.is_in(ends.double())
+    assert ends[0, 2].item() == pytest.approx(bound, rel=2e-7)
+
+
 def test_chain_is_the_samplers_steps_on_the_given_noise():
     torch.manual_seed(0)
     actor = make_actor()

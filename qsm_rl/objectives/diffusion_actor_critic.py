@@ -24,9 +24,19 @@ from qsm_rl.objectives.ensembles import (
     critic_list,
     ensemble_outputs,
     joint_outputs,
+    redrawn_weights,
     stack_critics,
 )
-from qsm_rl.objectives.inputs import check_actor, check_choice, entry, live_entries, live_mask, replayed_action
+from qsm_rl.objectives.inputs import (
+    check_actor,
+    check_choice,
+    check_columns,
+    critic_input,
+    entry,
+    live_entries,
+    live_mask,
+    replayed_action,
+)
 from qsm_rl.objectives.shared_actor import SharedActorLoss
 from qsm_rl.objectives.two_part import TwoPartLoss
 from qsm_rl.value_heads import ScalarHead, TwoHotHead
@@ -285,6 +295,7 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
     def reset_parameters_recursive(self) -> None:
         """Draws all weights anew by the layers' own initialisers; targets start equal to the networks again."""
         super().reset_parameters_recursive()
+        self.qvalue_network_params.data.update_(redrawn_weights(self.trained_critics()))
         for name in ("actor_network", "qvalue_network"):
             target = self._modules.get(f"target_{name}_params")
             if target is not None:
@@ -302,7 +313,7 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The next action ``(*B, A)``, environment units, and what is reported: the sample in the box before noise."""
         actor = self.actor_network
-        observation = actor.observation(batch.get("next"))
+        observation = actor.observation(entry(batch, "next"))
         with self._target_actor():
             sample = actor.sample(observation, initial_noise, step_noise)
             if target_action_noise is None:
@@ -321,14 +332,9 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
         next_value = F.aggregate_q_values(q_values, self.target_aggregation).unsqueeze(-1)
         if self.entropy_bonus is not None:
             next_value = next_value + next_info["entropy_bonus"].unsqueeze(-1)
-        reward = entry(batch, ("next", keys.reward))
-        if reward.shape != next_value.shape:
-            raise ValueError(
-                f"the batch's ('next', {keys.reward!r}) has shape {tuple(reward.shape)}, expected "
-                f"{tuple(next_value.shape)}: the batch size and a last dimension of 1, as the critics return."
-            )
+        check_columns(batch, [("next", key) for key in (keys.reward, keys.done, keys.terminated)], next_value.shape)
         # A terminated step has no future: whatever its next observation holds, NaN included, counts for nothing.
-        terminated = entry(batch, ("next", keys.terminated))
+        terminated = batch.get(("next", keys.terminated))
         next_value = torch.where(terminated, torch.zeros_like(next_value), next_value)
         return self.value_estimator.value_estimate(batch.copy(), next_value=next_value).squeeze(-1)
 
@@ -344,9 +350,9 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
 
     def _critic_outputs(self, tensordict: TensorDictBase, action: Tensor, params: TensorDictBase) -> Tensor:
         """What the value head reads, of every critic: ``(num_critics, *B, num_outputs)``."""
-        critic_input, key = self._critic_input(tensordict, action), self.tensor_keys.state_action_value
+        inputs, key = self._critic_input(tensordict, action), self.tensor_keys.state_action_value
         vmap = None if self.deactivate_vmap else self.vmap_randomness
-        outputs = ensemble_outputs(self.qvalue_network, critic_input, params, key, vmap)
+        outputs = ensemble_outputs(self.qvalue_network, inputs, params, key, vmap)
         self._check_outputs(outputs, tensordict.batch_size)
         return outputs
 
@@ -371,10 +377,7 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
         return outputs[:, 0], outputs[:, 1].detach()
 
     def _critic_input(self, tensordict: TensorDictBase, action: Tensor) -> TensorDictBase:
-        """What the critics read, the action replaced."""
-        keys = self.tensor_keys
-        entries = [key for key in self.qvalue_network.in_keys if unravel_key(key) != unravel_key(keys.action)]
-        return tensordict.select(*entries, strict=False).set(keys.action, action)
+        return critic_input(tensordict, self.qvalue_network.in_keys, self.tensor_keys.action, action)
 
     def _check_outputs(self, outputs: Tensor, batch_size: Sequence[int]) -> None:
         expected = (self.num_qvalue_nets, *batch_size, self.value_head.num_outputs)

@@ -17,13 +17,22 @@ from qsm_rl.batch_renorm import BatchRenorm
 from qsm_rl.objectives.inputs import check_initialized, entry, is_plain, network_output
 from qsm_rl.value_heads import ValueHead
 
-__all__ = ["batch_normalizers", "critic_head", "critic_list", "ensemble_outputs", "joint_outputs", "stack_critics"]
+__all__ = [
+    "batch_normalizers",
+    "critic_head",
+    "critic_list",
+    "ensemble_outputs",
+    "joint_outputs",
+    "redrawn_weights",
+    "stack_critics",
+]
 
 
 def critic_list(
     qvalue_network: TensorDictModule | Sequence[TensorDictModule], num_qvalue_nets: int | None
 ) -> list[TensorDictModule]:
     """The critics of an ensemble, each with weights of its own; ValueError where they do not fit."""
+    copied = False
     if isinstance(qvalue_network, (list, tuple, nn.ModuleList)):
         critics = list(qvalue_network)
         if num_qvalue_nets not in (None, len(critics)):
@@ -37,11 +46,18 @@ def critic_list(
         critics = [qvalue_network, *(deepcopy(qvalue_network) for _ in range(count - 1))]
         for critic in critics[1:]:
             critic.reset_parameters_recursive()
+        copied = count > 1
     if not critics:
         raise ValueError("qvalue_network is an empty list; give at least one critic.")
     for critic in critics:
         check_initialized("a critic", critic)
-    parameters = [parameter for critic in critics for parameter in critic.parameters()]
+    weights = [list(critic.parameters()) for critic in critics]
+    if copied and weights[0] and all(map(torch.equal, weights[0], weights[1])):
+        raise ValueError(
+            "copies of the critic begin with its own weights, since none of its layers has reset_parameters, and would "
+            "stay one critic; give a list of critics."
+        )
+    parameters = [parameter for own in weights for parameter in own]
     if len(set(parameters)) < len(parameters):
         raise ValueError(
             "the critics share parameters, which could not be trained once they are stacked; give each its own, or one "
@@ -81,6 +97,16 @@ def stack_critics(loss: LossModule, critics: list[TensorDictModule], delay_qvalu
         loss._modules["target_qvalue_network_params"].data.update_(weights)
 
 
+def redrawn_weights(critics: Sequence[TensorDictModule]) -> TensorDictBase:
+    """Weights drawn anew by the layers' own initialisers, stacked.
+
+    Of one critic at a time: of stacked weights an initialiser takes the first dimension for a part of its fan.
+    """
+    for critic in critics:
+        critic.reset_parameters_recursive()
+    return torch.stack([TensorDict.from_module(critic).data for critic in critics])
+
+
 def critic_head(critics: Sequence[TensorDictModule], key: NestedKey) -> ValueHead | None:
     """The value head that the critics share, None if they have none; ValueError where it could not be used."""
     for critic in critics:
@@ -102,13 +128,20 @@ def own_head(module: object) -> ValueHead | None:
     return head if isinstance(head, ValueHead) else None
 
 
-def batch_normalizers(network: nn.Module, delay_qvalue: bool) -> list[nn.Module]:
+def batch_normalizers(network: nn.Module, delay_qvalue: bool) -> list[BatchRenorm]:
     """The layers of a critic that normalise by batch statistics, set to evaluation.
 
     Raises:
-        ValueError: if there are any and target critics, whose running statistics nobody would keep.
+        ValueError: if there are any and target critics, whose running statistics nobody would keep, or layers of
+            PyTorch's, for which the second of several batch dimensions is the features.
     """
-    layers: list[nn.Module] = [layer for layer in network.modules() if isinstance(layer, (BatchRenorm, _BatchNorm))]
+    for layer in network.modules():
+        if isinstance(layer, _BatchNorm):
+            raise ValueError(
+                f"the critics hold {type(layer).__name__} layers, which take the second of several batch dimensions "
+                "for the features; use qsm_rl.BatchRenorm, which with r_max=1 and d_max=0 is batch normalisation."
+            )
+    layers = [layer for layer in network.modules() if isinstance(layer, BatchRenorm)]
     if layers and delay_qvalue:
         raise ValueError(
             f"the critics hold {type(layers[0]).__name__} layers, whose batch statistics take the place of target "
@@ -145,7 +178,7 @@ def ensemble_outputs(
 
 def joint_outputs(
     critic: TensorDictModule,
-    layers: list[nn.Module],
+    layers: list[BatchRenorm],
     inputs: tuple[TensorDictBase, TensorDictBase],
     params: TensorDictBase,
     key: NestedKey,

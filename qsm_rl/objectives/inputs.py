@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from tensordict import TensorDictBase
@@ -10,7 +10,16 @@ from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 
-__all__ = ["check_actor", "check_choice", "entry", "live_entries", "live_mask", "replayed_action"]
+__all__ = [
+    "check_actor",
+    "check_choice",
+    "check_columns",
+    "critic_input",
+    "entry",
+    "live_entries",
+    "live_mask",
+    "replayed_action",
+]
 
 
 def entry(batch: TensorDictBase, key: NestedKey) -> Tensor:
@@ -57,6 +66,29 @@ def replayed_action(batch: TensorDictBase, key: NestedKey, action_dim: int) -> T
             "the batch size and the size of the actor's action_spec."
         )
     return action
+
+
+def check_columns(batch: TensorDictBase, keys: Iterable[NestedKey], shape: torch.Size) -> None:
+    """Raises ValueError for an entry of another shape, which would broadcast against the critics' outputs."""
+    for key in keys:
+        if (value := entry(batch, key)).shape != shape:
+            raise ValueError(
+                f"the batch's {key!r} has shape {tuple(value.shape)}, expected {tuple(shape)}: the batch size and a "
+                "last dimension of 1, as the critics return."
+            )
+
+
+def critic_input(
+    tensordict: TensorDictBase, in_keys: Sequence[NestedKey], action_key: NestedKey, action: Tensor
+) -> TensorDictBase:
+    """What critics with these ``in_keys`` read, the action replaced; a ValueError if they do not read the action."""
+    entries = [key for key in in_keys if unravel_key(key) != unravel_key(action_key)]
+    if len(entries) == len(in_keys):
+        raise ValueError(
+            f"the critics read {list(in_keys)} and not the action {action_key!r}, so no action is better than another "
+            "to them; give it among their in_keys, or tell the loss its name by set_keys(action=...)."
+        )
+    return tensordict.select(*entries, strict=False).set(action_key, action)
 
 
 def live_mask(tensordict: TensorDictBase, keys: Iterable[NestedKey]) -> Tensor | None:

@@ -177,24 +177,12 @@ def test_the_critics_learn(head):
         assert error.abs().mean() < 1.0
 
 
-def test_batch_normalisation_of_torch_is_handled_alike():
-    def critic() -> TensorDictModule:
-        class Network(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.norm, self.last = nn.BatchNorm1d(OBSERVATION_DIM + ACTION_DIM), nn.Linear(5, 1)
-
-            def forward(self, observation, action):
-                x = torch.cat([observation, action], -1)
-                return self.last(self.norm(x.flatten(0, -2)).view_as(x))
-
-        return wrap(Network())
-
-    loss, data = make_loss([critic(), critic()]), make_transitions((8,))
-    out = evaluate(loss, data)
-    assert out["loss_qvalue"].isfinite()
-    assert loss.qvalue_network_params["module", "norm", "num_batches_tracked"].tolist() == [1, 1]
-    assert loss.qvalue_network_params["module", "norm", "running_mean"].any()
+def test_batch_normalisation_of_torch_is_refused():
+    """With several batch dimensions its features are the second one, silently where the sizes are equal."""
+    critic = wrap(QValueMLP(OBSERVATION_DIM, ACTION_DIM, (8, 8)))
+    critic.module.mlp.insert(1, nn.BatchNorm1d(8))
+    with pytest.raises(ValueError, match=r"BatchNorm1d layers, .*use qsm_rl\.BatchRenorm"):
+        make_loss([critic])
 
 
 def test_target_critics_are_refused():

@@ -468,6 +468,8 @@ def test_a_batch_that_does_not_fit_is_refused():
     data = make_transitions((4,))
     for key, value, message in (
         (("next", "reward"), torch.zeros(4), r"reward.* has shape \(4,\), expected \(4, 1\)"),
+        (("next", "done"), torch.zeros(4, dtype=torch.bool), r"done.* has shape \(4,\), expected \(4, 1\)"),
+        (("next", "terminated"), torch.zeros(4, dtype=torch.bool), r"terminated.* shape \(4,\), expected \(4, 1\)"),
         ("action", torch.zeros(4, 3), r"'action' has shape \(4, 3\), expected \(4, 2\)"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -475,6 +477,41 @@ def test_a_batch_that_does_not_fit_is_refused():
     for name in ("action", "next.reward", "next.terminated"):
         with pytest.raises(KeyError, match=f"the batch lacks {name}; it has .*next.observation.* set_keys"):
             loss(data.exclude(tuple(name.split("."))))
+    with pytest.raises(KeyError, match="the batch lacks next; it has action, observation"):
+        loss(data.exclude("next"))
+
+
+def test_critics_that_do_not_read_the_action_are_refused():
+    critic = TensorDictModule(nn.Linear(OBSERVATION_DIM, 1), in_keys=["observation"], out_keys=["state_action_value"])
+    with pytest.raises(ValueError, match=r"read \['observation'\] and not the action 'action'.*set_keys"):
+        QScoreMatchingLoss(make_actor(), [critic], delay_qvalue=False)(make_transitions((4,)))
+
+
+def test_copies_that_would_stay_one_critic_are_refused():
+    """Bare parameters, which no initialiser draws anew, as TensorDict warns."""
+    critic = TensorDictModule(QuadraticCritic(), in_keys=["observation", "action"], out_keys=["state_action_value"])
+    with (
+        pytest.warns(match="did not find any parameters"),
+        pytest.raises(ValueError, match=r"begin with its own weights.*give a list of critics"),
+    ):
+        QScoreMatchingLoss(make_actor(), critic, num_qvalue_nets=2)
+    QScoreMatchingLoss(make_actor(), critic, num_qvalue_nets=1, delay_qvalue=False)
+
+
+def test_weights_drawn_anew_are_as_large_as_those_of_one_critic():
+    """torch's own layer draws from U(-b, b) with b = 1 / sqrt(inputs), and counts a stack of them as more inputs."""
+
+    def critic() -> TensorDictModule:
+        critic = make_critics(count=1)[0]
+        critic.module.mlp[0] = nn.Linear(OBSERVATION_DIM + ACTION_DIM, critic.module.mlp[0].out_features)
+        return critic
+
+    loss = QScoreMatchingLoss(make_actor(), [critic(), critic()], delay_qvalue=False)
+    loss.reset_parameters_recursive()
+    weights, bound = loss.qvalue_network_params["module", "mlp", "0", "weight"], (OBSERVATION_DIM + ACTION_DIM) ** -0.5
+    for one in weights:
+        assert 0.8 * bound < one.abs().amax() <= bound
+    assert not torch.equal(weights[0], weights[1])
 
 
 def test_networks_of_the_wrong_size_are_refused():
