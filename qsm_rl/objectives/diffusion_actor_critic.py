@@ -218,10 +218,7 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
             ``target_clipped`` ``(*B,)`` (whether the target lies beyond the value support); of a batch with a mask only
             the ``L`` live samples, ``(L,)``.
         """
-        mask = self._mask(tensordict)
-        batch = self._live_entries(tensordict, mask)
-        weights = self._weights(batch)
-        action = self._action(batch)
+        batch, action, mask, weights = self._live(tensordict)
         next_action, next_info = self._next_action(batch, initial_noise, step_noise, target_action_noise)
         outputs, next_outputs = self._both_outputs(batch, action, next_action, mask)
         target_value = self._target_value(batch, next_outputs, next_info)
@@ -387,16 +384,10 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
                 f"expected {tuple(expected[1:])}: one Q-value for each sample, as QValueMLP returns."
             )
 
-    def _action(self, batch: TensorDictBase) -> Tensor:
-        """The replayed action, shape checked."""
-        return replayed_action(batch, self.tensor_keys.action, self.actor_network.box.action_dim)
-
-    def _weights(self, batch: TensorDictBase) -> Tensor | None:
+    def _live(self, tensordict: TensorDictBase) -> tuple[TensorDictBase, Tensor, Tensor | None, Tensor | None]:
+        """The batch without what its masks hide, its action, the mask and the priority weights, where there are any."""
+        mask = live_mask(tensordict, self._loss_mask_keys())
+        batch = live_entries(tensordict, mask, ("next", self.tensor_keys.done))
+        action = replayed_action(batch, self.tensor_keys.action, self.actor_network.box.action_dim)
         weights = self._maybe_get_priority_weight(batch)
-        return None if weights is None else weights.reshape(batch.batch_size)
-
-    def _mask(self, tensordict: TensorDictBase) -> Tensor | None:
-        return live_mask(tensordict, self._loss_mask_keys())
-
-    def _live_entries(self, tensordict: TensorDictBase, mask: Tensor | None) -> TensorDictBase:
-        return live_entries(tensordict, mask, ("next", self.tensor_keys.done))
+        return batch, action, mask, None if weights is None else weights.reshape(batch.batch_size)

@@ -143,10 +143,7 @@ class DiffusionPolicyGradientLoss(DiffusionActorCriticLoss):
             ``policy_q_value`` ``(M, *B)``, the critics' mean there, ``advantage`` ``(M, *B)`` and ``log_prob``
             ``(steps, M, *B)``; of a batch with a mask only the ``L`` live samples.
         """
-        mask = self._mask(tensordict)
-        batch = self._live_entries(tensordict, mask)
-        weights = self._weights(batch)
-        replayed = self._action(batch)
+        batch, replayed, mask, weights = self._live(tensordict)
         live = ... if mask is None else mask
         actor = self.actor_network
         observation = actor.observation(batch)

@@ -148,10 +148,7 @@ class DiffusionQLLoss(DiffusionActorCriticLoss):
             ``(*B,)``, the critic's values there, and ``bc_error`` ``(*B,)`` with behaviour cloning; of a batch with a
             mask only the ``L`` live samples, ``(L,)``.
         """
-        mask = self._mask(tensordict)
-        batch = self._live_entries(tensordict, mask)
-        weights = self._weights(batch)
-        replayed = self._action(batch)
+        batch, replayed, mask, weights = self._live(tensordict)
         live = ... if mask is None else mask
         actor = self.actor_network
         observation = actor.observation(batch)

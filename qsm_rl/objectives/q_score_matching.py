@@ -187,10 +187,7 @@ class QScoreMatchingLoss(DiffusionActorCriticLoss):
             units, the score target's own diagnostics (``q_score``, dQ/da in box units, for gradient targets), and with
             ``bc_weight`` ``bc_error`` ``(*B,)``; of a batch with a mask only the ``L`` live samples, ``(L, A)``.
         """
-        mask = self._mask(tensordict)
-        batch = self._live_entries(tensordict, mask)
-        weights = self._weights(batch)
-        action = self._action(batch)
+        batch, action, mask, weights = self._live(tensordict)
         critic_params = (
             self.target_qvalue_network_params if self.score_critics == "target" else self.qvalue_network_params
         )
