@@ -78,6 +78,15 @@ class BestOfN(TensorDictModuleBase):
         self.in_keys = list(dict.fromkeys(key for key in map(unravel_key, read) if key != unravel_key(self.action_key)))
         self.out_keys = [self.action_key]
 
+    def train(self, mode: bool = True) -> BestOfN:
+        """Sets the actor's mode; the critics, which are only asked, are in evaluation.
+
+        In training they would change the batch statistics of the loss whose weights they share.
+        """
+        super().train(mode)
+        self.critics.eval()
+        return self
+
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Writes the action, shape ``(*B, A)``."""

@@ -127,6 +127,7 @@ class DiffusionActor(TensorDictModule):
 
         Raises:
             KeyError: if an in_key is missing.
+            ValueError: if one has other dimensions than those of the batch and a last one.
         """
         observations = [tensordict.get(key) for key in self.in_keys]
         if any(observation is None for observation in observations):
@@ -134,6 +135,12 @@ class DiffusionActor(TensorDictModule):
             raise KeyError(
                 f"the batch lacks the actor's in_keys {missing}; it has {sorted(map(str, tensordict.keys()))}."
             )
+        for key, observation in zip(self.in_keys, observations, strict=True):
+            if observation.shape[:-1] != tensordict.batch_size:
+                raise ValueError(
+                    f"the observation {key!r} has shape {tuple(observation.shape)}, expected "
+                    f"{(*tensordict.batch_size, 'size')}; of images give the features of an encoder that ran before."
+                )
         return torch.cat(observations, -1) if len(observations) > 1 else observations[0]
 
     def predict_noise(self, noisy_action: Tensor, observation: Tensor, t: Tensor) -> Tensor:

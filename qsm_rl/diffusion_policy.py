@@ -58,8 +58,7 @@ class DiffusionPolicy(nn.Module):
 
     def predict_noise(self, noisy_action: Tensor, observation: Tensor, t: Tensor) -> Tensor:
         """See ``DiffusionActor.predict_noise``."""
-        # The chain runs in float32 or more; a half-precision network gets half-precision inputs.
-        predicted = self.score_network.network(noisy_action.to(observation.dtype), observation, t)
+        predicted = self.score_network.network(network_input(noisy_action, observation), observation, t)
         if predicted.shape != noisy_action.shape:
             raise ValueError(
                 f"the score network returned shape {tuple(predicted.shape)} for noised actions of shape "
@@ -74,7 +73,7 @@ class DiffusionPolicy(nn.Module):
         if has_own_chain(network):
             reverse_chain: Any = network.reverse_chain
             predict = reverse_chain(observation, timesteps)
-            return lambda index, noisy: predict(index, noisy.to(observation.dtype)).to(noisy.dtype)
+            return lambda index, noisy: predict(index, network_input(noisy, observation)).to(noisy.dtype)
         times = torch.tensor(timesteps, device=observation.device)  # integers, as in training
         return lambda index, noisy: self.predict_noise(noisy, observation, times[index].expand(noisy.shape[:-1]))
 
@@ -141,7 +140,7 @@ class DiffusionPolicy(nn.Module):
             shape = (*observation.shape[:-1], self.box.action_dim)
             start = torch.zeros(shape, dtype=chain_dtype(observation), device=observation.device)
             action, _ = self.run_chain(observation, start, [None] * len(self.steps))
-        return self.box.clamp(self.box.from_box(action)).to(observation.dtype)
+        return self.box.clamp(self.box.from_box(action))  # rounded to half precision it could lie outside
 
 
 def has_own_chain(network: nn.Module) -> bool:
@@ -155,5 +154,10 @@ def has_own_chain(network: nn.Module) -> bool:
 
 
 def chain_dtype(observation: Tensor) -> torch.dtype:
-    """The reverse chain runs in float32 or more."""
+    """The reverse chain runs in float32 or more, and so are its actions."""
     return torch.promote_types(observation.dtype, torch.float32)
+
+
+def network_input(noisy_action: Tensor, observation: Tensor) -> Tensor:
+    """A noised action in half precision for a network in half precision, never in integers as observations may be."""
+    return noisy_action.to(observation.dtype) if observation.is_floating_point() else noisy_action

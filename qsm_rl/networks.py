@@ -163,6 +163,7 @@ class SinusoidalTimeEmbedding(nn.Module):
     def __init__(self, num_features: int = 64, max_period: float = 10_000.0) -> None:
         super().__init__()
         _even(num_features)
+        self.max_period = max_period
         exponents = torch.arange(num_features // 2) / (num_features // 2)
         self.register_buffer("frequencies", torch.exp(-math.log(max_period) * exponents), persistent=False)
 
@@ -170,6 +171,10 @@ class SinusoidalTimeEmbedding(nn.Module):
         """Embeds timesteps ``(*B,)`` as ``(*B, num_features)``."""
         angles = t.to(self.frequencies.dtype).unsqueeze(-1) * self.frequencies
         return torch.cat([angles.cos(), angles.sin()], -1)
+
+    def extra_repr(self) -> str:
+        """Summary shown by ``print(embedding)``."""
+        return f"num_features={2 * self.frequencies.numel()}, max_period={self.max_period:g}"
 
 
 class ScoreMLP(nn.Module):

@@ -14,6 +14,7 @@ from qsm_rl import functional as F
 __all__ = ["NoiseSchedule"]
 
 _TERMINAL_SIGNAL_LIMIT = 0.1
+_LEAST_BETA = 1e-5  # 1 - beta in float32 is off by 6e-8
 
 
 class Float32Buffers(nn.Module):
@@ -73,6 +74,11 @@ class NoiseSchedule(Float32Buffers):
         if not bool(((betas > 0) & (betas < 1)).all()):
             bad = betas[~((betas > 0) & (betas < 1))][0].item()
             raise ValueError(f"every beta must lie strictly between 0 and 1, got {bad:g}; lower or raise that beta.")
+        if betas[0] < _LEAST_BETA:
+            raise ValueError(
+                f"the first beta must be at least {_LEAST_BETA:g}, got {betas[0].item():g}: in float32 "
+                "what it leaves of the action is all of it."
+            )
         alphas = 1 - betas
         alphas_cumprod = alphas.cumprod(0)
         terminal_signal = alphas_cumprod[-1].sqrt().item()

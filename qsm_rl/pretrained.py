@@ -79,6 +79,20 @@ def network_settings(network: nn.Module) -> dict[str, Any]:
             f"the score network is a {type(network).__name__}; only a qsm_rl.ScoreMLP can be built anew from a "
             "configuration. Save state_dict() of yours and build it in code."
         )
+    if any(nn.parameter.is_lazy(parameter) for parameter in network.parameters()):
+        raise ValueError("the score network has uninitialised lazy parameters; call the actor once on a batch before.")
+    settings = _settings(network)
+    with torch.device("meta"):
+        again = ScoreMLP(**settings)
+    if repr(again) != repr(network):
+        raise ValueError(
+            f"the score network's layers were changed after it was made: one built anew from {settings} has others. "
+            "Save state_dict() of yours and build it in code."
+        )
+    return settings
+
+
+def _settings(network: ScoreMLP) -> dict[str, Any]:
     layers, of_time = ([m for m in part if isinstance(m, nn.Linear)] for part in (network.mlp, network.time_mlp))
     return {
         "observation_dim": layers[0].in_features - network.action_dim - of_time[-1].out_features,

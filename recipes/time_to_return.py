@@ -89,6 +89,10 @@ def write_results(cells: Sequence[rl.Cell], table: rl.CellTable, options: argpar
             if len(reached) == len(runs):
                 points.append((steps, statistics.median(reached)))
         axes.plot([x for x, _ in points], [y for _, y in points], color=f"C{color}", label=name)
+    by_steps = [line for _, line in sorted(lines, key=lambda line: line[0])]
+    (options.output / "table.md").write_text("\n".join([*header, *by_steps, ""]), encoding="utf-8")
+    if all("not reached" in line for line in by_steps):
+        return ["table.md"]  # there is nothing to draw
     axes.set(xlabel="denoising steps T", ylabel=f"seconds to a return of {options.value:g}", xscale="log", yscale="log")
     axes.set_xticks(options.steps, [str(steps) for steps in options.steps])
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -98,8 +102,6 @@ def write_results(cells: Sequence[rl.Cell], table: rl.CellTable, options: argpar
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(options.output / "time_to_return.png")
-    by_steps = [line for _, line in sorted(lines, key=lambda line: line[0])]
-    (options.output / "table.md").write_text("\n".join([*header, *by_steps, ""]), encoding="utf-8")
     return ["table.md", "time_to_return.png"]
 
 

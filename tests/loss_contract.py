@@ -588,7 +588,8 @@ class LossContract:
             # The same actor, usable outside the loss too.
             assert {id(parameter) for parameter in loss.actor_network.parameters()} == parameters
             acted = loss.actor_network(as_dtype(data, dtype))["action"]
-            assert acted.dtype == dtype and ((acted >= -2) & (acted <= 3)).all()
+            assert acted.dtype == torch.promote_types(dtype, torch.float32)  # in half precision not to lie outside
+            assert ((acted >= -2) & (acted <= 3)).all()
 
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
     def test_device(self):

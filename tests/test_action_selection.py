@@ -8,7 +8,15 @@ from torchrl.collectors import Collector
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.objectives import SoftUpdate
 
-from qsm_rl import BestOfN, DiffusionActor, GaussianExploration, NoiseSchedule, QScoreMatchingLoss, ScoreMLP
+from qsm_rl import (
+    BestOfN,
+    DiffusionActor,
+    GaussianExploration,
+    NoiseSchedule,
+    QScoreMatchingLoss,
+    QValueCrossQ,
+    ScoreMLP,
+)
 from qsm_rl.training.environments import make_environment
 from tests.loss_contract import (
     ACTION_DIM,
@@ -179,3 +187,14 @@ def test_acts_in_a_collector_and_follows_there():
 def test_bad_input_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         BestOfN(make_actor(), **{"critics": make_critics(), **options})
+
+
+def test_critics_that_share_a_loss_s_statistics_stay_in_evaluation():
+    critic = TensorDictModule(QValueCrossQ(3, 2, (8,)), ["observation", "action"], ["state_action_value"]).eval()
+    actor = TensorDictModule(lambda observation: torch.rand(*observation.shape[:-1], 2), ["observation"], ["action"])
+    best = BestOfN(actor, critic, num_samples=4)
+    before = {name: value.clone() for name, value in critic.named_buffers()}
+    best.eval()
+    best.train()
+    best(TensorDict({"observation": torch.randn(5, 3)}, [5]))
+    assert best.training and all(torch.equal(value, before[name]) for name, value in critic.named_buffers())

@@ -61,6 +61,28 @@ def test_all_batch_shapes(shape):
     assert actor.sample(torch.randn(*shape, 4)).shape == (*shape, 3)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
+def test_observations_in_integers_leave_actions_as_they_are(dtype):
+    class Own(nn.Module):
+        def forward(self, noisy_action, observation, t):
+            assert noisy_action.dtype == torch.float32
+            return 0.1 * noisy_action
+
+    actor = DiffusionActor(Own(), action_spec=Bounded(-1.0, 1.0, (2,)), noise_schedule=NoiseSchedule.vp(5))
+    observation = torch.ones(5, 4, dtype=dtype)
+    action = actor(observation=observation)
+    assert action.dtype == torch.float32 and len(action.unique()) > 2
+    noisy = torch.tensor([[0.7, -1.6]]).expand(5, 2)
+    torch.testing.assert_close(actor.predict_noise(noisy, observation, torch.zeros(5, dtype=torch.long)), 0.1 * noisy)
+
+
+def test_an_observation_of_more_dimensions_than_the_batch_has_is_named():
+    actor = make_actor()
+    images = TensorDict({"observation": torch.zeros(2, 3, 8, 4)}, [2])
+    with pytest.raises(ValueError, match=r"'observation' has shape \(2, 3, 8, 4\), expected \(2, 'size'\).*encoder"):
+        actor.observation(images)
+
+
 @pytest.mark.parametrize("bound", [0.4, 0.1, 1.0])
 def test_no_action_lies_outside_bounds_that_float32_cannot_hold(bound):
     """0.4 in float32 is 0.4000000059, outside the spec of an environment in float64."""
@@ -141,7 +163,7 @@ def test_half_precision_network_keeps_the_chain_in_float32():
     actor = make_actor().to(torch.bfloat16)
     observation = torch.randn(8, 4)
     action = actor(observation=observation.bfloat16())
-    assert action.dtype == torch.bfloat16
+    assert action.dtype == torch.float32 and actor.spec.is_in(TensorDict({"action": action}, [8]))
     assert actor.box.low.dtype == actor.noise_schedule.betas.dtype == torch.float32
     assert actor.sample(observation.bfloat16()).dtype == torch.float32
 

@@ -100,3 +100,8 @@ def test_a_state_dict_cannot_change_the_schedule():
         schedule.load_state_dict(NoiseSchedule.vp(4).state_dict())
     with pytest.raises(RuntimeError, match="another noise schedule"):
         schedule.load_state_dict(NoiseSchedule.cosine(5).state_dict())
+
+
+def test_a_beta_that_float32_cannot_tell_from_none_is_refused():
+    with pytest.raises(ValueError, match="first beta must be at least 1e-05, got 1e-08"):
+        NoiseSchedule([1e-8, 0.5, 0.99])

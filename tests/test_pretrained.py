@@ -10,6 +10,7 @@ from torch import nn
 from torchrl.data import Bounded
 
 from qsm_rl import DDIMSampler, DiffusionActor, NoiseSchedule, ScoreMLP
+from qsm_rl.networks import SinusoidalTimeEmbedding
 
 
 def new_actor(network: nn.Module, **options) -> DiffusionActor:
@@ -47,6 +48,22 @@ def test_an_actor_in_bfloat16_is_saved_too(tmp_path):
     again = DiffusionActor.from_pretrained(tmp_path)
     for name, value in actor.state_dict().items():
         assert torch.equal(again.state_dict()[name], value.float()), name
+
+
+def test_a_network_whose_layers_were_changed_is_refused_before_anything_is_written(tmp_path):
+    """It would come back as another one."""
+    network = ScoreMLP(4, 2, (8,))
+    network.mlp[1] = nn.ReLU()
+    timed = ScoreMLP(4, 2, (8,), time_embedding="sinusoidal")
+    timed.time_mlp[0] = SinusoidalTimeEmbedding(64, max_period=10.0)
+    for changed in (network, timed):
+        actor = DiffusionActor(changed, action_spec=Bounded(-1.0, 1.0, (2,)), noise_schedule=NoiseSchedule.vp(5))
+        with pytest.raises(ValueError, match="layers were changed after it was made"):
+            actor.save_pretrained(tmp_path / "actor")
+    lazy = DiffusionActor(ScoreMLP(None, 2), action_spec=Bounded(-1.0, 1.0, (2,)), noise_schedule=NoiseSchedule.vp(5))
+    with pytest.raises(ValueError, match="call the actor once on a batch before"):
+        lazy.save_pretrained(tmp_path / "actor")
+    assert not (tmp_path / "actor").exists()
 
 
 def test_a_network_that_numbers_cannot_build_is_refused_before_anything_is_written(tmp_path):

@@ -218,7 +218,7 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
             ``target_clipped`` ``(*B,)`` (whether the target lies beyond the value support); of a batch with a mask only
             the ``L`` live samples, ``(L,)``.
         """
-        batch, action, mask, weights = self._live(tensordict)
+        batch, action, mask, weights = self.live_batch(tensordict)
         next_action, next_info = self._next_action(batch, initial_noise, step_noise, target_action_noise)
         outputs, next_outputs = self._both_outputs(batch, action, next_action, mask)
         target_value = self._target_value(batch, next_outputs, next_info)
@@ -287,7 +287,9 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
         if isinstance(self.value_head, TwoHotHead):
             rewards = entry(tensordict, ("next", self.tensor_keys.reward))
             steps = tensordict.get("steps_to_next_obs", torch.ones_like(rewards))
-            self.value_head.choose_support(rewards, self.value_estimator.gamma**steps)
+            mask = live_mask(tensordict, self._loss_mask_keys())
+            live = ... if mask is None else mask
+            self.value_head.choose_support(rewards[live], self.value_estimator.gamma ** steps[live])
 
     def reset_parameters_recursive(self) -> None:
         """Draws all weights anew by the layers' own initialisers; targets start equal to the networks again."""
@@ -329,7 +331,8 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
         next_value = F.aggregate_q_values(q_values, self.target_aggregation).unsqueeze(-1)
         if self.entropy_bonus is not None:
             next_value = next_value + next_info["entropy_bonus"].unsqueeze(-1)
-        check_columns(batch, [("next", key) for key in (keys.reward, keys.done, keys.terminated)], next_value.shape)
+        flags = [("next", key) for key in (keys.done, keys.terminated)]
+        check_columns(batch, [("next", keys.reward)], flags, next_value.shape)
         # A terminated step has no future: whatever its next observation holds, NaN included, counts for nothing.
         terminated = batch.get(("next", keys.terminated))
         next_value = torch.where(terminated, torch.zeros_like(next_value), next_value)
@@ -384,7 +387,7 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
                 f"expected {tuple(expected[1:])}: one Q-value for each sample, as QValueMLP returns."
             )
 
-    def _live(self, tensordict: TensorDictBase) -> tuple[TensorDictBase, Tensor, Tensor | None, Tensor | None]:
+    def live_batch(self, tensordict: TensorDictBase) -> tuple[TensorDictBase, Tensor, Tensor | None, Tensor | None]:
         """The batch without what its masks hide, its action, the mask and the priority weights, where there are any."""
         mask = live_mask(tensordict, self._loss_mask_keys())
         batch = live_entries(tensordict, mask, ("next", self.tensor_keys.done))

@@ -143,7 +143,7 @@ class DiffusionPolicyGradientLoss(DiffusionActorCriticLoss):
             ``policy_q_value`` ``(M, *B)``, the critics' mean there, ``advantage`` ``(M, *B)`` and ``log_prob``
             ``(steps, M, *B)``; of a batch with a mask only the ``L`` live samples.
         """
-        batch, replayed, mask, weights = self._live(tensordict)
+        batch, replayed, mask, weights = self.live_batch(tensordict)
         live = ... if mask is None else mask
         actor = self.actor_network
         observation = actor.observation(batch)

@@ -148,7 +148,7 @@ class DiffusionQLLoss(DiffusionActorCriticLoss):
             ``(*B,)``, the critic's values there, and ``bc_error`` ``(*B,)`` with behaviour cloning; of a batch with a
             mask only the ``L`` live samples, ``(L,)``.
         """
-        batch, replayed, mask, weights = self._live(tensordict)
+        batch, replayed, mask, weights = self.live_batch(tensordict)
         live = ... if mask is None else mask
         actor = self.actor_network
         observation = actor.observation(batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -61,16 +62,21 @@ def replayed_action(batch: TensorDictBase, key: NestedKey, action_dim: int) -> T
     action = entry(batch, key)
     expected = (*batch.batch_size, action_dim)
     if action.shape != expected:
+        several = action.shape[-1:] == expected[-1:] and action.shape[: len(expected) - 1] == expected[:-1]
         raise ValueError(
             f"the batch's {key!r} has shape {tuple(action.shape)}, expected {tuple(expected)}: "
             "the batch size and the size of the actor's action_spec."
+            + (f" Of several agents, give the batch the size {tuple(action.shape[:-1])}." if several else "")
         )
     return action
 
 
-def check_columns(batch: TensorDictBase, keys: Iterable[NestedKey], shape: torch.Size) -> None:
-    """Raises ValueError for an entry of another shape, which would broadcast against the critics' outputs."""
-    for key in keys:
+def check_columns(batch: TensorDictBase, values: Sequence[NestedKey], flags: Sequence[NestedKey], shape: Any) -> None:
+    """Raises ValueError for an entry of another shape, which would broadcast, and for flags that are real numbers."""
+    for key in flags:
+        if entry(batch, key).is_floating_point():
+            raise ValueError(f"the batch's {key!r} is of type {batch.get(key).dtype}, expected bool; write .bool().")
+    for key in (*values, *flags):
         if (value := entry(batch, key)).shape != shape:
             raise ValueError(
                 f"the batch's {key!r} has shape {tuple(value.shape)}, expected {tuple(shape)}: the batch size and a "

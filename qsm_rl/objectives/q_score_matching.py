@@ -156,6 +156,8 @@ class QScoreMatchingLoss(DiffusionActorCriticLoss):
         check_choice("score_aggregation", score_aggregation, ("mean", "min"))
         if not bc_weight >= 0:
             raise ValueError(f"bc_weight must be at least 0, got {bc_weight!r}.")
+        if not hasattr(score_target or ScaledQScore, "info_keys"):
+            raise TypeError(f"score_target is a {type(score_target).__name__}; derive yours from qsm_rl.ScoreTarget.")
         self.register_buffer("bc_weight", torch.tensor(float(bc_weight)) if bc_weight > 0 else None)
         self.score_target = ScaledQScore() if score_target is None else score_target
         self.score_critics = score_critics
@@ -187,7 +189,7 @@ class QScoreMatchingLoss(DiffusionActorCriticLoss):
             units, the score target's own diagnostics (``q_score``, dQ/da in box units, for gradient targets), and with
             ``bc_weight`` ``bc_error`` ``(*B,)``; of a batch with a mask only the ``L`` live samples, ``(L, A)``.
         """
-        batch, action, mask, weights = self._live(tensordict)
+        batch, action, mask, weights = self.live_batch(tensordict)
         critic_params = (
             self.target_qvalue_network_params if self.score_critics == "target" else self.qvalue_network_params
         )

@@ -66,8 +66,10 @@ def read_reference(path: Path) -> list[dict[str, Any]]:
         path: CSV with ``env``, ``curve``, ``frames`` and ``return_mean``; other columns are kept.
 
     Raises:
-        UserError: if a column is missing.
+        UserError: if the file or a column is missing.
     """
+    if not path.is_file():
+        raise UserError(f"--reference {path} does not exist.")
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     if not rows or not {"env", "curve", "frames", "return_mean"} <= rows[0].keys():

@@ -25,7 +25,9 @@ import yaml
 from tqdm import tqdm
 
 from qsm_rl.atomic_files import write_csv_atomically
+from qsm_rl.training.command_line import CONFIGURATION_FILE
 from qsm_rl.training.errors import UserError
+from qsm_rl.training.locks import in_use
 from qsm_rl.training.loggers import read_metrics
 
 __all__ = ["Cell", "CellTable", "make_cells", "read_grid", "run_cells"]
@@ -34,6 +36,8 @@ KEY = ("env", "variant", "seed")
 COLUMNS = (*KEY, "frames", "return_mean", "return_std", "updates_per_second", "elapsed_seconds", "settings")
 POLL_SECONDS = 1.0
 SECONDS_TO_STOP = 60.0
+OWN = ("env", "seed", "run_dir", "resume")  # flags that are each cell's own
+OF_TASKS = ("seeds", "variants")  # what a task alone may choose
 
 
 @dataclass(frozen=True)
@@ -112,11 +116,14 @@ def read_grid(path: Path, runs: Path) -> list[Cell]:
             f"missing {sorted(expected - found)}, unknown {sorted(found - expected)}."
         )
     cells = []
+    _check_flags(path, "tasks", grid["tasks"], OWN)
+    _check_flags(path, "variants", grid["variants"], (*OWN, *OF_TASKS))
+    _check_flags(path, "settings", {"settings": grid["settings"]}, (*OWN, *OF_TASKS))
     for env, task in grid["tasks"].items():
         task = dict(task or {})
         variants, seeds = task.pop("variants", list(grid["variants"])), task.pop("seeds", grid["seeds"])
-        if not isinstance(seeds, list):
-            raise UserError(f"{path}: seeds must be a list such as [0, 1, 2], got {seeds!r}.")
+        if not isinstance(seeds, list) or len(set(seeds)) < len(seeds):
+            raise UserError(f"{path}: seeds must be a list such as [0, 1, 2], each once, got {seeds!r}.")
         if unknown := sorted(set(variants) - set(grid["variants"])):
             raise UserError(f"{path}: the task {env} names unknown variants {unknown}.")
         for variant in variants:
@@ -125,6 +132,14 @@ def read_grid(path: Path, runs: Path) -> list[Cell]:
                 raise UserError(f"{path}: the task {env} needs total_frames.")
             cells += make_cells(grid["recipe"], variant, settings, env, seeds, runs)
     return sorted(cells, key=lambda cell: cell.seed)
+
+
+def _check_flags(path: Path, name: str, entries: Any, refused: Sequence[str]) -> None:
+    if not isinstance(entries, dict) or not all(isinstance(flags or {}, dict) for flags in entries.values()):
+        raise UserError(f"{path}: {name} must hold flags with their values, such as {{tau: 0.1}}.")
+    for entry, flags in entries.items():
+        if found := sorted({*(flags or {})} & {*refused}):
+            raise UserError(f"{path}: {entry} sets {', '.join(found)}, which the grid gives each of its cells.")
 
 
 class CellTable:
@@ -177,7 +192,7 @@ class CellTable:
 def run_cells(cells: Sequence[Cell], table: CellTable, recipes: Path, *, workers: int) -> list[str]:
     """Runs the cells that the table lacks, so many at a time, each with one thread.
 
-    A cell that was begun goes on from its last checkpoint. Ctrl-C and SIGTERM stop every cell behind its step.
+    A cell that was begun goes on from its last checkpoint. Ctrl-C, SIGTERM and SIGHUP stop every cell behind its step.
 
     Args:
         cells: what to run, in order.
@@ -189,14 +204,16 @@ def run_cells(cells: Sequence[Cell], table: CellTable, recipes: Path, *, workers
         A line for each cell that failed, with the end of its log.
 
     Raises:
-        KeyboardInterrupt: behind the stop that Ctrl-C or SIGTERM asked for.
+        KeyboardInterrupt: behind the stop that was asked for.
     """
     waiting = [cell for cell in cells if not table.rows_of(cell)]
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     running: dict[int, tuple[Cell, subprocess.Popen[bytes]]] = {}
     failures: list[str] = []
     done = sum(cell.total_frames for cell in cells) - sum(cell.total_frames for cell in waiting)
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A closed terminal (SIGHUP) ends this process, too, and the cells, in sessions of their own, would live on.
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
     bar = tqdm(total=sum(cell.total_frames for cell in cells), initial=done, unit=" frames", dynamic_ncols=True)
     try:
         while waiting or running:
@@ -205,6 +222,10 @@ def run_cells(cells: Sequence[Cell], table: CellTable, recipes: Path, *, workers
                     cell = waiting.pop(0)
                     if _finished(cell):  # by a grid that was killed before it took the results over
                         table.add(cell)
+                        done += cell.total_frames
+                        continue
+                    if in_use(cell.folder / CONFIGURATION_FILE):  # a killed grid's cells live on
+                        failures.append(f"{_name(cell)}: another process runs it in {cell.folder}; wait, or stop that")
                         done += cell.total_frames
                         continue
                     process = _start(cell, recipes)
@@ -220,7 +241,7 @@ def run_cells(cells: Sequence[Cell], table: CellTable, recipes: Path, *, workers
                     if process.returncode == 0:
                         table.add(cell)
                     else:
-                        failures.append(f"{cell.env}, {cell.variant}, seed {cell.seed}: {_last_line(cell)}")
+                        failures.append(f"{_name(cell)}: {_last_line(cell)}")
                     done += cell.total_frames
             bar.n = done + sum(_frames(cell.folder) for cell, _ in running.values())
             bar.set_description(f"{len(waiting) + len(running)} of {len(cells)} cells left", refresh=True)
@@ -229,7 +250,8 @@ def run_cells(cells: Sequence[Cell], table: CellTable, recipes: Path, *, workers
         raise
     finally:
         bar.close()
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     return failures
 
 
@@ -280,7 +302,8 @@ def _finished(cell: Cell) -> bool:
     metrics = cell.folder / "metrics.csv"
     if not (cell.folder / "actor" / "config.json").exists() or not metrics.exists():
         return False
-    columns, target = read_metrics(metrics), json.loads(cell.settings).get("stop_at_return", math.inf)
+    columns, target = read_metrics(metrics), json.loads(cell.settings).get("stop_at_return")
+    target = math.inf if target is None else target
     evaluations = zip(columns["frames"], columns.get("eval/return_mean", []), strict=False)
     return any(value >= target or (frame >= cell.total_frames and value == value) for frame, value in evaluations)
 
@@ -293,6 +316,10 @@ def _total_elapsed(clock: Sequence[float], count: int) -> list[str]:
         last = now
         total.append(f"{before + now:.0f}")
     return total or [""] * count
+
+
+def _name(cell: Cell) -> str:
+    return f"{cell.env}, {cell.variant}, seed {cell.seed}"
 
 
 def _log(folder: Path) -> Path:

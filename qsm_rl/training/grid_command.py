@@ -11,6 +11,7 @@ from qsm_rl.training.algorithms import check_cells
 from qsm_rl.training.errors import UserError
 from qsm_rl.training.grid import Cell, CellTable, run_cells
 from qsm_rl.training.hardware import available_cores
+from qsm_rl.training.locks import exclusive
 
 __all__ = ["add_grid_arguments", "run_grid"]
 
@@ -53,8 +54,18 @@ def run_grid(
     if options.workers < 1:
         raise UserError(f"--workers must be at least 1, got {options.workers}.")
     check_cells(cells)
+    CellTable(options.output / "cells.csv")  # which has to be one, before the folder is made
+    with exclusive(options.output):
+        return _run(cells, options, recipes, write_results)
+
+
+def _run(
+    cells: Sequence[Cell],
+    options: argparse.Namespace,
+    recipes: Path,
+    write_results: Callable[[CellTable], Sequence[str]],
+) -> int:
     table = CellTable(options.output / "cells.csv")
-    options.output.mkdir(parents=True, exist_ok=True)
     missing = [cell for cell in cells if not table.rows_of(cell)]
     print(f"{len(cells)} cells, {len(cells) - len(missing)} finished; runs in {options.runs}", flush=True)
     failures: list[str] = []
@@ -63,8 +74,10 @@ def run_grid(
             print(f"missing: {cell.env}, {cell.variant}, seed {cell.seed}")
     else:
         failures = run_cells(cells, table, recipes, workers=options.workers)
-    written = write_results(table)
-    print(f"wrote {', '.join(written)} in {options.output}")
+    if any(table.rows_of(cell) for cell in cells):
+        print(f"wrote {', '.join(write_results(table))} in {options.output}")
+    else:
+        print(f"wrote nothing: {table.path} has no result of these settings")
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
     return 1 if failures else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from dataclasses import asdict
@@ -16,6 +17,7 @@ from qsm_rl.training.configuration import TrainingConfiguration
 from qsm_rl.training.errors import UserError
 from qsm_rl.training.grid import Cell, CellTable, run_cells
 from qsm_rl.training.hardware import available_cores
+from qsm_rl.training.locks import exclusive
 from qsm_rl.training.statistics import mean_interval
 
 __all__ = ["run_seeds"]
@@ -49,8 +51,9 @@ def run_seeds(config: TrainingConfiguration, script: Path) -> int:
     ]
     workers = min(available_cores(), len(cells))
     print(f"{len(cells)} seeds, {workers} at a time; runs in {folder}, what they print in seed_N.log", flush=True)
-    table = CellTable(folder / "cells.csv")
-    failures = run_cells(cells, table, script.parent, workers=workers)
+    with exclusive(folder):
+        table = CellTable(folder / "cells.csv")
+        failures = run_cells(cells, table, script.parent, workers=workers)
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
     finished = [float(rows[-1]["return_mean"]) for cell in cells if (rows := table.rows_of(cell))]
@@ -62,8 +65,14 @@ def run_seeds(config: TrainingConfiguration, script: Path) -> int:
         except UserError as error:  # rliable is an extra; the returns are there without it
             interval = f"no interval: {error}"
         print(f"last evaluation of {len(finished)} seeds: mean {fmean(finished):.1f}, {interval} ({returns})")
-        print(f"curves: python recipes/plot.py {folder}/seed_*[0-9] --output {folder.with_suffix('')}-curves")
+        plot, runs = shlex.quote(str(_near(script.with_name("plot.py")))), shlex.quote(str(folder))
+        print(f"curves: python {plot} {runs}/seed_*[0-9] --output {shlex.quote(f'{folder}-curves')}")
     return 1 if failures else 0
+
+
+def _near(path: Path) -> Path:
+    """A path as one would type it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:

@@ -98,7 +98,8 @@ class Progress(Callback):
         self._shown, total = module.env_frames, self.frames.total_frames
         frame_speed = self._frame_speed.update(module.env_frames, now)
         update_speed = self._update_speed.update(module.grad_steps, now)
-        left = tqdm.format_interval((total - module.env_frames) / max(frame_speed, 1e-9))
+        # The last batch of frames may go beyond the total.
+        left = tqdm.format_interval(max(0, total - module.env_frames) / max(frame_speed, 1e-9))
         result = self.evaluation.last
         evaluated = None if result is None else result.metrics()["eval/return_mean"]
         left += " left; return:" if self._wide else ","
@@ -108,7 +109,7 @@ class Progress(Callback):
             self._bar.set_postfix_str(status, refresh=False)
             self._bar.update(module.env_frames - self._bar.n)
         else:
-            share = module.env_frames / total
+            share = min(1.0, module.env_frames / total)
             print(f"{module.env_frames:,}/{total:,} frames ({share:.0%}), {status}", file=self.stream, flush=True)
 
 

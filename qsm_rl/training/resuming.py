@@ -94,11 +94,9 @@ def restore_checkpoint(
         archive: the replay buffer's files.
 
     Raises:
-        UserError: if the run is finished, the checkpoint does not fit the networks or holds NaN, naming the first
+        UserError: if the checkpoint does not fit the networks or holds NaN, naming the first
             difference, or the replay files do not fit it.
     """
-    if state["frames"] >= frames.total_frames:
-        raise UserError(f"the run is finished at frame {state['frames']:,}; give a larger --total_frames to go on.")
     manifests, env = manifests_of_ranks(state), frames.collector.env
     if len(manifests) != frames.num_ranks:
         raise UserError(

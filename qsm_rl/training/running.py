@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shlex
 import sys
 import warnings
 from collections.abc import Callable
@@ -90,7 +91,9 @@ def print_summary(
 
 
 def check_unfinished(config: TrainingConfiguration, folder: RunFolder, first_frame: int) -> None:
-    """Refuses to go on with a run that has reached its return; what lies beyond its last checkpoint does not count.
+    """Refuses to go on with a run that has all its frames and its actor, or has reached its return.
+
+    A run that was killed before it published its actor does that. What lies beyond the last checkpoint does not count.
 
     Args:
         config: the run's settings.
@@ -98,8 +101,10 @@ def check_unfinished(config: TrainingConfiguration, folder: RunFolder, first_fra
         first_frame: where it would continue.
 
     Raises:
-        UserError: naming the evaluation.
+        UserError: naming the frame or the evaluation.
     """
+    if first_frame >= config.total_frames and (folder.actor / "config.json").is_file():
+        raise UserError(f"the run is finished at frame {first_frame:,}; give a larger --total_frames to go on.")
     columns = read_metrics(folder.metrics) if folder.metrics.exists() else {}
     target = math.inf if config.stop_at_return is None else config.stop_at_return
     for frame, value in zip(columns.get("frames", []), columns.get("eval/return_mean", []), strict=False):
@@ -193,14 +198,21 @@ def finish_run(
     last_checkpoint = _callback(trainer, CheckpointWriter).last_frame
     called = Path(sys.argv[0])  # a copy of a recipe lies anywhere
     script = f"python {called if called.stem == folder.recipe else f'recipes/{folder.recipe}.py'}"
-    saved = yaml.safe_load((folder.path / CONFIGURATION_FILE).read_text(encoding="utf-8"))["total_frames"]
-    longer = f" --total_frames {frames.total_frames}" if frames.total_frames > saved else ""  # raised on resuming
+    target = _callback(trainer, StopAtReturn)
+    resume = f"{script} --resume {shlex.quote(str(folder.path))}"
+    # What was changed on resuming, which config.yaml does not know.
+    saved = yaml.safe_load((folder.path / CONFIGURATION_FILE).read_text(encoding="utf-8"))
+    longer = f" --total_frames {frames.total_frames}" if frames.total_frames > saved["total_frames"] else ""
+    if target.target != (math.inf if saved["stop_at_return"] is None else saved["stop_at_return"]):
+        resume += f" --stop_at_return {'null' if target.target == math.inf else target.target}"
     if stop.signal is not None:
         print(f"stopped by {stop.signal.name} at frame {module.env_frames:,}; actor: {folder.actor}")
         if last_checkpoint is None:
-            print(f"no checkpoint had been written yet; begin anew with {script} --resume {folder.path}{longer}")
+            print(f"no checkpoint had been written yet; begin anew with {resume}{longer}")
+        elif last_checkpoint >= frames.total_frames:
+            print(f"the run is finished; go on for longer: {resume} --total_frames {2 * module.env_frames}")
         else:
-            print(f"go on from the checkpoint at frame {last_checkpoint:,}: {script} --resume {folder.path}{longer}")
+            print(f"go on from the checkpoint at frame {last_checkpoint:,}: {resume}{longer}")
         return stop.exit_code
     for way, result in evaluation.results.items():
         metrics = result.metrics()
@@ -212,17 +224,16 @@ def finish_run(
     if evaluation.videos is not None:
         print(f"videos: {evaluation.videos}")
     print(f"actor: {folder.actor}")
-    target = _callback(trainer, StopAtReturn)
     if target.reached is not None:
         print(
             f"stopped at frame {module.env_frames:,}: the evaluation's return of {target.reached:.1f} is at least "
-            f"--stop_at_return {target.target:g}; go on: {script} --resume {folder.path}{longer} --stop_at_return null",
+            f"--stop_at_return {target.target:g}; go on: {resume}{longer} --stop_at_return null",
             flush=True,
         )
         return 0
     if module.env_frames < usual_frames:
         print(f"the full job, {usual_frames:,} frames: {script} --env {module.env}")
-    print(f"go on for longer: {script} --resume {folder.path} --total_frames {2 * module.env_frames}", flush=True)
+    print(f"go on for longer: {resume} --total_frames {2 * module.env_frames}", flush=True)
     return 0
 
 

@@ -477,8 +477,18 @@ def test_a_batch_that_does_not_fit_is_refused():
     for name in ("action", "next.reward", "next.terminated"):
         with pytest.raises(KeyError, match=f"the batch lacks {name}; it has .*next.observation.* set_keys"):
             loss(data.exclude(tuple(name.split("."))))
+    for key in ("done", "terminated"):
+        with pytest.raises(ValueError, match=f"'{key}'.* is of type torch.float32, expected bool"):
+            loss(data.clone().set(("next", key), torch.zeros(4, 1)))
+    with pytest.raises(ValueError, match=r"Of several agents, give the batch the size \(4, 3\)"):
+        loss(data.clone().set("action", torch.zeros(4, 3, 2)))
     with pytest.raises(KeyError, match="the batch lacks next; it has action, observation"):
         loss(data.exclude("next"))
+
+
+def test_a_score_target_that_is_a_function_is_refused():
+    with pytest.raises(TypeError, match=r"score_target is a function; derive yours from qsm_rl\.ScoreTarget"):
+        QScoreMatchingLoss(make_actor(), make_critics(), score_target=lambda *args: (args[1], {}))
 
 
 def test_critics_that_do_not_read_the_action_are_refused():

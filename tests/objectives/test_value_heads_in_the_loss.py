@@ -243,3 +243,17 @@ def test_both_halves_compile_as_one_graph(half):
             (value.detach(), info, {n: p.grad.clone() for n, p in loss.named_parameters() if p.grad is not None})
         )
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_support_is_chosen_from_live_rewards():
+    data = make_transitions((2, 8))
+    mask = torch.ones(2, 8, dtype=torch.bool)
+    mask[1, 3:] = False
+    padded = data.clone().set(("collector", "mask"), mask)
+    padded["next", "reward"][~mask] = 1e6
+    ends = []
+    for batch in (data[mask], padded):
+        loss = QScoreMatchingLoss(make_actor(), head_critics(2, TwoHotHead(num_bins=11)), delay_qvalue=False)
+        loss.choose_value_support(batch)
+        ends.append(loss.value_head.high)
+    assert ends[1] == pytest.approx(ends[0])

@@ -222,6 +222,27 @@ def test_a_stopped_run_that_was_made_longer_says_how_long(finished, tmp_path, ca
     assert f"--resume {folder} --total_frames 300" in capsys.readouterr().out
 
 
+def test_a_run_that_was_killed_before_it_published_its_actor_does_that(finished, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    shutil.rmtree(folder / "actor")
+    assert run("--resume", folder) == 0
+    assert (folder / "actor" / "model.safetensors").read_bytes() == (finished / "actor/model.safetensors").read_bytes()
+    assert metrics(folder) == metrics(finished)
+    capsys.readouterr()
+    assert run("--resume", folder) == 2
+    assert "finished at frame 180" in capsys.readouterr().err
+
+
+def test_the_command_to_go_on_has_what_was_changed_on_resuming(tmp_path, capsys):
+    """A run that ends at its first evaluation goes on without a return to stop at, in a folder with a space."""
+    folder = tmp_path / "a run"
+    assert run(*SMALL, "--stop_at_return", "0", "--run_dir", folder) == 0
+    assert f"--resume '{folder}' --stop_at_return null" in capsys.readouterr().out
+    assert run("--resume", folder, "--stop_at_return", "null") == 0
+    assert f"--resume '{folder}' --stop_at_return null --total_frames 360" in capsys.readouterr().out
+
+
 def test_a_finished_run_can_be_made_longer(finished, tmp_path, capsys):
     longer = tmp_path / "longer"
     shutil.copytree(finished, longer)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 import os
 import re
@@ -228,6 +229,49 @@ def test_interval_of_the_mean_by_hand():
     # standard error sqrt(0.25 / 100) = 0.05
     assert low == pytest.approx(0.5 - 1.96 * 0.05, abs=0.02)
     assert high == pytest.approx(0.5 + 1.96 * 0.05, abs=0.02)
+
+
+def test_a_finished_run_without_a_return_to_stop_at_is_taken_over(grid):
+    """As --seeds writes its settings, every one of them."""
+    (cell,) = make_cells(
+        "fake", "v", {"total_frames": 20, "tau": 0.1, "stop_at_return": None}, "A-v0", [0], grid / "runs"
+    )
+    (cell.folder / "actor").mkdir(parents=True)
+    (cell.folder / "actor" / "config.json").write_text("{}")
+    header = "frames,eval/return_mean,eval/return_std,time/updates_per_second,time/elapsed_seconds"
+    (cell.folder / "metrics.csv").write_text(f"{header}\n10,4,0,9,1\n20,6,0,9,2\n")
+    table = CellTable(grid / "cells.csv")
+    assert run_cells([cell], table, grid, workers=1) == []
+    assert table.rows[-1]["return_mean"] == "6.00" and not (grid / "calls").exists()
+
+
+def test_a_cell_that_another_process_runs_is_left_alone(grid):
+    """One of a grid that was killed, say, whose cells live on."""
+    (cell,) = make_cells("fake", "v", {"total_frames": 20, "tau": 0.1}, "A-v0", [0], grid / "runs")
+    cell.folder.mkdir(parents=True)
+    (cell.folder / "config.yaml").write_text("")
+    with (cell.folder / "config.yaml").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        (failure,) = run_cells([cell], CellTable(grid / "cells.csv"), grid, workers=1)
+    assert "another process runs it" in failure and (cell.folder / "config.yaml").exists()
+    assert run_cells([cell], CellTable(grid / "cells.csv"), grid, workers=1) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("A-v0: {tau: 0.2}", "A-v0: {seed: 3}", "A-v0 sets seed, which the grid gives"),
+        ("slow tau: {tau: 0.3}", "slow tau: {env: B-v0, seeds: 2}", "slow tau sets env, seeds"),
+        ("slow tau: {tau: 0.3}", "slow tau: [tau]", "variants must hold flags"),
+        ("A-v0: {tau: 0.2}", "A-v0: 7", "tasks must hold flags"),
+        ("seeds: [0, 1]", "seeds: [0, 0]", "each once"),
+    ],
+)
+def test_what_would_mislabel_cells_is_refused(grid, old, new, words):
+    path = grid / "grid.yaml"
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(UserError, match=words):
+        read_grid(path, grid / "runs")
 
 
 def test_a_run_that_stopped_at_its_return_counts_as_finished(tmp_path):

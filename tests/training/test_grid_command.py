@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
+import os
 
 import pytest
 
@@ -42,8 +44,24 @@ def test_cells_run_once_and_their_results_are_written(tmp_path, capsys):
 
 def test_a_dry_run_names_the_missing_and_writes_results_without_running(tmp_path, capsys):
     assert run(tmp_path, "--dry_run") == 0
-    assert "missing: Pendulum-v1, td3, seed 1" in capsys.readouterr().out
-    assert (tmp_path / "out" / "finals").exists() and not (tmp_path / "calls").exists()
+    out = capsys.readouterr().out
+    assert "missing: Pendulum-v1, td3, seed 1" in out and "wrote nothing" in out
+    assert not (tmp_path / "out" / "finals").exists() and not (tmp_path / "calls").exists()
+    assert run(tmp_path) == 0
+    (tmp_path / "out" / "finals").unlink()
+    assert run(tmp_path, "--dry_run") == 0
+    assert (tmp_path / "out" / "finals").exists()
+    assert len((tmp_path / "calls").read_text().splitlines()) == 2
+
+
+def test_two_grids_do_not_share_a_folder(tmp_path):
+    (tmp_path / "out").mkdir()
+    descriptor = os.open(tmp_path / "out", os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match="out is in use by another process"):
+        run(tmp_path)
+    os.close(descriptor)
+    assert run(tmp_path) == 0
 
 
 def test_a_failed_cell_is_named_and_the_others_are_kept(tmp_path, capsys):
