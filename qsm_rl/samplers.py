@@ -126,7 +126,8 @@ class DDPMSampler(Sampler):
             ``beta_t``. ``"clean"`` clips the predicted clean action instead and takes the variance of the posterior
             ``q(a_{t-1} | a_t, a_0)``, ``beta_t (1 - alphas_cumprod_{t-1}) / (1 - alphas_cumprod_t)``: intermediate
             samples may then leave the box, as the noised actions of training do. None clips nothing (variance
-            ``beta_t``).
+            ``beta_t``). The posterior's variance is the least that may be right, and samples of few steps are narrower
+            with it: of a policy of standard deviation 0.158 ``cosine(10)`` gives 0.094, with ``beta_t`` 0.157.
         temperature: factor on the fresh noise of each step, at least 0. Below 1 the policy is greedier, above 1 it
             explores more; the initial noise is not scaled. 1 samples what was learned.
 

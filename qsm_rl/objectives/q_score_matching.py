@@ -75,7 +75,8 @@ class QScoreMatchingLoss(DiffusionActorCriticLoss):
     ``score_target_norm`` (mean Euclidean norms), where there is such a thing ``entropy_bonus``, ``bc_error`` (means)
     and ``target_clipped`` (share of TD targets beyond the value support), and for each diagnostic of the score target
     its mean Euclidean norm (``q_score_norm``) or mean. The priority entry ``"td_error"`` ``(*B,)`` is written to the
-    input.
+    input. Steps that a mask hides count for nothing; ``loss.loss_mask_key`` names it where it is another than TorchRL's
+    ``("collector", "mask")``, such as the ``"mask"`` that ``split_trajectories`` gives data from elsewhere.
 
     Raises:
         TypeError: if the actor is not a [`DiffusionActor`][qsm_rl.DiffusionActor], naming what it lacks.
