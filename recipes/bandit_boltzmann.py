@@ -204,8 +204,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
     parser.add_argument("--output", type=Path, default=Path("bandit_boltzmann"), help="folder of table and figure")
     arguments = parser.parse_args()
-    if arguments.action_dim < 2 or arguments.num_steps < 1 or arguments.updates < 1:
-        parser.error("--action_dim must be at least 2, --num_steps and --updates at least 1")
+    if arguments.action_dim < 2 or min(arguments.num_steps, arguments.updates, arguments.particles) < 1:
+        parser.error("--action_dim must be at least 2, --num_steps, --updates and --particles at least 1")
     arguments.output.mkdir(parents=True, exist_ok=True)
 
     critic = MixtureCritic(arguments.action_dim)

@@ -123,17 +123,8 @@ def tables(rows: list[dict[str, str]]) -> str:
     return f"{text}The posterior target, cosine schedule, T = 20, clip clean:\n\n{table(many, columns)}"
 
 
-@rl.exit_on_error
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=1, help="seeds of every cell")
-    parser.add_argument("--most", type=int, default=None, help="cells to run at most in this call")
-    parser.add_argument("--output", type=Path, default=Path("bandit_grid"), help="folder of the tables")
-    options = parser.parse_args(arguments)
-    if options.seeds < 1:
-        raise rl.UserError(f"--seeds must be at least 1, got {options.seeds}.")
-    torch.set_num_threads(1)
-    options.output.mkdir(parents=True, exist_ok=True)
+def run(options: argparse.Namespace) -> None:
+    """Runs the cells that the table lacks."""
     path = options.output / "cells.csv"
     rows: list[dict[str, str]] = []
     if path.exists():
@@ -148,6 +139,20 @@ def main(arguments: list[str] | None = None) -> int:
         write_csv_atomically(path, COLUMNS, rows)
         (options.output / "table.md").write_text(tables(rows), encoding="utf-8")
     print(f"cells.csv and table.md are in {options.output}")
+
+
+@rl.exit_on_error
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=1, help="seeds of every cell")
+    parser.add_argument("--most", type=int, default=None, help="cells to run at most in this call")
+    parser.add_argument("--output", type=Path, default=Path("bandit_grid"), help="folder of the tables")
+    options = parser.parse_args(arguments)
+    if options.seeds < 1:
+        raise rl.UserError(f"--seeds must be at least 1, got {options.seeds}.")
+    torch.set_num_threads(1)
+    with rl.exclusive(options.output):
+        run(options)
     return 0
 
 

@@ -332,7 +332,7 @@ def measure_start() -> list[Row]:
 
 
 def write_report(rows: Sequence[Row], about: Row, output: Path) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
+    rl.make_folder(output.parent)
     output.with_suffix(".json").write_text(json.dumps({**about, "rows": list(rows)}, indent=1) + "\n", encoding="utf-8")
     lines = ["| part | what | per second | ratio | |", "|---|---|---|---|---|"]
     for row in rows:

@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows.append({"algorithm": algorithm, "steps": steps, **json.loads(done.stdout)})
             rate, added = rows[-1]["updates_per_second"], rows[-1]["added_mib"]
             print(f"{algorithm}, T = {steps}: {rate:.1f} updates/s, {added:.0f} MiB added", flush=True)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
+    rl.make_folder(options.output.parent)
     with options.output.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()

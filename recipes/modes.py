@@ -219,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("updates", "learning_rate", "seeds"):
         if not getattr(options, name) > 0:
             raise rl.UserError(f"--{name} must be above 0, got {getattr(options, name)}.")
-    options.output.mkdir(parents=True, exist_ok=True)
+    rl.make_folder(options.output)
     critic, rows, actions = TwoPeaks(), [], {}
     q_network = TensorDictModule(critic, ["observation", "action"], ["state_action_value"])
     for seed, name in itertools.product(range(options.seeds), options.policies):

@@ -312,7 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.seeds < 1:
         raise rl.UserError(f"--seeds must be at least 1, got {options.seeds}.")
     rl.limit_threads(torch.device("cpu"))
-    options.output.mkdir(parents=True, exist_ok=True)
+    rl.make_folder(options.output)
     shown: dict[str, np.ndarray] = {}
     measured: dict[str, list[dict[str, float]]] = {}
     rows: list[dict[str, str]] = []

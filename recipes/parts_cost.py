@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows = measure(
         {name: make_update(cell.flags, options.compile) for name, cell in cells.items()}, options.turns, options.compile
     )
-    options.output.mkdir(parents=True, exist_ok=True)
+    rl.make_folder(options.output)
     write_csv_atomically(options.output / "cost.csv", COLUMNS, rows)
     for row in rows:
         print(f"{row['variant']:40} {row['milliseconds']:>8} ms a frame, {row['relative']} times the first")

@@ -11,6 +11,8 @@ import argparse
 import csv
 import math
 import re
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
@@ -19,6 +21,11 @@ from qsm_rl import training as rl
 
 COLUMNS = ("env", "curve", "seed", "frames", "return_mean", "return_std")
 SAMPLING = "sampling"
+# Beginnings of settings in which the seeds of one curve may differ.
+UNEQUAL = (
+    *("seed", "total_frames", "stop_at_return", "eval_", "log", "checkpoint_every"),
+    *("device", "compile", "precision", "replay_storage"),
+)
 
 
 def evaluations(run_dir: Path, curve: str | None, ways: list[str]) -> list[dict[str, object]]:
@@ -53,6 +60,21 @@ def evaluations(run_dir: Path, curve: str | None, ways: list[str]) -> list[dict[
     return rows
 
 
+def warn_of_differences(curves: Mapping[Path, str]) -> None:
+    """Says which settings differ between the runs of one curve, which are drawn as seeds of one setting."""
+    first: dict[str, dict[str, object]] = {}
+    for run_dir, curve in curves.items():
+        config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+        settings = {name: value for name, value in config.items() if not name.startswith(UNEQUAL)}
+        known = first.setdefault(curve, settings)
+        if different := sorted(name for name in {*known, *settings} if known.get(name) != settings.get(name)):
+            print(
+                f"warning: {run_dir} differs in {', '.join(different)} from another run of the curve {curve!r}, of "
+                "which it is drawn as a seed; draw settings apart, each with a name by --curve",
+                file=sys.stderr,
+            )
+
+
 def table(curves: rl.curves.Curves) -> str:
     """The last evaluation that all seeds of a curve have in common, as Markdown."""
     lines = ["| environment | curve | frames | seeds | mean | 95 % interval | returns |", "|" + "---|" * 7]
@@ -81,14 +103,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--last_frame", type=int, help="leave out what lies beyond this frame count")
     given = parser.parse_args(arguments)
     output, last_frame = given.output, given.last_frame
-    rows = [row for run_dir in given.run_dirs for row in evaluations(run_dir, given.curve, given.ways)]
+    if output.suffix in (".png", ".csv"):
+        output = output.with_suffix("")
+    runs = [evaluations(run_dir, given.curve, given.ways) for run_dir in given.run_dirs]
+    drawn = [(run_dir, rows[0]) for run_dir, rows in zip(given.run_dirs, runs, strict=True) if rows]
+    warn_of_differences({run_dir: f"{row['env']}, {row['curve']}" for run_dir, row in drawn})
+    rows = [row for run in runs for row in run]
     rows = [row for row in rows if last_frame is None or row["frames"] <= last_frame]
     if not rows:
         raise rl.UserError(f"no evaluation up to frame {last_frame:,}; raise --last_frame.")
     curves = rl.curves_of(rows)
     text = table(curves)
     reference = rl.read_reference(given.reference) if given.reference else []
-    output.parent.mkdir(parents=True, exist_ok=True)
+    rl.make_folder(output.parent)
     rl.plot_curves(curves, reference, Path(f"{output}.png"))
     with Path(f"{output}.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")

@@ -153,7 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.particles < 2:
         raise rl.UserError(f"--particles must be at least 2, got {options.particles}.")
-    options.output.mkdir(parents=True, exist_ok=True)
+    rl.make_folder(options.output)
     rows = compare(options.particles, options.seed)
     write_csv_atomically(options.output / "proposals.csv", list(rows[0]), rows)
     text = (

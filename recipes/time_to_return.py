@@ -69,6 +69,7 @@ def write_results(cells: Sequence[rl.Cell], table: rl.CellTable, options: argpar
     """The table and the figure of what has finished; the names of the files written."""
     header = ["| T | algorithm | seconds, a seed each | frames | updates/s |", "|---|---|---|---|---|"]
     lines: list[tuple[int, str]] = []
+    ever = False  # whether any run reached the return
     figure = Figure(figsize=(5.4, 3.8), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -85,14 +86,15 @@ def write_results(cells: Sequence[rl.Cell], table: rl.CellTable, options: argpar
             rate = statistics.mean(float(rows[0]["updates_per_second"]) for rows in runs)
             texts = ", ".join("not reached" if time is None else f"{time:.0f}" for time in times)
             lines.append((steps, f"| {steps} | {name} | {texts} | {frames} | {rate:.0f} |"))
+            ever |= bool(reached)
             axes.plot([steps] * len(reached), reached, "o", color=f"C{color}", alpha=0.5)
             if len(reached) == len(runs):
                 points.append((steps, statistics.median(reached)))
         axes.plot([x for x, _ in points], [y for _, y in points], color=f"C{color}", label=name)
     by_steps = [line for _, line in sorted(lines, key=lambda line: line[0])]
     (options.output / "table.md").write_text("\n".join([*header, *by_steps, ""]), encoding="utf-8")
-    if all("not reached" in line for line in by_steps):
-        return ["table.md"]  # there is nothing to draw
+    if not ever:
+        return ["table.md"]
     axes.set(xlabel="denoising steps T", ylabel=f"seconds to a return of {options.value:g}", xscale="log", yscale="log")
     axes.set_xticks(options.steps, [str(steps) for steps in options.steps])
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -20,6 +20,7 @@ from qsm_rl.training.environments import make_environment
 from qsm_rl.training.errors import TrainingError, UserError, exit_on_error, user_errors
 from qsm_rl.training.evaluation import EvaluationResult, evaluate_policy
 from qsm_rl.training.faults import Fault, read_fault, write_fault
+from qsm_rl.training.folders import exclusive, make_folder
 from qsm_rl.training.frames import FramesDataset
 from qsm_rl.training.grid import Cell, CellTable, make_cells, read_grid, run_cells
 from qsm_rl.training.grid_command import add_grid_arguments, run_grid
@@ -103,6 +104,7 @@ __all__ = [
     "curves_of",
     "derived_seed",
     "evaluate_policy",
+    "exclusive",
     "exit_on_error",
     "final_rows",
     "finish_run",
@@ -114,6 +116,7 @@ __all__ = [
     "make_collector",
     "make_critics",
     "make_environment",
+    "make_folder",
     "make_loggers",
     "markdown_table",
     "mean_interval",

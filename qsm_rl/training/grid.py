@@ -27,7 +27,7 @@ from tqdm import tqdm
 from qsm_rl.atomic_files import write_csv_atomically
 from qsm_rl.training.command_line import CONFIGURATION_FILE
 from qsm_rl.training.errors import UserError
-from qsm_rl.training.locks import in_use
+from qsm_rl.training.folders import in_use
 from qsm_rl.training.loggers import read_metrics
 
 __all__ = ["Cell", "CellTable", "make_cells", "read_grid", "run_cells"]

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from qsm_rl.training.algorithms import check_cells
 from qsm_rl.training.errors import UserError
+from qsm_rl.training.folders import exclusive
 from qsm_rl.training.grid import Cell, CellTable, run_cells
 from qsm_rl.training.hardware import available_cores
-from qsm_rl.training.locks import exclusive
 
 __all__ = ["add_grid_arguments", "run_grid"]
 

@@ -15,9 +15,9 @@ from qsm_rl.atomic_files import write_atomically
 from qsm_rl.training.command_line import NOT_SAVED
 from qsm_rl.training.configuration import TrainingConfiguration
 from qsm_rl.training.errors import UserError
+from qsm_rl.training.folders import exclusive
 from qsm_rl.training.grid import Cell, CellTable, run_cells
 from qsm_rl.training.hardware import available_cores
-from qsm_rl.training.locks import exclusive
 from qsm_rl.training.statistics import mean_interval
 
 __all__ = ["run_seeds"]

@@ -46,6 +46,17 @@ def test_table_and_picture_over_seeds(tmp_path, capsys):
     assert ((pixels[..., 2] - pixels[..., 0]) > 0.3).sum() > 300  # the blue curve in its band
 
 
+def test_runs_of_other_settings_are_named(tmp_path, capsys):
+    runs = [write_run(tmp_path / "a", 0, {1000: 10.0}), write_run(tmp_path / "b", 1, {1000: 20.0})]
+    for run, line in zip(runs, ("eval_every: 5\n", "eval_every: 7\ntau: 0.1\n"), strict=True):
+        with (run / "config.yaml").open("a") as file:
+            file.write(line)
+    assert plot(*runs, "--output", tmp_path / "curves.png") == 0
+    said = capsys.readouterr()
+    assert f"{runs[1]} differs in tau from another run of the curve 'Hopper-v5, qsm default'" in said.err
+    assert (tmp_path / "curves.png").exists() and (tmp_path / "curves.csv").exists()
+
+
 def test_recipes_and_ways_of_acting_are_curves_of_their_own(tmp_path, capsys):
     runs = [write_run(tmp_path / "a", 0, {1000: 10.0}), write_run(tmp_path / "b", 0, {1000: 7.0}, "mujoco_sac")]
     assert plot(*runs, "--output", tmp_path / "c", "--ways", "sampling", "best_of_2") == 0

@@ -46,6 +46,9 @@ def test_table_names_each_run_and_those_that_did_not_get_there(tmp_path):
         "| 5 | Q-score matching | 33, not reached | 1,500, 1,500 | 80 |",
     ]
     assert (tmp_path / "time_to_return.png").stat().st_size > 5_000
+    options.value = 0.0  # which none reached
+    assert time_to_return.write_results(cells, rl.CellTable(tmp_path / "cells.csv"), options) == ["table.md"]
+    assert "not reached, not reached" in (tmp_path / "table.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Locks on files and folders, which end with the process that holds them, however that ends."""
+"""Folders for results, and locks on them, which end with the process that holds them, however that ends."""
 
 from __future__ import annotations
 
@@ -10,7 +10,20 @@ from pathlib import Path
 
 from qsm_rl.training.errors import UserError
 
-__all__ = ["exclusive", "in_use"]
+__all__ = ["exclusive", "in_use", "make_folder"]
+
+
+def make_folder(folder: Path) -> Path:
+    """Makes a folder and those above it, where they are missing; returns it.
+
+    Raises:
+        UserError: if it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made: {error.strerror}; choose another folder.") from error
+    return folder
 
 
 @contextmanager
@@ -23,11 +36,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     Raises:
         UserError: if another process is in one, or the folder cannot be made.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be made: {error.strerror}; choose another folder.") from error
+    descriptor = os.open(make_folder(folder), os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
