@@ -246,8 +246,9 @@ class MetricRows(PeriodicCallback):
         self._last_frames = self._last_steps = 0
 
     def on_train_start(self, trainer: Trainer, module: OffPolicyModule) -> None:
-        """Starts the clock."""
-        self._begin = self._last_time = time.perf_counter()
+        """Starts the clock, where earlier processes have stopped it."""
+        self._last_time = time.perf_counter()
+        self._begin = self._last_time - module.elapsed_seconds
         self._last_frames, self._last_steps = module.env_frames, module.grad_steps
 
     def due(self, before: int, after: int) -> bool:
@@ -266,7 +267,7 @@ class MetricRows(PeriodicCallback):
         seconds = max(training_seconds, 1e-9)
         row["time/frames_per_second"] = (module.env_frames - self._last_frames) / seconds
         row["time/updates_per_second"] = (module.grad_steps - self._last_steps) / seconds
-        row["time/elapsed_seconds"] = now - self._begin
+        row["time/elapsed_seconds"] = module.elapsed_seconds = now - self._begin
         if isinstance(self.frames.collector, WorkerCollector):
             row["train/worker_replacements"] = self.frames.collector.replacements
         self._last_time, self._last_frames, self._last_steps = now, module.env_frames, module.grad_steps
@@ -343,6 +344,7 @@ class CheckpointWriter(PeriodicCallback):
             if rank() == 0:
                 state = {
                     "training": module.checkpoint_state(),
+                    "elapsed_seconds": module.elapsed_seconds,
                     "environment": dict(self.frames.collector.env.state_dict()),
                     "replay": manifest,
                     "replay_of_other_ranks": manifests[1:],

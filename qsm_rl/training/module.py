@@ -73,6 +73,7 @@ class OffPolicyModule(LightningModule):
         self.faults = faults
         # Plain integers: buffers would live on the GPU, and reading them there would wait for it at every frame.
         self.env_frames = 0
+        self.elapsed_seconds = 0.0  # of training, up to the last row of the log; by MetricRows
         self.grad_steps = 0
         self.window = MetricWindow()
 

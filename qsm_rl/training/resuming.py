@@ -121,3 +121,4 @@ def restore_checkpoint(
         missing = f"{reason} is missing" if isinstance(error, KeyError) else reason[:300]
         raise UserError(f"the checkpoint at frame {state['frames']:,} does not fit this run: {missing}.") from error
     frames.first_frame = state["frames"]
+    module.elapsed_seconds = state.get("elapsed_seconds", 0.0)  # which early versions did not keep

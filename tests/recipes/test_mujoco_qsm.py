@@ -91,7 +91,10 @@ def differences(one, other, path="") -> list[str]:
 
 
 def checkpoint(folder: Path, frames: int) -> dict:
-    return torch.load(folder / "checkpoints" / f"frames-{frames:012d}.pt", weights_only=True)
+    """A checkpoint without its clock."""
+    state = torch.load(folder / "checkpoints" / f"frames-{frames:012d}.pt", weights_only=True)
+    assert state.pop("elapsed_seconds") > 0
+    return state
 
 
 def replay_rows(folder: Path, state: dict) -> dict[str, torch.Tensor]:
@@ -243,6 +246,11 @@ def test_the_command_to_go_on_has_what_was_changed_on_resuming(tmp_path, capsys)
     assert f"--resume '{folder}' --stop_at_return null --total_frames 360" in capsys.readouterr().out
 
 
+def clock(folder: Path) -> list[float]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [float(row["time/elapsed_seconds"]) for row in csv.DictReader(file)]
+
+
 def test_a_finished_run_can_be_made_longer(finished, tmp_path, capsys):
     longer = tmp_path / "longer"
     shutil.copytree(finished, longer)
@@ -250,6 +258,7 @@ def test_a_finished_run_can_be_made_longer(finished, tmp_path, capsys):
     assert "finished at frame 180" in capsys.readouterr().err
     assert run("--resume", longer, "--total_frames", "240") == 0
     assert metrics(longer)[:6] == metrics(finished)
+    assert clock(longer) == sorted(clock(longer)) and clock(longer)[5] == clock(finished)[5]  # the clock goes on, too
     assert [int(row["frames"]) for row in metrics(longer)] == list(range(30, 241, 30))
     assert checkpoint(longer, 240)["training"]["grad_steps"] == 240 - 36 + 1  # the warm-up stays a fifth of 180
 
