@@ -142,6 +142,8 @@ def _readable(message: str, parser: ArgumentParser) -> str:
     message = re.sub(r"Expected an? typing\.Literal\[(.*?)\]\. Got value:", r"expected one of \1, got", message)
     message = re.sub(r"Expected an? (.*?)\. Got value:", r"expected \1, got", message)
     message = re.sub(r"\s*\n\s*", " ", message).strip()
+    if "_hidden_dims:" in message:
+        message += '; give a list of widths, such as "[256, 256]".'
     logger = re.search(r"Errors: - (?:Problem with given class_path )?(.*?) - Expected a .*Given value", message)
     if message.startswith("--logger") and logger is not None:
         return (
@@ -220,10 +222,14 @@ def check_plain_yaml(path: Path) -> None:
 
 
 def _written_by(path: Path) -> str:
-    """Which version of the package wrote a config.yaml, where it says so."""
+    """Which recipe and version of the package wrote a config.yaml, where it says so."""
     with path.open(encoding="utf-8", errors="replace") as file:
-        version = re.search(r"^# written by qsm_rl (\S{1,20})$", file.read(400), flags=re.MULTILINE)
-    return "" if version is None else f", written by qsm_rl {version[1]} (this is {__version__})"
+        head = file.read(400)
+    recipe = re.search(r"^# python (recipes/\w{1,40}\.py) ", head, flags=re.MULTILINE)
+    version = re.search(r"^# written by qsm_rl (\S{1,20})$", head, flags=re.MULTILINE)
+    by = "" if recipe is None else f", written by {recipe[1]}"
+    of = " of" if by else ", written by"
+    return by if version is None else f"{by}{of} qsm_rl {version[1]} (this is {__version__})"
 
 
 def _refuse_own_code(run_dir: Path, values: Any) -> None:

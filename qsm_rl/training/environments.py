@@ -267,6 +267,11 @@ def _make_registered(name: str, options: dict[str, Any]) -> gymnasium.Env:
     except gymnasium.error.DependencyNotInstalled as error:
         raise ImportError(f"Environment {name!r} needs a package that is not installed: {error}") from error
     except ImportError as error:  # such as Hopper-v3, which has left Gymnasium
+        top = name.partition(":")[0].partition(".")[0]
+        if ":" in name and importlib.util.find_spec(top) is None:
+            raise ImportError(
+                f"Environment {name!r}: no module {top} is found; put its folder into PYTHONPATH."
+            ) from error
         raise ImportError(f"Environment {name!r} cannot be imported; {_did_you_mean(name)} {error}") from error
     except gymnasium.error.Error as error:
         raise ValueError(f"Environment {name!r} cannot be made: {error}") from error

@@ -309,7 +309,7 @@ def _finished(cell: Cell) -> bool:
 
 
 def _total_elapsed(clock: Sequence[float], count: int) -> list[str]:
-    """Seconds of training up to each row of the log; of early versions the clock begins anew where a run was resumed."""
+    """Seconds of training up to each row of the log; an early version's clock began anew where a run was resumed."""
     before, last, total = 0.0, 0.0, []
     for now in clock:
         before += last if now < last else 0.0

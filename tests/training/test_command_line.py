@@ -75,3 +75,16 @@ def test_resume_takes_everything_from_the_run_and_lets_only_total_frames_grow(tm
         parse("--resume", str(folder))
     with pytest.raises(UserError, match="nowhere"):
         parse("--resume", str(tmp_path / "nowhere"))
+
+
+def test_a_run_of_another_recipe_is_named(tmp_path):
+    (tmp_path / "config.yaml").write_text(
+        "# python recipes/mujoco_sac.py --config config.yaml\n# written by qsm_rl 0.0.1\ntarget_entropy: 1.0\n"
+    )
+    with pytest.raises(UserError, match=r"written by recipes/mujoco_sac\.py of qsm_rl 0\.0\.1 \(this is"):
+        parse("--resume", str(tmp_path))
+
+
+def test_a_width_that_is_no_list_is_explained():
+    with pytest.raises(UserError, match=r'--actor_hidden_dims: expected tuple, got 8; give a list .*"\[256, 256\]"'):
+        parse("--actor_hidden_dims", "8")

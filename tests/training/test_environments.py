@@ -497,3 +497,8 @@ def test_nothing_is_printed_or_left_in_the_working_directory(name, tmp_path, cap
     assert list(tmp_path.iterdir()) == []
     assert capfd.readouterr() == ("", "")
     assert caplog.records == []  # dm_control, once imported, sends what MuJoCo says to the log
+
+
+def test_a_module_that_is_not_found_is_named():
+    with pytest.raises(ImportError, match=r"no module nowhere_at_all is found; put its folder into PYTHONPATH"):
+        make_environment("nowhere_at_all:Foo-v0")
