@@ -44,8 +44,13 @@ class DiffusionPolicy(nn.Module):
         self.score_network = ConcatenatedScoreNetwork(score_network, box.action_dim)
         self.box = box
         self.noise_schedule = noise_schedule
-        self.sampler = sampler
+        self._sampler = sampler
         self.steps = sampler.steps(noise_schedule)
+
+    @property
+    def sampler(self) -> Sampler:
+        """The sampler, which is fixed: the steps are made once."""
+        return self._sampler
 
     @property
     def num_steps(self) -> int:

@@ -159,6 +159,15 @@ def test_every_weight_is_registered_once():
     assert len(names) == len(list(ScoreMLP(4, 3, (16, 16)).parameters()))
 
 
+def test_a_sampler_cannot_be_exchanged_beside_its_steps():
+    actor = make_actor()
+    with pytest.raises(AttributeError, match="sampler"):
+        actor.module.sampler = DDIMSampler()
+    with pytest.raises(AttributeError, match="sampler"):
+        actor.sampler = DDIMSampler()
+    assert isinstance(actor.sampler, DDPMSampler)
+
+
 def test_half_precision_network_keeps_the_chain_in_float32():
     actor = make_actor().to(torch.bfloat16)
     observation = torch.randn(8, 4)
