@@ -54,7 +54,6 @@ def run_grid(
     if options.workers < 1:
         raise UserError(f"--workers must be at least 1, got {options.workers}.")
     check_cells(cells)
-    CellTable(options.output / "cells.csv")  # which has to be one, before the folder is made
     with exclusive(options.output):
         return _run(cells, options, recipes, write_results)
 

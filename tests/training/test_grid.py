@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from qsm_rl.training import CellTable, UserError, make_cells, mean_interval, read_grid, run_cells
+from qsm_rl.training import Cell, CellTable, UserError, make_cells, mean_interval, read_grid, run_cells
 
 GRID = """
 recipe: fake
@@ -58,6 +58,9 @@ with (folder / "metrics.csv").open("w") as file:
 """
 
 
+EVALUATIONS = "frames,eval/return_mean,eval/return_std,time/updates_per_second,time/elapsed_seconds"
+
+
 @pytest.fixture
 def grid(tmp_path):
     (tmp_path / "grid.yaml").write_text(GRID)
@@ -68,6 +71,13 @@ def grid(tmp_path):
 def run(folder: Path) -> list[str]:
     table = CellTable(folder / "cells.csv")
     return run_cells(read_grid(folder / "grid.yaml", folder / "runs"), table, folder, workers=2)
+
+
+def publish(cell: Cell, metrics: str) -> None:
+    """What a run leaves that has published its actor."""
+    (cell.folder / "actor").mkdir(parents=True)
+    (cell.folder / "actor" / "config.json").write_text("{}")
+    (cell.folder / "metrics.csv").write_text(metrics)
 
 
 def calls(folder: Path) -> list[dict[str, str]]:
@@ -180,9 +190,7 @@ def test_a_finished_run_that_a_killed_grid_left_behind_is_taken_over(grid):
 def test_a_run_that_was_stopped_in_its_last_evaluation_goes_on(grid):
     """It wrote its last row, without the evaluation, and published its actor."""
     (cell,) = make_cells("fake", "v", {"total_frames": 20, "tau": 0.1}, "A-v0", [0], grid / "runs")
-    (cell.folder / "actor").mkdir(parents=True)
-    (cell.folder / "actor" / "config.json").write_text("{}")
-    (cell.folder / "metrics.csv").write_text("frames,train/q_value\n10,1\n20,2\n")
+    publish(cell, "frames,train/q_value\n10,1\n20,2\n")
     table = CellTable(grid / "cells.csv")
     assert run_cells([cell], table, grid, workers=1) == []
     assert [(row["frames"], row["return_mean"]) for row in table.rows] == [("10", "1.00"), ("20", "10.00")]
@@ -236,10 +244,7 @@ def test_a_finished_run_without_a_return_to_stop_at_is_taken_over(grid):
     (cell,) = make_cells(
         "fake", "v", {"total_frames": 20, "tau": 0.1, "stop_at_return": None}, "A-v0", [0], grid / "runs"
     )
-    (cell.folder / "actor").mkdir(parents=True)
-    (cell.folder / "actor" / "config.json").write_text("{}")
-    header = "frames,eval/return_mean,eval/return_std,time/updates_per_second,time/elapsed_seconds"
-    (cell.folder / "metrics.csv").write_text(f"{header}\n10,4,0,9,1\n20,6,0,9,2\n")
+    publish(cell, f"{EVALUATIONS}\n10,4,0,9,1\n20,6,0,9,2\n")
     table = CellTable(grid / "cells.csv")
     assert run_cells([cell], table, grid, workers=1) == []
     assert table.rows[-1]["return_mean"] == "6.00" and not (grid / "calls").exists()
@@ -276,10 +281,7 @@ def test_what_would_mislabel_cells_is_refused(grid, old, new, words):
 
 def test_a_run_that_stopped_at_its_return_counts_as_finished(tmp_path):
     cell = make_cells("fake", "v", {"total_frames": 600, "stop_at_return": 5}, "A-v0", [0], tmp_path)[0]
-    (cell.folder / "actor").mkdir(parents=True)
-    (cell.folder / "actor" / "config.json").write_text("{}")
-    header = "frames,eval/return_mean,eval/return_std,time/updates_per_second,time/elapsed_seconds"
-    (cell.folder / "metrics.csv").write_text(f"{header}\n100,4,0,9,1\n200,6,0,9,2\n")
+    publish(cell, f"{EVALUATIONS}\n100,4,0,9,1\n200,6,0,9,2\n")
     table = CellTable(tmp_path / "cells.csv")
     assert run_cells([cell], table, tmp_path, workers=1) == []
     assert [row["return_mean"] for row in table.rows] == ["4.00", "6.00"]
