@@ -99,7 +99,8 @@ class BatchRenorm(nn.Module):
             warm = self.num_batches >= self.warmup
             r = torch.where(warm, (std / running_std).clamp(1 / self.r_max, self.r_max), 1.0)
             d = torch.where(warm, ((mean - self.running_mean) / running_std).clamp(-self.d_max, self.d_max), 0.0)
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var.dtype), self.momentum)
+            self.running_mean.add_((mean - self.running_mean).to(self.running_mean.dtype), alpha=self.momentum)
+            unbiased = variance * count / (count - 1)
+            self.running_var.add_((unbiased - self.running_var).to(self.running_var.dtype), alpha=self.momentum)
             self.num_batches.add_(1)
         return torch.addcmul(d * self.weight + self.bias, values - mean, r / std * self.weight).to(x.dtype)

@@ -46,6 +46,7 @@ class DiffusionPolicy(nn.Module):
         self.noise_schedule = noise_schedule
         self._sampler = sampler
         self.steps = sampler.steps(noise_schedule)
+        self._timesteps = torch.tensor([step.t for step in self.steps])
 
     @property
     def sampler(self) -> Sampler:
@@ -73,14 +74,15 @@ class DiffusionPolicy(nn.Module):
 
     def chain(self, observation: Tensor) -> Callable[[int, Tensor], Tensor]:
         """Noise prediction at each reverse step; a network's own ``reverse_chain`` shares work."""
-        timesteps = [step.t for step in self.steps]
+        if self._timesteps.device != observation.device:  # once: copied at each call they could not be in a CUDA graph
+            self._timesteps = self._timesteps.to(observation.device)
+        timesteps = self._timesteps
         network = self.score_network.network
         if has_own_chain(network):
             reverse_chain: Any = network.reverse_chain
             predict = reverse_chain(observation, timesteps)
             return lambda index, noisy: predict(index, network_input(noisy, observation)).to(noisy.dtype)
-        times = torch.tensor(timesteps, device=observation.device)  # integers, as in training
-        return lambda index, noisy: self.predict_noise(noisy, observation, times[index].expand(noisy.shape[:-1]))
+        return lambda index, noisy: self.predict_noise(noisy, observation, timesteps[index].expand(noisy.shape[:-1]))
 
     def run_chain(
         self,

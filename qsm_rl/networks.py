@@ -240,7 +240,7 @@ class ScoreMLP(nn.Module):
         """
         return self.mlp(torch.cat([noisy_action, observation, self.time_mlp(t)], -1))
 
-    def reverse_chain(self, observation: Tensor, timesteps: Sequence[int]) -> Callable[[int, Tensor], Tensor]:
+    def reverse_chain(self, observation: Tensor, timesteps: Tensor) -> Callable[[int, Tensor], Tensor]:
         """Noise prediction along a reverse chain, where only the noisy action changes from step to step.
 
         What the first layer makes of the observation and of each timestep is computed once, a fifth of the chain's work
@@ -248,7 +248,7 @@ class ScoreMLP(nn.Module):
 
         Args:
             observation: observations, shape ``(*B, O)``.
-            timesteps: the chain's timesteps in order of use.
+            timesteps: the chain's timesteps in order of use, integers ``(steps,)``.
 
         Returns:
             A function of the step's index and the noisy action ``(*B, A)`` that returns the predicted noise ``(*B,
@@ -259,7 +259,7 @@ class ScoreMLP(nn.Module):
             self(noisy_action, observation, observation.new_zeros(observation.shape[:-1]))
         first, rest = self.mlp[0], self.mlp[1:]
         assert isinstance(first, nn.Linear)
-        time = self.time_mlp(torch.tensor(timesteps, dtype=first.weight.dtype, device=observation.device))
+        time = self.time_mlp(timesteps.to(first.weight.dtype))
         sizes = (self.action_dim, observation.shape[-1], time.shape[-1])
         action_weight, observation_weight, time_weight = first.weight.split(sizes, 1)
         of_observation = nn.functional.linear(observation, observation_weight, first.bias)

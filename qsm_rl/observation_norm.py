@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -55,7 +55,7 @@ class NormalizedObservations(nn.Module):
         """Predicts the noise in a noised action, as the network does."""
         return self.network(noisy_action, normalize(observation, self.mean, self.variance), t)
 
-    def reverse_chain(self, observation: Tensor, timesteps: Sequence[int]) -> Callable[[int, Tensor], Tensor]:
+    def reverse_chain(self, observation: Tensor, timesteps: Tensor) -> Callable[[int, Tensor], Tensor]:
         """Noise prediction along a reverse chain, as the network's."""
         reverse_chain: Any = self.network.reverse_chain
         return reverse_chain(normalize(observation, self.mean, self.variance), timesteps)

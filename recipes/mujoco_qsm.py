@@ -90,6 +90,7 @@ def build(
         target_action_noise_std=config.target_action_noise_std,
         entropy_bonus=entropy_bonus,
         delay_qvalue=config.critic != "crossq",
+        deactivate_vmap=device.type == "cpu",  # on a GPU all critics share kernels
     ).to(device)
     loss.make_value_estimator(gamma=config.gamma)
     update = rl.QSMUpdate(
@@ -106,6 +107,7 @@ def build(
         eval_best_of=config.eval_best_of,
         precision=config.precision,
         compile=config.compile,
+        cuda_graph=device.type == "cuda" and config.devices == 1,
     )
 
     # Acting: a sample of the policy, or the best of several by the critics as they train, with noise added.

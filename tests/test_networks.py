@@ -67,7 +67,7 @@ def test_chain_equals_forward_at_each_step(observation_dim, layer_norm, shape):
     torch.manual_seed(0)
     network = ScoreMLP(observation_dim, 2, (16, 16), layer_norm=layer_norm)
     observation = torch.randn(*shape, 4)
-    predict = network.reverse_chain(observation, [7, 3, 0])
+    predict = network.reverse_chain(observation, torch.tensor([7, 3, 0]))
     for index, t in enumerate([7, 3, 0]):
         noisy = torch.randn(*shape, 2)
         expected = network(noisy, observation, torch.full(shape, t))
@@ -76,7 +76,7 @@ def test_chain_equals_forward_at_each_step(observation_dim, layer_norm, shape):
 
 def test_gradients_flow_through_the_chain():
     network = ScoreMLP(4, 2, (16,))
-    network.reverse_chain(torch.randn(3, 4), [1])(0, torch.randn(3, 2)).square().sum().backward()
+    network.reverse_chain(torch.randn(3, 4), torch.tensor([1]))(0, torch.randn(3, 2)).square().sum().backward()
     assert all(parameter.grad.any() for parameter in network.parameters())
 
 

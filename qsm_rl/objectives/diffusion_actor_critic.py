@@ -351,8 +351,7 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
     def _critic_outputs(self, tensordict: TensorDictBase, action: Tensor, params: TensorDictBase) -> Tensor:
         """What the value head reads, of every critic: ``(num_critics, *B, num_outputs)``."""
         inputs, key = self._critic_input(tensordict, action), self.tensor_keys.state_action_value
-        vmap = None if self.deactivate_vmap else self.vmap_randomness
-        outputs = ensemble_outputs(self.qvalue_network, inputs, params, key, vmap)
+        outputs = ensemble_outputs(self.qvalue_network, inputs, params, key, self._vmap)
         self._check_outputs(outputs, tensordict.batch_size)
         return outputs
 
@@ -370,11 +369,14 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
         # What follows a terminated step counts for nothing, and must not reach the statistics.
         end = entry(batch, ("next", self.tensor_keys.terminated)).squeeze(-1)
         then = torch.where(end, now, then)
-        outputs = joint_outputs(
-            self.qvalue_network, layers, (now, then), params, self.tensor_keys.state_action_value, mask
-        )
+        key = self.tensor_keys.state_action_value
+        outputs = joint_outputs(self.qvalue_network, layers, (now, then), params, key, mask, self._vmap)
         self._check_outputs(outputs, (2, *batch.batch_size))
         return outputs[:, 0], outputs[:, 1].detach()
+
+    @property
+    def _vmap(self) -> str | None:
+        return None if self.deactivate_vmap else self.vmap_randomness
 
     def _critic_input(self, tensordict: TensorDictBase, action: Tensor) -> TensorDictBase:
         return critic_input(tensordict, self.qvalue_network.in_keys, self.tensor_keys.action, action)

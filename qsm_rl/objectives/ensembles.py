@@ -183,12 +183,13 @@ def joint_outputs(
     params: TensorDictBase,
     key: NestedKey,
     mask: Tensor | None,
+    vmap: str | None,
 ) -> Tensor:
     """Outputs ``(num_critics, 2, *B, num_outputs)`` for two inputs in one forward, by the statistics of both.
 
     CrossQ's forward (Bhatt et al. 2024, arXiv 1902.05605 version 3, section 3.1): replayed and next state-action pairs
     are differently distributed, and statistics of one would be wrong for the other. The running statistics are changed
-    in place, inside the stacked parameters, which a vmapped function could not do.
+    in place, inside the stacked parameters.
 
     Args:
         critic: as in ``ensemble_outputs``.
@@ -197,12 +198,13 @@ def joint_outputs(
         params: stacked parameters.
         key: as in ``ensemble_outputs``.
         mask: which samples count, ``(*B,)``; None for all. The others' outputs are zero.
+        vmap: as in ``ensemble_outputs``.
     """
     both = torch.stack([x if mask is None else x[mask] for x in inputs])
     for layer in layers:
         layer.training = True
     try:
-        outputs = ensemble_outputs(critic, both, params, key, None)
+        outputs = ensemble_outputs(critic, both, params, key, vmap)
     finally:
         for layer in layers:
             layer.training = False

@@ -195,7 +195,7 @@ class QScoreMatchingLoss(DiffusionActorCriticLoss):
             self.target_qvalue_network_params if self.score_critics == "target" else self.qvalue_network_params
         )
         # Fetched outside the closure: gradients are taken of the action alone, and torch.compile can follow.
-        critic_params = critic_params.data
+        critic_params = critic_params.detach()
         actor = self.actor_network
         box, schedule = actor.box, actor.noise_schedule
         clean = box.to_box(action)

@@ -64,7 +64,8 @@ def make_collector(
         auto_register_policy_transforms=False,
         # For one observation the policy is calls, hardly arithmetic. TorchRL's default runs the first call of each
         # process eagerly, which draws other random numbers: a resumed run would differ.
-        compile_policy={"warmup": 0} if config.compile else False,
+        compile_policy={"warmup": 0} if config.compile and device.type == "cpu" else False,
+        cudagraph_policy=device.type == "cuda",
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,14 +103,22 @@ class OffPolicyModule(LightningModule):
             return
         if self.grad_steps == 0 and self.updates_due > 0:
             self.update.begin(from_rank_zero(replay[:]))
-        for drawn in self._draw(self.updates_due - self.grad_steps):
+        for batches in self._draw(self.updates_due - self.grad_steps):
+            self._update(batches)
+
+    def _update(self, batches: Sequence[TensorDictBase]) -> None:
+        """Updates on each batch, and sees to it that every loss was finite."""
+        for index, batch in enumerate(batches):
             random_state = torch.get_rng_state()
             try:
-                losses = self.update(drawn)
+                losses = self.update(batch)
+                if index + 1 == len(batches):
+                    self.update.check()
             except NonFiniteLossError as error:
-                dump = self._dump(drawn, error, weights=self.update.state_dict(), random_state=random_state)
+                bad = batches[index - error.updates_since]
+                dump = self._dump(bad, error, weights=self.update.state_dict(), random_state=random_state)
                 raise NonFiniteLossError(
-                    f"{error} at frame {self.env_frames:,}, update {self.grad_steps:,}; "
+                    f"{error} at frame {self.env_frames:,}, update {self.grad_steps - error.updates_since:,}; "
                     f"lower the learning rates, or set --gradient_clipping 1.{dump}"
                 ) from error
             self.window.add({f"loss/{name}": value for name, value in losses.items()})
@@ -139,12 +147,12 @@ class OffPolicyModule(LightningModule):
         self.env_frames, self.grad_steps = state["env_frames"], state["grad_steps"]
         self.update.restore_state(state["update"])
 
-    def _draw(self, count: int) -> Iterator[TensorDictBase]:
+    def _draw(self, count: int) -> Iterator[Sequence[TensorDictBase]]:
         """Batches from the replay buffer, up to sixteen drawn together: each then costs half of one drawn alone."""
         replay = self.writer.replay
         while count > 0:
             together = min(count, MOST_DRAWN_TOGETHER)
-            yield from replay.sample(together * replay.batch_size).split(replay.batch_size)
+            yield replay.sample(together * replay.batch_size).split(replay.batch_size)
             count -= together
 
     def _log_episodes(self, batch: TensorDictBase) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,13 +17,27 @@ from qsm_rl.comparison import first_difference
 from qsm_rl.training.errors import TrainingError
 from qsm_rl.training.ranks import average_gradients
 
-__all__ = ["NonFiniteLossError", "Update", "accelerated", "cosine_decay", "gradient_step"]
+__all__ = [
+    "NonFiniteLossError",
+    "Update",
+    "accelerated",
+    "cosine_decay",
+    "gradient_step",
+    "raise_non_finite",
+    "watch",
+]
 
 LossMethod = Callable[[TensorDictBase], tuple[Tensor, dict[str, Tensor]]]
 
 
 class NonFiniteLossError(TrainingError):
-    """A loss or its gradient is NaN or infinite. Raised before the weights are touched."""
+    """A loss or its gradient is NaN or infinite. Raised before the weights are touched.
+
+    Attributes:
+        updates_since: updates called for since then, all of which left the weights alone.
+    """
+
+    updates_since = 0
 
 
 class Update(nn.Module):
@@ -74,6 +88,13 @@ class Update(nn.Module):
             transitions: all that the replay buffer holds, batch size ``(N,)``.
         """
 
+    def check(self) -> None:
+        """Raises for updates since the last call that could not raise at once, since they do not wait for the GPU.
+
+        Raises:
+            NonFiniteLossError: naming the first loss that was not finite.
+        """
+
     def diagnostics(self) -> dict[str, Tensor]:
         """Detached scalars of the last update for the log, computed only when a row is written."""
         return {}
@@ -121,7 +142,7 @@ def _optimizer_difference(state: dict[str, Any], optimizer: Optimizer, name: str
 
 def gradient_step(
     name: str, loss: Tensor, optimizer: Optimizer, parameters: Iterable[Tensor], gradient_clipping: float | None = None
-) -> None:
+) -> Tensor:
     """Backward, the mean of the gradients over all ranks, and one optimiser step.
 
     Args:
@@ -131,6 +152,9 @@ def gradient_step(
         parameters: what the optimiser trains.
         gradient_clipping: largest norm of the gradient over all parameters; None clips nothing.
 
+    Returns:
+        The loss and the norm of its gradient, shape ``(2,)``.
+
     Raises:
         NonFiniteLossError: if the loss or its gradient is NaN or infinite; the weights are as they were then.
     """
@@ -139,12 +163,48 @@ def gradient_step(
     parameters = list(parameters)
     average_gradients(parameters)
     norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-    if not torch.isfinite(loss + norm):  # both at once: on a GPU each answer waits for all work before it
-        what = loss if not torch.isfinite(loss) else norm
-        raise NonFiniteLossError(f"{name if what is loss else f'the gradient of {name}'} is {what.item()}")
+    watched = torch.stack([loss.detach(), norm])
+    raise_non_finite(watched.unsqueeze(0), (name,))
     if gradient_clipping is not None:
         nn.utils.clip_grads_with_norm_(parameters, gradient_clipping, norm)
     optimizer.step()
+    return watched
+
+
+def watch(loss: Tensor, gradients: Sequence[Tensor], failed: Tensor) -> Tensor:
+    """Notes whether a loss and its gradients are finite where nothing may be read back, as in a CUDA graph.
+
+    Args:
+        loss: scalar.
+        gradients: of all parameters.
+        failed: scalar, set to 1 if something is not finite, and left at 1. As an optimiser's ``found_inf`` it keeps the
+            weights as they are.
+
+    Returns:
+        The loss and the norm of the gradients together, shape ``(2,)``, for ``raise_non_finite``.
+    """
+    squares = torch.stack([gradient.square().sum() for gradient in gradients])
+    watched = torch.stack([loss.detach(), squares.sum().sqrt()])
+    failed.copy_(torch.maximum(failed, (~torch.isfinite(watched)).any().to(failed.dtype)))
+    return watched
+
+
+def raise_non_finite(report: Tensor, names: Sequence[str] = ("loss_qvalue", "loss_actor")) -> None:
+    """Raises for a loss or gradient that is not finite; on a GPU this waits for all work before it.
+
+    Args:
+        report: rows of a loss and the norm of its gradient, ``(losses, 2)``.
+        names: names of the losses.
+
+    Raises:
+        NonFiniteLossError: naming the first.
+    """
+    if torch.isfinite(report.sum()):
+        return
+    for name, row in zip(names, report.tolist(), strict=False):
+        for what, value in zip((name, f"the gradient of {name}"), row, strict=True):
+            if not math.isfinite(value):
+                raise NonFiniteLossError(f"{what} is {value}")
 
 
 def accelerated(part: LossMethod, precision: Literal["float32", "bfloat16"], compile: bool) -> LossMethod:

@@ -73,7 +73,9 @@ def test_a_non_finite_loss_stops_before_the_weights_are_touched():
 def test_batches_are_drawn_together_and_used_one_by_one():
     frames, module = build("Slide")
     run(frames, module)
-    drawn = list(module._draw(20))  # one draw of 16 batches and one of 4
+    draws = list(module._draw(20))
+    assert [len(batches) for batches in draws] == [16, 4]
+    drawn = [batch for batches in draws for batch in batches]
     assert [batch.batch_size for batch in drawn] == [(16,)] * 20
     assert len({tuple(batch["index"].tolist()) for batch in drawn}) == 20
     assert torch.cat([batch["index"] for batch in drawn]).unique().numel() > 50  # of 60 rows

@@ -1,0 +1,69 @@
+"""An update's kernels recorded once as a CUDA graph and launched together from then on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.utils import NestedKey
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+__all__ = ["CudaGraph"]
+
+WARMUP = 3
+
+
+class CudaGraph:
+    """A function of a batch whose kernels are launched together, without Python between them.
+
+    The first ``WARMUP`` calls run as they are, on a stream of their own, so that whatever is compiled, chosen or
+    allocated on the way is there; the next one records the graph. ``tensordict.nn.CudaGraphModule`` does the same, but
+    waits for the GPU before each launch and copies every output.
+
+    Args:
+        function: takes a batch of one shape and returns tensors, nested in tuples and dictionaries, none of which asks
+            for a gradient. It must not read anything back from the GPU, and changes state in place only. What it draws
+            from PyTorch's generator of the GPU is drawn anew by each launch.
+    """
+
+    def __init__(self, function: Callable[[TensorDictBase], Any]) -> None:
+        self.function = function
+        self._calls = 0
+        self._stream: torch.cuda.Stream | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._inputs: dict[NestedKey, Tensor] = {}
+        self._outputs: Any = None
+
+    def __call__(self, batch: TensorDictBase) -> Any:
+        """The function's outputs, copies of which live until the next call's: they lie where the graph writes them."""
+        self._calls += 1
+        if self._graph is None:
+            if self._calls <= WARMUP:
+                return self._warm_up(batch)
+            self._record(batch)
+        assert self._graph is not None
+        torch._foreach_copy_(list(self._inputs.values()), [batch.get(key) for key in self._inputs])
+        self._graph.replay()
+        return self._outputs
+
+    def _warm_up(self, batch: TensorDictBase) -> Any:
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(batch.device)
+        here = torch.cuda.current_stream(batch.device)
+        self._stream.wait_stream(here)
+        with torch.cuda.stream(self._stream):
+            outputs = self.function(batch)
+        here.wait_stream(self._stream)
+        return outputs
+
+    def _record(self, batch: TensorDictBase) -> None:
+        inputs = batch.clone()
+        self._inputs = dict(inputs.items(True, True))
+        graph = torch.cuda.CUDAGraph()
+        # A copy, since a loss writes its priorities into the batch, which are no input.
+        with torch.cuda.graph(graph, stream=self._stream):
+            outputs = self.function(inputs.copy())
+        self._graph, self._outputs = graph, tree_map_only(torch.Tensor, torch.Tensor.detach, outputs)
