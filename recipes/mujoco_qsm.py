@@ -38,10 +38,14 @@ from qsm_rl import training as rl
 @rl.exit_on_error
 def main(arguments: list[str] | None = None) -> int:
     config = rl.parse_configuration(rl.QSMConfiguration, arguments, description=__doc__)
-    if config.seeds > 1:
+    stacked = rl.stacks_seeds(config)
+    if config.seeds > 1 and not stacked:
         return rl.run_seeds(config, Path(__file__))
     run = rl.TrainingRun.begin(config, recipe=__file__)
-    return run.train(*build(run.config, run.observation_dim, run.action_spec, run.device))
+    parts = (run.config, run.observation_dim, run.action_spec, run.device)
+    if stacked:
+        return run.train(*rl.stack_seeds(run.config, lambda: build(*parts)))
+    return run.train(*build(*parts))
 
 
 def build(

@@ -41,6 +41,8 @@ from qsm_rl.training.resuming import restore_checkpoint
 from qsm_rl.training.run_folder import RunFolder
 from qsm_rl.training.running import finish_run, make_callbacks, make_loggers, print_summary
 from qsm_rl.training.sac_update import SACConfiguration, SACUpdate
+from qsm_rl.training.stacked_run import stack_seeds, stacks_seeds
+from qsm_rl.training.stacked_update import StackedActor, StackedUpdate
 from qsm_rl.training.statistics import (
     curve_intervals,
     interval_estimates,
@@ -81,6 +83,8 @@ __all__ = [
     "RunFolder",
     "SACConfiguration",
     "SACUpdate",
+    "StackedActor",
+    "StackedUpdate",
     "TD3Configuration",
     "TD3Update",
     "TanhActor",
@@ -137,6 +141,8 @@ __all__ = [
     "run_grid",
     "run_seeds",
     "seed_everything",
+    "stack_seeds",
+    "stacks_seeds",
     "user_errors",
     "write_fault",
 ]

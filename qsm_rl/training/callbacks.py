@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -18,7 +19,7 @@ from torchrl.envs import EnvBase
 
 from qsm_rl.training.checkpoints import CheckpointFolder
 from qsm_rl.training.errors import TrainingError
-from qsm_rl.training.evaluation import EvaluationResult, evaluate_policy
+from qsm_rl.training.evaluation import EvaluationResult, evaluate_agents, evaluate_policy
 from qsm_rl.training.frames import FramesDataset, period_ended
 from qsm_rl.training.module import OffPolicyModule
 from qsm_rl.training.observation_statistics import copy_observation_statistics
@@ -28,6 +29,7 @@ from qsm_rl.training.ranks import any_rank, gather_objects, rank
 from qsm_rl.training.replay import ReplayArchive
 from qsm_rl.training.resuming import manifests_of_ranks
 from qsm_rl.training.run_folder import RunFolder
+from qsm_rl.training.stacked_update import StackedUpdate
 from qsm_rl.training.videos import Film
 from qsm_rl.training.worker_collector import WorkerCollector
 
@@ -65,7 +67,7 @@ class PeriodicCallback(Callback):
         self, trainer: Trainer, module: OffPolicyModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Lightning's hook."""
-        if self.due(module.env_frames - batch.numel() * module.num_ranks, module.env_frames):
+        if self.due(module.env_frames - module.count(batch), module.env_frames):
             self.run(trainer, module)
 
 
@@ -176,8 +178,11 @@ class Evaluation(PeriodicCallback):
         begin = time.perf_counter()
         try:
             with self.stop.interruptible():
-                policies = module.update.policies
-                results = {way: self._evaluate(policy, module, filmed=not way) for way, policy in policies.items()}
+                if isinstance(module.update, StackedUpdate):
+                    results = self._evaluate_agents(module.update, module)
+                else:
+                    policies = module.update.policies
+                    results = {way: self._evaluate(policy, module, filmed=not way) for way, policy in policies.items()}
                 if self.deterministic:
                     results["deterministic"] = self._evaluate(module.update.actor, module, deterministic=True)
         except StopRequested:
@@ -187,6 +192,17 @@ class Evaluation(PeriodicCallback):
         metrics = {name: value for way, result in results.items() for name, value in result.metrics(way).items()}
         module.window.add({**metrics, "time/evaluation_seconds": time.perf_counter() - begin})
 
+    def _evaluate_agents(self, update: StackedUpdate, module: OffPolicyModule) -> dict[str, EvaluationResult]:
+        """Each agent's result by its name, and under ``""`` the episodes of all."""
+        seed = derived_seed(self.frames.seed, "evaluation", module.env_frames)
+        environment = self.make_environment(seed=seed, num_envs=len(update.seeds) * self.episodes)
+        results = evaluate_agents(environment, update.actor, agents=len(update.seeds), seed=seed)
+        pooled = EvaluationResult(
+            tuple(value for result in results for value in result.returns),
+            tuple(length for result in results for length in result.lengths),
+        )
+        return {"": pooled, **{f"seed_{seed}": result for seed, result in zip(update.seeds, results, strict=True)}}
+
     def _evaluate(
         self, policy: TensorDictModuleBase, module: OffPolicyModule, deterministic: bool = False, filmed: bool = False
     ) -> EvaluationResult:
@@ -195,6 +211,8 @@ class Evaluation(PeriodicCallback):
         filmed = filmed and self.videos is not None
         environment = self.make_environment(seed=seed, filmed=filmed)
         copy_observation_statistics(self.frames.collector.env, environment)
+        if module.device.type == "cuda":  # for one observation the chain's launches take longer
+            policy = deepcopy(policy).cpu()
         evaluate = partial(
             evaluate_policy, environment, policy, episodes=self.episodes, seed=seed, deterministic=deterministic
         )

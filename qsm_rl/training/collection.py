@@ -10,6 +10,7 @@ from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
 
 from qsm_rl.training.configuration import TrainingConfiguration
+from qsm_rl.training.cuda_graphs import CudaGraphPolicy
 from qsm_rl.training.worker_collector import WorkerCollector, check_ray
 
 __all__ = ["check_workers", "make_collector"]
@@ -23,6 +24,7 @@ def make_collector(
     device: torch.device,
     *,
     warmup_frames: int,
+    cuda_graph: bool = False,
 ) -> Collector | WorkerCollector:
     """The collector that the settings ask for.
 
@@ -33,6 +35,7 @@ def make_collector(
         acting: the policy that collects, exploration included.
         device: device of the policy.
         warmup_frames: frames of random actions before the policy acts.
+        cuda_graph: whether the policy acts by a CUDA graph, see ``CudaGraphPolicy``.
 
     Returns:
         Something to iterate over for batches ``(num_envs, T)``, with ``set_seed``, ``reset``, ``shutdown``,
@@ -54,7 +57,7 @@ def make_collector(
         )
     return Collector(
         environment,
-        acting,
+        CudaGraphPolicy(acting) if cuda_graph else acting,
         frames_per_batch=config.frames_per_batch,
         init_random_frames=warmup_frames,
         env_device="cpu",
@@ -65,7 +68,6 @@ def make_collector(
         # For one observation the policy is calls, hardly arithmetic. TorchRL's default runs the first call of each
         # process eagerly, which draws other random numbers: a resumed run would differ.
         compile_policy={"warmup": 0} if config.compile and device.type == "cpu" else False,
-        cudagraph_policy=device.type == "cuda",
     )
 
 

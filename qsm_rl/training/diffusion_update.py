@@ -34,6 +34,7 @@ __all__ = ["SPREAD_OBSERVATIONS", "SPREAD_SAMPLES", "DiffusionUpdate"]
 
 SPREAD_SAMPLES = 8
 SPREAD_OBSERVATIONS = 32
+LOSS_NAMES = ("loss_qvalue", "loss_actor")
 
 # Rows (loss, norm of its gradient) of the critics and, where it acts, the actor; the info of both losses.
 StepOutputs = tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]
@@ -105,6 +106,8 @@ class DiffusionUpdate(Update):
         self.eval_best_of = eval_best_of
         self.gradient_clipping = gradient_clipping
         has_targets = loss.delay_actor or loss.delay_qvalue
+        self.tau = tau
+        self.cuda_graph = cuda_graph
         self.target_updater = SoftUpdate(loss, tau=tau) if has_targets else None
         # A view on the loss's parameters; in a tuple, so that they are not registered a second time.
         self._actor = (loss.get_stateful_net("actor_network"),)
@@ -171,7 +174,7 @@ class DiffusionUpdate(Update):
             return  # having waited for the GPU once
         for index, report in enumerate(reports):
             try:
-                raise_non_finite(report)
+                raise_non_finite(report, LOSS_NAMES)
             except NonFiniteLossError as error:
                 error.updates_since = len(reports) - 1 - index
                 raise

@@ -5,20 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.collectors import Evaluator
 from torchrl.envs import EnvBase
-from torchrl.envs.utils import ExplorationType
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from qsm_rl.training.cuda_graphs import CudaGraphPolicy
 from qsm_rl.training.errors import UserError
 from qsm_rl.training.random_state import isolated_random_state
 from qsm_rl.training.videos import Film
 
-__all__ = ["EvaluationResult", "evaluate_policy"]
+__all__ = ["EvaluationResult", "evaluate_agents", "evaluate_policy"]
 
 LONGEST_EPISODE = 100_000
 FRAMES_PER_BATCH = 200
+ENDLESS = f"an episode has not ended after {LONGEST_EPISODE:,} frames; register the environment with max_episode_steps."
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,53 @@ def evaluate_policy(
     return results[0]
 
 
+@torch.no_grad()
+def evaluate_agents(
+    environment: EnvBase, policy: TensorDictModuleBase, *, agents: int, seed: int
+) -> list[EvaluationResult]:
+    """Runs one complete episode in every environment, for several agents that act together.
+
+    Each environment gives its first episode, whatever its length, so short ones are not preferred. The episodes of an
+    agent begin in states of their own, and those of different agents too.
+
+    Args:
+        environment: just made, with ``num_envs`` a multiple of ``agents``; environment k belongs to agent ``k //
+            (num_envs / agents)``. It is seeded, and closed behind the evaluation.
+        policy: acts for all agents, on observations ``(agents, num_envs / agents, O)``, by sampling.
+        agents: how many.
+        seed: seed of environment and policy. The caller's random generators are left as they were.
+
+    Returns:
+        The result of each agent.
+
+    Raises:
+        UserError: if an episode does not end.
+    """
+    count = environment.batch_size[0]
+    device = next((parameter.device for parameter in policy.parameters()), torch.device("cpu"))
+    with isolated_random_state(seed), set_exploration_type(ExplorationType.RANDOM):
+        environment.set_seed(seed)
+        try:
+            act = CudaGraphPolicy(policy) if device.type == "cuda" else policy
+            current, ended = environment.reset(), torch.zeros(count, dtype=torch.bool)
+            returns, lengths = torch.zeros(count), torch.zeros(count, dtype=torch.int64)
+            while not ended.all():
+                observation = current["observation"].unflatten(0, (agents, -1)).to(device)
+                acted = act(TensorDict({"observation": observation}, observation.shape[:2], device=device))
+                current["action"] = acted["action"].flatten(0, 1).cpu()
+                step, current = environment.step_and_maybe_reset(current)
+                ends = step["next", "done"].squeeze(-1) & ~ended
+                returns[ends] = step["next", "episode_reward"].squeeze(-1)[ends]
+                lengths[ends] = step["next", "step_count"].squeeze(-1)[ends]
+                ended |= ends
+                if bool((step["next", "step_count"] > LONGEST_EPISODE).any()):
+                    raise UserError(ENDLESS)
+        finally:
+            environment.close()
+    pairs = zip(returns.view(agents, -1).tolist(), lengths.view(agents, -1).tolist(), strict=True)
+    return [EvaluationResult(tuple(own), tuple(their_lengths)) for own, their_lengths in pairs]
+
+
 class _WatchedPolicy(TensorDictModuleBase):
     """The policy, which refuses to go on with an episode that has no end, and lets it be filmed."""
 
@@ -130,10 +179,7 @@ class _WatchedPolicy(TensorDictModuleBase):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         if bool((tensordict["step_count"] >= LONGEST_EPISODE).any()):
-            raise UserError(
-                f"an episode has not ended after {LONGEST_EPISODE:,} frames; register the environment with "
-                "max_episode_steps."
-            )
+            raise UserError(ENDLESS)
         if self.film is not None:
             self.film.watch(int(tensordict["step_count"]))
         return self.policy(tensordict)

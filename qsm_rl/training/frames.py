@@ -42,6 +42,8 @@ class FramesDataset(IterableDataset[TensorDictBase]):
         checkpoint_every: frames between cuts.
         first_frame: frames that an earlier process has collected; a cut.
         num_ranks: processes that collect together, as many frames each; all of them are counted.
+        num_agents: independent agents that share the batches, each with environments of its own; the frames of one are
+            counted.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class FramesDataset(IterableDataset[TensorDictBase]):
         checkpoint_every: int,
         first_frame: int = 0,
         num_ranks: int = 1,
+        num_agents: int = 1,
     ) -> None:
         self.collector = collector
         self.seed = seed
@@ -60,10 +63,11 @@ class FramesDataset(IterableDataset[TensorDictBase]):
         self.checkpoint_every = checkpoint_every
         self.first_frame = first_frame
         self.num_ranks = num_ranks
+        self.num_agents = num_agents
 
     def __len__(self) -> int:
         """Number of batches; knowing it, Lightning fetches none ahead, and each is collected by the newest actor."""
-        frames = self.collector.requested_frames_per_batch * self.num_ranks
+        frames = self.count(self.collector.requested_frames_per_batch)
         return max(0, -(-(self.total_frames - self.first_frame) // frames))
 
     def __iter__(self) -> Iterator[TensorDictBase]:
@@ -74,13 +78,17 @@ class FramesDataset(IterableDataset[TensorDictBase]):
             if cut:
                 self._begin(frames)
             batch = next(batches)
-            before, frames = frames, frames + batch.numel() * self.num_ranks
+            before, frames = frames, frames + self.count(batch.numel())
             batch["next", "episode_end"] = batch["next", "done"].clone()
             cut = self.is_cut(before, frames)
             if cut:
                 for key in ("truncated", "done"):
                     batch["next", key][..., -1, :] = True
             yield batch
+
+    def count(self, numel: int) -> int:
+        """Frames that a batch of this rank's with ``numel`` of them counts for."""
+        return numel * self.num_ranks // self.num_agents
 
     def is_cut(self, before: int, after: int) -> bool:
         """Whether the trajectories are cut behind a batch that took the frame count from ``before`` to ``after``."""

@@ -68,9 +68,9 @@ def limit_threads(device: torch.device, workers: int = 0) -> int:
 def choose_arithmetic(config: Configuration, device: torch.device) -> Configuration:
     """Replaces ``compile`` and ``precision`` where they are ``auto`` by what is fastest on this machine.
 
-    On the CPU the update is compiled where there is a C++ compiler and enough updates follow to pay for the minute that
-    it takes, and then multiplies matrices in bfloat16 where the processor has instructions for it. Both are left alone
-    on a GPU. Where compiling does not work, standard error says why.
+    The update is compiled where there is a compiler and enough updates follow to pay for the minute that it takes, and
+    then multiplies matrices in bfloat16 where the processor or GPU has instructions for it. The agents of several seeds
+    that share a GPU are not compiled. Where compiling does not work, standard error says why.
 
     Args:
         config: the run's settings.
@@ -84,26 +84,28 @@ def choose_arithmetic(config: Configuration, device: torch.device) -> Configurat
     if compile_update == "auto":
         warmup_frames = capped_warmup(config.warmup_frames, config.total_frames)
         updates = (config.total_frames - warmup_frames) * config.updates_per_frame
-        compile_update = device.type == "cpu" and updates >= UPDATES_WORTH_COMPILING
-    if compile_update and device.type == "cpu" and (reason := _cannot_compile()):
+        compile_update = config.seeds == 1 and device.type != "mps" and updates >= UPDATES_WORTH_COMPILING
+    if compile_update and (reason := _cannot_compile(device)):
         print(f"the update is not compiled, which takes about twice as long: {reason}", file=sys.stderr)
         compile_update = False
     precision = config.precision
     if precision == "auto":
-        fast = device.type == "cpu" and compile_update and _multiplies_bfloat16()
+        fast = compile_update and _multiplies_bfloat16(device)
         precision = "bfloat16" if fast else "float32"
     return replace(config, compile=compile_update, precision=precision)
 
 
-def _cannot_compile() -> str | None:
+def _cannot_compile(device: torch.device) -> str | None:
     """Why ``torch.compile`` does not work on this machine; None if it does. A compiler alone may lack headers."""
     try:
-        torch.compile(torch.neg)(torch.ones(8))
+        torch.compile(torch.neg)(torch.ones(8, device=device))
     except RuntimeError as error:
         return str(error).strip().splitlines()[0]
     return None
 
 
-def _multiplies_bfloat16() -> bool:
-    """Whether the processor multiplies matrices in bfloat16 (AMX, AVX-512 BF16); without that it would be slower."""
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the processor (AMX, AVX-512 BF16) or GPU multiplies matrices in bfloat16; else it would be slower."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()

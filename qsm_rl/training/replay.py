@@ -39,10 +39,13 @@ class TransitionWriter:
         replay: replay buffer of single transitions.
         n_step: frames joined, at least 1.
         gamma: discount per frame.
+        agents: environments that belong to independent agents: a row then holds a transition of each, ``(num_envs,
+            size)``, in place of one of them.
     """
 
-    def __init__(self, replay: ReplayBuffer, *, n_step: int = 1, gamma: float = 0.99) -> None:
+    def __init__(self, replay: ReplayBuffer, *, n_step: int = 1, gamma: float = 0.99, agents: bool = False) -> None:
         self.replay = replay
+        self.agents = agents
         self.n_step = n_step
         self.gamma = gamma
         self._held: Frames | None = None  # frames whose next n_step - 1 are still to come
@@ -72,11 +75,11 @@ class TransitionWriter:
         Args:
             batch: a batch of the kind that [`write`][qsm_rl.training.TransitionWriter.write] gets, of any values.
         """
-        found = {}
+        found, agents = {}, list(batch.shape[:1]) if self.agents else []
         for key in ENTRIES:
             name = key if isinstance(key, str) else ".".join(key)
-            found[name] = [str(batch[key].dtype), list(batch[key].shape[batch.ndim :])]
-        return {**found, "steps_to_next_obs": ["torch.int64", []]} if self.n_step > 1 else found
+            found[name] = [str(batch[key].dtype), [*agents, *batch[key].shape[batch.ndim :]]]
+        return {**found, "steps_to_next_obs": ["torch.int64", agents]} if self.n_step > 1 else found
 
     def _write(self, frames: Frames) -> None:
         steps = {}
@@ -89,8 +92,8 @@ class TransitionWriter:
             if count < 1:
                 return
             frames, joined = _join_steps(frames, count, self.n_step, self.gamma)
-            steps["steps_to_next_obs"] = joined.flatten()
-        flat = {key: value.flatten(0, 1) for key, value in frames.items()}
+            steps["steps_to_next_obs"] = joined.transpose(0, 1) if self.agents else joined.flatten()
+        flat = {key: value.transpose(0, 1) if self.agents else value.flatten(0, 1) for key, value in frames.items()}
         following = {key[1]: value for key, value in flat.items() if isinstance(key, tuple)}
         entries = {key: value for key, value in flat.items() if isinstance(key, str)}
         self.replay.extend(TensorDict({**entries, "next": following, **steps}, flat["action"].shape[:1]))

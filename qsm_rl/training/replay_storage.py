@@ -9,14 +9,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torchrl.data import LazyMemmapStorage, LazyTensorStorage
+from tensordict import TensorDictBase
+from torchrl.data import LazyMemmapStorage, LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs import EnvBase
 
 from qsm_rl.training.configuration import TrainingConfiguration
 from qsm_rl.training.errors import TrainingError, UserError
 from qsm_rl.training.ranks import rank
 
-__all__ = ["ReservedMemmapStorage", "check_replay_space", "make_storage", "replay_bytes"]
+__all__ = ["AgentsReplayBuffer", "ReservedMemmapStorage", "check_replay_space", "make_storage", "replay_bytes"]
+
+
+class AgentsReplayBuffer(TensorDictReplayBuffer):
+    """A replay buffer whose rows hold a transition of each of N agents; each draws rows of its own.
+
+    Args:
+        num_agents: N.
+        **options: those of TorchRL's ``TensorDictReplayBuffer``.
+    """
+
+    def __init__(self, num_agents: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.num_agents = num_agents
+
+    def sample(self, batch_size: int | None = None, **options: Any) -> TensorDictBase:  # type: ignore[override]
+        """Transitions ``(B, N)``, those of agent n in column n."""
+        size = (batch_size or self.batch_size, self.num_agents)
+        device = self.storage.device
+        rows, agents = torch.randint(len(self), size, device=device), torch.arange(self.num_agents, device=device)
+        stored = self.storage.get(slice(0, len(self))).exclude("index")  # views
+        return stored.apply(lambda entry: entry[rows, agents], batch_size=size)
 
 
 class ReservedMemmapStorage(LazyMemmapStorage):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -31,7 +31,12 @@ from qsm_rl.training.preflight import check_space, row_bytes
 from qsm_rl.training.random_state import derived_seed, seed_everything
 from qsm_rl.training.ranks import rank
 from qsm_rl.training.replay import ReplayArchive, TransitionWriter
-from qsm_rl.training.replay_storage import ReservedMemmapStorage, check_replay_space, make_storage
+from qsm_rl.training.replay_storage import (
+    AgentsReplayBuffer,
+    ReservedMemmapStorage,
+    check_replay_space,
+    make_storage,
+)
 from qsm_rl.training.resuming import check_identity, restore_checkpoint, run_identity
 from qsm_rl.training.run_folder import RunFolder
 from qsm_rl.training.running import (
@@ -42,6 +47,8 @@ from qsm_rl.training.running import (
     print_summary,
     quiet_libraries,
 )
+from qsm_rl.training.stacked_run import split_seeds
+from qsm_rl.training.stacked_update import StackedUpdate
 from qsm_rl.training.updates import Update
 from qsm_rl.training.videos import check_filming
 
@@ -100,7 +107,7 @@ class TrainingRun(Generic[Configuration]):
             if config.eval_video:
                 check_filming(config.env, make)
             check_registered(config.env)
-            environment = make(num_envs=config.num_envs, seed=config.seed)
+            environment = make(num_envs=config.num_envs * config.seeds, seed=config.seed)
         check_replay_space(config, environment)
         folder = RunFolder.open(config, recipe=Path(recipe).stem)
         checkpoints, checkpoint = CheckpointFolder(folder.checkpoints), None
@@ -175,19 +182,24 @@ class TrainingRun(Generic[Configuration]):
 
         # Data: frames from the collector, transitions in the replay buffer, both a rank's own.
         storage = make_storage(config, folder.path, self.device)
-        replay = TensorDictReplayBuffer(storage=storage, batch_size=config.batch_size)
+        agents = config.seeds  # more than one in one run: stacked, see stacked_run.py
+        if agents > 1:
+            replay = AgentsReplayBuffer(agents, storage=storage, batch_size=config.batch_size)
+        else:
+            replay = TensorDictReplayBuffer(storage=storage, batch_size=config.batch_size)
         if storage.device != self.device:
             replay.append_transform(lambda batch: batch.to(self.device))
         archive = ReplayArchive(folder.checkpoints / ("replay" if rank() == 0 else f"replay-rank-{rank()}"))
         collector = make_collector(
-            config,
+            replace(config, frames_per_batch=config.frames_per_batch * agents),
             self.environment,
             self.make_environment,
             acting,
             self.device,
-            warmup_frames=max(0, -(-(self.warmup_frames - self.first_frame) // ranks)),
+            warmup_frames=max(0, -(-(self.warmup_frames - self.first_frame) // ranks)) * agents,
+            cuda_graph=getattr(update, "cuda_graph", False),
         )
-        writer = TransitionWriter(replay, n_step=config.n_step, gamma=config.gamma)
+        writer = TransitionWriter(replay, n_step=config.n_step, gamma=config.gamma, agents=agents > 1)
         if dataset is not None:
             collector = DatasetCollector(collector, dataset, offline_frames, self.first_frame)
             writer = OfflineWriter(replay, offline_frames=offline_frames, first_frame=self.first_frame)
@@ -200,6 +212,7 @@ class TrainingRun(Generic[Configuration]):
             checkpoint_every=config.checkpoint_every,
             first_frame=self.first_frame,
             num_ranks=ranks,
+            num_agents=agents,
         )
 
         try:
@@ -211,6 +224,7 @@ class TrainingRun(Generic[Configuration]):
                 warmup_frames=self.warmup_frames,
                 updates_per_frame=config.updates_per_frame,
                 num_ranks=ranks,
+                num_agents=agents,
                 faults=folder.faults if rank() == 0 else folder.faults / f"rank-{rank()}",
             )
             if rank() == 0:  # one machine: what all processes need together
@@ -249,13 +263,13 @@ class TrainingRun(Generic[Configuration]):
             return 0
 
         with full_disk_errors(folder.path):
-            publish_actor(
-                folder.actor,
-                update.actor,
-                environment=self.environment,
-                env=config.env,
-                action_repeat=config.action_repeat,
-            )
+            actors = {folder.actor: update.actor}
+            if isinstance(update, StackedUpdate):
+                actors = split_seeds(config, folder, update)
+            for path, actor in actors.items():
+                publish_actor(
+                    path, actor, environment=self.environment, env=config.env, action_repeat=config.action_repeat
+                )
         return finish_run(trainer, module, frames, folder, usual_frames=type(config).total_frames)
 
     def _check_space(self, module: OffPolicyModule, written: int, stored: int) -> None:

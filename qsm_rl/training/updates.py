@@ -104,7 +104,7 @@ class Update(nn.Module):
         return {
             "num_updates": self.num_updates,
             "modules": self.state_dict(),
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "optimizers": {name: _optimizer_state(optimizer) for name, optimizer in self.optimizers.items()},
         }
 
     def restore_state(self, state: dict[str, Any]) -> None:
@@ -121,7 +121,18 @@ class Update(nn.Module):
         self.num_updates = state["num_updates"]
         self.load_state_dict(state["modules"])
         for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+            groups = [
+                {**saved, "capturable": own["capturable"], "lr": own["lr"]}
+                for saved, own in zip(state["optimizers"][name]["param_groups"], optimizer.param_groups, strict=True)
+            ]
+            optimizer.load_state_dict({**state["optimizers"][name], "param_groups": groups})
+
+
+def _optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
+    """The state_dict as a run on any device reads it: a GPU keeps its rate in a tensor."""
+    state = optimizer.state_dict()
+    groups = [{**group, "capturable": False, "lr": float(group["lr"])} for group in state["param_groups"]]
+    return {**state, "param_groups": groups}
 
 
 def _optimizer_difference(state: dict[str, Any], optimizer: Optimizer, name: str) -> str | None:
@@ -134,7 +145,7 @@ def _optimizer_difference(state: dict[str, Any], optimizer: Optimizer, name: str
     }
     groups, own = (
         [{key: value for key, value in group.items() if key != "lr"} for group in saved["param_groups"]]
-        for saved in (state, optimizer.state_dict())
+        for saved in (state, _optimizer_state(optimizer))
     )
     named = f"the {name} optimiser's"
     return first_difference(groups, own, named) or first_difference(state["state"], expected, named)
@@ -189,7 +200,7 @@ def watch(loss: Tensor, gradients: Sequence[Tensor], failed: Tensor) -> Tensor:
     return watched
 
 
-def raise_non_finite(report: Tensor, names: Sequence[str] = ("loss_qvalue", "loss_actor")) -> None:
+def raise_non_finite(report: Tensor, names: Sequence[str]) -> None:
     """Raises for a loss or gradient that is not finite; on a GPU this waits for all work before it.
 
     Args:

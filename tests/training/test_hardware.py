@@ -65,8 +65,8 @@ def test_workers_have_cores_of_their_own(monkeypatch, cores, workers, expected):
 )
 def test_arithmetic_follows_machine_and_length_of_the_run(monkeypatch, capsys, given, machine, expected):
     reason = None if machine.get("compiler", True) else "no g++"
-    monkeypatch.setattr(hardware, "_cannot_compile", lambda: reason)
-    monkeypatch.setattr(hardware, "_multiplies_bfloat16", lambda: machine.get("bfloat16", True))
+    monkeypatch.setattr(hardware, "_cannot_compile", lambda device: reason)
+    monkeypatch.setattr(hardware, "_multiplies_bfloat16", lambda device: machine.get("bfloat16", True))
     config = choose_arithmetic(QSMConfiguration(**given), torch.device("cpu"))
     assert (config.compile, config.precision) == expected
     said = capsys.readouterr().err
@@ -74,8 +74,16 @@ def test_arithmetic_follows_machine_and_length_of_the_run(monkeypatch, capsys, g
     assert choose_arithmetic(config, torch.device("cpu")) == config
 
 
-def test_on_a_gpu_auto_is_eager_float32():
+@pytest.mark.parametrize(("capability", "precision"), [((8, 0), "bfloat16"), ((7, 5), "float32")])
+def test_on_a_gpu_auto_compiles_and_the_precision_follows_the_card(monkeypatch, capability, precision):
+    monkeypatch.setattr(hardware, "_cannot_compile", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     config = choose_arithmetic(QSMConfiguration(), torch.device("cuda:0"))
+    assert (config.compile, config.precision) == (True, precision)
+
+
+def test_agents_that_share_a_gpu_are_not_compiled():
+    config = choose_arithmetic(QSMConfiguration(seeds=8), torch.device("cuda:0"))
     assert (config.compile, config.precision) == (False, "float32")
 
 
@@ -86,7 +94,8 @@ def test_what_keeps_the_machine_from_compiling_is_found_out(tmp_path, compiler):
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     if compiler is not None:
         environment["CXX"] = compiler
-    program = "from qsm_rl.training.hardware import _cannot_compile; print(_cannot_compile())"
+    program = "from qsm_rl.training.hardware import _cannot_compile; import torch; "
+    program += "print(_cannot_compile(torch.device('cpu')))"
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     works = compiler is None and shutil.which("g++") is not None
     assert (done.stdout.strip() == "None") == works, done.stdout
