@@ -196,7 +196,7 @@ class Evaluation(PeriodicCallback):
         """Each agent's result by its name, and under ``""`` the episodes of all."""
         seed = derived_seed(self.frames.seed, "evaluation", module.env_frames)
         environment = self.make_environment(seed=seed, num_envs=len(update.seeds) * self.episodes)
-        results = evaluate_agents(environment, update.actor, agents=len(update.seeds), seed=seed)
+        results = evaluate_agents(environment, update.actor, agents=len(update.seeds), seed=seed, device=module.device)
         pooled = EvaluationResult(
             tuple(value for result in results for value in result.returns),
             tuple(length for result in results for length in result.lengths),

@@ -57,11 +57,11 @@ def make_collector(
         )
     return Collector(
         environment,
-        CudaGraphPolicy(acting) if cuda_graph else acting,
+        CudaGraphPolicy(acting, device) if cuda_graph else acting,
         frames_per_batch=config.frames_per_batch,
         init_random_frames=warmup_frames,
         env_device="cpu",
-        policy_device=device,
+        policy_device=torch.device("cpu") if cuda_graph else device,
         storing_device="cpu",
         track_traj_ids=False,
         auto_register_policy_transforms=False,

@@ -50,13 +50,14 @@ class TrainingConfiguration:
     so a batch is that many times batch_size. Each has num_envs environments and its share of replay_size; frames are
     those of all."""
 
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of the matrix products in updates: float32, bfloat16 (about three digits; weights, optimisers, outputs
-    and losses stay float32), or auto: bfloat16 where the processor is made for it and the update is compiled."""
+    precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
+    """Arithmetic of the matrix products in updates: float32, tf32 (a GPU's float32 with factors of about three digits),
+    bfloat16 (about two and a half; weights, optimisers, outputs and losses stay float32), or auto: bfloat16 where the
+    processor or GPU is made for it and the update is compiled, else tf32 on such a GPU, else float32."""
 
     compile: bool | Literal["auto"] = "auto"
-    """Whether the update is compiled, which takes a minute before the first one: true, false, or auto: on a CPU with a
-    C++ compiler, if at least 5,000 updates follow."""
+    """Whether the update is compiled, which takes a minute before the first one: true, false, or auto: where there is a
+    compiler, if at least 5,000 updates follow."""
 
     preset: str = "default"
     """Named set of values for everything not given otherwise."""

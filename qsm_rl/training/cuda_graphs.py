@@ -73,21 +73,26 @@ class CudaGraph:
 class CudaGraphPolicy(TensorDictModuleBase):
     """A policy on a GPU that acts by one launch, where a diffusion policy would take hundreds of its own.
 
+    To a collector it is a policy on the CPU: what it reads is taken to the GPU, and the action back.
+
     Args:
-        policy: writes the action, its first out_key, by in-place state and PyTorch's generator of the GPU alone; its
-            parameters may change in place between the calls. The exploration type is recorded, too.
+        policy: writes the action, its last out_key, from PyTorch's generator of the GPU and parameters that may change
+            in place between the calls. The exploration type is recorded, too.
+        device: the GPU.
     """
 
-    def __init__(self, policy: TensorDictModuleBase) -> None:
+    def __init__(self, policy: TensorDictModuleBase, device: torch.device) -> None:
         super().__init__()
-        self.policy = policy
-        self.in_keys, self.out_keys = policy.in_keys, policy.out_keys[:1]
+        self._policy = (policy,)  # in a tuple: a collector would copy its parameters to the CPU
+        self.device = device
+        self.in_keys, self.out_keys = policy.in_keys, policy.out_keys[-1:]
         self._act = CudaGraph(self._action)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Writes the action."""
-        return tensordict.set(self.out_keys[0], self._act(tensordict.select(*self.in_keys)).clone())
+        inputs = tensordict.select(*self.in_keys).to(self.device)
+        return tensordict.set(self.out_keys[0], self._act(inputs).to(tensordict.device or "cpu"))
 
     @torch.no_grad()
     def _action(self, tensordict: TensorDictBase) -> Tensor:
-        return self.policy(tensordict.copy()).get(self.out_keys[0])
+        return self._policy[0](tensordict.copy()).get(self.out_keys[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from tensordict import TensorDictBase
@@ -22,6 +22,7 @@ from qsm_rl.training.random_state import isolated_random_state
 from qsm_rl.training.ranks import average_batch_statistics
 from qsm_rl.training.updates import (
     NonFiniteLossError,
+    Precision,
     Update,
     accelerated,
     cosine_decay,
@@ -57,8 +58,9 @@ class DiffusionUpdate(Update):
         actor_ema: decay of the moving average of the actor; None keeps none.
         eval_best_of: N of the best of N samples by the mean of the critics that is evaluated beside the actor; 1 for
             none.
-        precision: arithmetic of the matrix products, ``"float32"`` or ``"bfloat16"``. With bfloat16 the losses run
-            under ``torch.autocast``; weights, optimisers, Q-values, predicted noises and losses stay float32.
+        precision: arithmetic of the matrix products, ``"float32"``, ``"tf32"`` or ``"bfloat16"``. With bfloat16 the
+            losses run under ``torch.autocast``; weights, optimisers, Q-values, predicted noises and losses stay
+            float32.
         compile: whether the losses go through ``torch.compile``; their first call then takes about a minute.
         cuda_graph: whether the kernels of an update are recorded once and launched together from then on, which is
             several times as fast for networks of this size. Needs a GPU, one process, and batches of one shape. A loss
@@ -83,7 +85,7 @@ class DiffusionUpdate(Update):
         gradient_clipping: float | None = None,
         actor_ema: float | None = None,
         eval_best_of: int = 1,
-        precision: Literal["float32", "bfloat16"] = "float32",
+        precision: Precision = "float32",
         compile: bool = False,
         cuda_graph: bool = False,
     ) -> None:

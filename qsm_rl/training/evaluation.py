@@ -122,7 +122,7 @@ def evaluate_policy(
 
 @torch.no_grad()
 def evaluate_agents(
-    environment: EnvBase, policy: TensorDictModuleBase, *, agents: int, seed: int
+    environment: EnvBase, policy: TensorDictModuleBase, *, agents: int, seed: int, device: torch.device
 ) -> list[EvaluationResult]:
     """Runs one complete episode in every environment, for several agents that act together.
 
@@ -135,6 +135,7 @@ def evaluate_agents(
         policy: acts for all agents, on observations ``(agents, num_envs / agents, O)``, by sampling.
         agents: how many.
         seed: seed of environment and policy. The caller's random generators are left as they were.
+        device: device of the policy.
 
     Returns:
         The result of each agent.
@@ -143,17 +144,16 @@ def evaluate_agents(
         UserError: if an episode does not end.
     """
     count = environment.batch_size[0]
-    device = next((parameter.device for parameter in policy.parameters()), torch.device("cpu"))
     with isolated_random_state(seed), set_exploration_type(ExplorationType.RANDOM):
         environment.set_seed(seed)
         try:
-            act = CudaGraphPolicy(policy) if device.type == "cuda" else policy
+            act = CudaGraphPolicy(policy, device) if device.type == "cuda" else policy
             current, ended = environment.reset(), torch.zeros(count, dtype=torch.bool)
             returns, lengths = torch.zeros(count), torch.zeros(count, dtype=torch.int64)
             while not ended.all():
-                observation = current["observation"].unflatten(0, (agents, -1)).to(device)
-                acted = act(TensorDict({"observation": observation}, observation.shape[:2], device=device))
-                current["action"] = acted["action"].flatten(0, 1).cpu()
+                observation = current["observation"].unflatten(0, (agents, -1))
+                acted = act(TensorDict({"observation": observation}, observation.shape[:2]))
+                current["action"] = acted["action"].flatten(0, 1)
                 step, current = environment.step_and_maybe_reset(current)
                 ends = step["next", "done"].squeeze(-1) & ~ended
                 returns[ends] = step["next", "episode_reward"].squeeze(-1)[ends]

@@ -77,8 +77,11 @@ def choose_arithmetic(config: Configuration, device: torch.device) -> Configurat
         device: device of the networks.
 
     Returns:
-        The settings with ``compile`` true or false and ``precision`` float32 or bfloat16, as the run folder records
-        them.
+        The settings with ``compile`` true or false and ``precision`` float32, tf32 or bfloat16, as the run folder
+        records them.
+
+    Raises:
+        UserError: for tf32 on another device than a GPU.
     """
     compile_update = config.compile
     if compile_update == "auto":
@@ -89,9 +92,14 @@ def choose_arithmetic(config: Configuration, device: torch.device) -> Configurat
         print(f"the update is not compiled, which takes about twice as long: {reason}", file=sys.stderr)
         compile_update = False
     precision = config.precision
+    if precision == "tf32" and device.type != "cuda":
+        raise UserError("--precision tf32 is a GPU's arithmetic; on this device give auto, float32 or bfloat16.")
     if precision == "auto":
-        fast = compile_update and _multiplies_bfloat16(device)
-        precision = "bfloat16" if fast else "float32"
+        precision = "float32"
+        if (compile_update or device.type == "cuda") and _multiplies_bfloat16(device):
+            precision = "bfloat16" if compile_update else "tf32"
+    if device.type == "cuda":  # beside bfloat16 tf32 loses nothing: the last layers' inputs have fewer digits already
+        torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
     return replace(config, compile=compile_update, precision=precision)
 
 

@@ -32,7 +32,7 @@ class AgentsReplayBuffer(TensorDictReplayBuffer):
         super().__init__(**options)
         self.num_agents = num_agents
 
-    def sample(self, batch_size: int | None = None, **options: Any) -> TensorDictBase:  # type: ignore[override]
+    def sample(self, batch_size: int | None = None, **options: Any) -> TensorDictBase:
         """Transitions ``(B, N)``, those of agent n in column n."""
         size = (batch_size or self.batch_size, self.num_agents)
         device = self.storage.device

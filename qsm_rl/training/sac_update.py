@@ -14,7 +14,7 @@ from torchrl.objectives import SACLoss, SoftUpdate
 
 from qsm_rl.training.configuration import TrainingConfiguration
 from qsm_rl.training.mlp_actors import DeterministicPolicy, TanhGaussianActor
-from qsm_rl.training.updates import Update, accelerated, gradient_step
+from qsm_rl.training.updates import Precision, Update, accelerated, gradient_step
 
 __all__ = ["SACConfiguration", "SACUpdate"]
 
@@ -59,7 +59,7 @@ class SACUpdate(Update):
         critic_learning_rate: Adam's step size for the critics.
         tau: share of the critics that the target critics take over.
         gradient_clipping: largest gradient norm, for actor and critics each; None clips nothing.
-        precision: arithmetic of the matrix products, ``"float32"`` or ``"bfloat16"``.
+        precision: arithmetic of the matrix products, ``"float32"``, ``"tf32"`` or ``"bfloat16"``.
         compile: whether the losses go through ``torch.compile``; their first call then takes about a minute.
     """
 
@@ -73,7 +73,7 @@ class SACUpdate(Update):
         critic_learning_rate: float,
         tau: float,
         gradient_clipping: float | None = None,
-        precision: Literal["float32", "bfloat16"] = "float32",
+        precision: Precision = "float32",
         compile: bool = False,
     ) -> None:
         loss.target_entropy  # noqa: B018  becomes a buffer when first asked for, which a checkpoint has to find

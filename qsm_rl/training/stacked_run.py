@@ -11,11 +11,12 @@ from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 
 from qsm_rl.actor import DiffusionActor
 from qsm_rl.training.command_line import CONFIGURATION_FILE, saved_text
-from qsm_rl.training.diffusion_configuration import DiffusionConfiguration
+from qsm_rl.training.configuration import TrainingConfiguration
 from qsm_rl.training.diffusion_update import DiffusionUpdate
 from qsm_rl.training.errors import UserError
 from qsm_rl.training.hardware import choose_device
 from qsm_rl.training.loggers import MetricsTable, read_metrics
+from qsm_rl.training.qsm_configuration import QSMConfiguration
 from qsm_rl.training.random_state import seed_everything
 from qsm_rl.training.run_folder import RunFolder
 from qsm_rl.training.stacked_update import StackedUpdate
@@ -23,7 +24,7 @@ from qsm_rl.training.stacked_update import StackedUpdate
 __all__ = ["split_seeds", "stack_seeds", "stacks_seeds"]
 
 
-def stacks_seeds(config: DiffusionConfiguration) -> bool:
+def stacks_seeds(config: QSMConfiguration) -> bool:
     """Whether the seeds of a run are trained stacked in one process: on a GPU, or where such a run goes on.
 
     Raises:
@@ -31,6 +32,11 @@ def stacks_seeds(config: DiffusionConfiguration) -> bool:
     """
     if config.seeds == 1 or (choose_device(config.device).type == "cpu" and config.resume is None):
         return False
+    if config.compile is True or config.precision == "bfloat16":
+        raise UserError(
+            f"--seeds {config.seeds} on a GPU trains stacked networks, which are not compiled: give --compile false "
+            "and --precision auto, tf32 or float32."
+        )
     for name, single in (
         *(("devices", 1), ("num_envs", 1), ("num_workers", 0), ("best_of", 1), ("eval_best_of", 1)),
         *(("normalize_observation", False), ("eval_deterministic", False), ("eval_video", False)),
@@ -50,7 +56,7 @@ def stacks_seeds(config: DiffusionConfiguration) -> bool:
 
 
 def stack_seeds(
-    config: DiffusionConfiguration, build: Callable[[], tuple[DiffusionUpdate, TensorDictSequential]]
+    config: TrainingConfiguration, build: Callable[[], tuple[DiffusionUpdate, TensorDictSequential]]
 ) -> tuple[StackedUpdate, TensorDictModuleBase]:
     """One update and one acting policy for the agents of all seeds.
 
@@ -70,7 +76,7 @@ def stack_seeds(
     return stacked, TensorDictSequential(stacked.actor, *acting.module[1:])
 
 
-def split_seeds(config: DiffusionConfiguration, folder: RunFolder, update: StackedUpdate) -> dict[Path, DiffusionActor]:
+def split_seeds(config: TrainingConfiguration, folder: RunFolder, update: StackedUpdate) -> dict[Path, DiffusionActor]:
     """Gives each agent the folder of a run of its own, ``seed_N``: settings and evaluations.
 
     Args:

@@ -12,7 +12,7 @@ from torchrl.objectives import SoftUpdate, TD3Loss
 
 from qsm_rl.training.configuration import TrainingConfiguration
 from qsm_rl.training.mlp_actors import TanhActor
-from qsm_rl.training.updates import Update, accelerated, gradient_step
+from qsm_rl.training.updates import Precision, Update, accelerated, gradient_step
 
 __all__ = ["TD3Configuration", "TD3Update"]
 
@@ -61,7 +61,7 @@ class TD3Update(Update):
         tau: share of actor and critics that the target networks take over.
         policy_delay: updates of the critics for each of the actor.
         gradient_clipping: largest gradient norm, for actor and critics each; None clips nothing.
-        precision: arithmetic of the matrix products, ``"float32"`` or ``"bfloat16"``.
+        precision: arithmetic of the matrix products, ``"float32"``, ``"tf32"`` or ``"bfloat16"``.
         compile: whether the losses go through ``torch.compile``; their first call then takes about a minute.
     """
 
@@ -76,7 +76,7 @@ class TD3Update(Update):
         tau: float,
         policy_delay: int = 2,
         gradient_clipping: float | None = None,
-        precision: Literal["float32", "bfloat16"] = "float32",
+        precision: Precision = "float32",
         compile: bool = False,
     ) -> None:
         self.actor_parameters = list(loss.actor_network_params.parameters())

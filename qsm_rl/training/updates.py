@@ -27,6 +27,7 @@ __all__ = [
     "watch",
 ]
 
+Precision = Literal["float32", "tf32", "bfloat16"]
 LossMethod = Callable[[TensorDictBase], tuple[Tensor, dict[str, Tensor]]]
 
 
@@ -218,12 +219,13 @@ def raise_non_finite(report: Tensor, names: Sequence[str]) -> None:
                 raise NonFiniteLossError(f"{what} is {value}")
 
 
-def accelerated(part: LossMethod, precision: Literal["float32", "bfloat16"], compile: bool) -> LossMethod:
+def accelerated(part: LossMethod, precision: Precision, compile: bool) -> LossMethod:
     """A loss method that runs under autocast, compiled, both, or as it is.
 
     Args:
         part: takes a batch and returns a loss and its info, such as ``QScoreMatchingLoss.actor_loss``.
-        precision: ``"bfloat16"`` runs it under ``torch.autocast`` on the batch's device.
+        precision: ``"bfloat16"`` runs it under ``torch.autocast`` on the batch's device; tf32 is a setting of PyTorch's
+            for all products, ``torch.set_float32_matmul_precision("high")``.
         compile: whether it goes through ``torch.compile``. Random numbers then come from the compiler's generators,
             which follow PyTorch's seed but draw other numbers than eager code.
 
@@ -231,7 +233,7 @@ def accelerated(part: LossMethod, precision: Literal["float32", "bfloat16"], com
         A function of the batch.
     """
     compiled = torch.compile(part) if compile else part
-    if precision == "float32":
+    if precision != "bfloat16":
         return compiled
 
     def in_bfloat16(batch: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:

@@ -129,6 +129,7 @@ def build(
     num_envs: int = 1,
     score_target=None,
     checkpoint_every: int = 25,
+    device: str = "cpu",
     **options,
 ):
     """A small QSM trainer on one of the environments above: data set and module; the options are QSMUpdate's."""
@@ -144,7 +145,7 @@ def build(
         )
         for _ in range(2)
     ]
-    loss = QScoreMatchingLoss(actor, critics, score_target=score_target)
+    loss = QScoreMatchingLoss(actor, critics, score_target=score_target).to(device)
     loss.make_value_estimator(gamma=0.9)
     options = {"actor_learning_rate": 1e-3, "critic_learning_rate": 1e-3, "tau": 0.05, **options}
     update = QSMUpdate(loss, **options)
