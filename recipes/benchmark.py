@@ -10,10 +10,8 @@ python recipes/benchmark.py --parts update acting --jax_python ~/jax/bin/python
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib.util
 import json
-import math
 import os
 import platform
 import resource
@@ -35,7 +33,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, ScalarFormatter
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
-from torch import Tensor, nn
 from torchrl.collectors import Collector
 from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer
 
@@ -43,7 +40,9 @@ from qsm_rl import DiffusionActor, NoiseSchedule, PosteriorQScore, QScoreMatchin
 from qsm_rl import training as rl
 
 HERE = Path(__file__).parent
-OBSERVATION, ACTION = 24, 6
+sys.path.insert(0, str(HERE / "peers"))
+from hand_written import ACTION, OBSERVATION, HandWritten  # noqa: E402
+
 SIZE = {"steps": 5, "batch": 256, "hidden": 512, "critics": 2, "particles": 0}
 GROWTH = {
     "steps": (1, 2, 5, 10, 20, 50),
@@ -52,79 +51,9 @@ GROWTH = {
     "critics": (1, 2, 4, 8),
     "particles": (8, 32, 128),
 }
+STACKED = "qsm_rl, CUDA graph, 8 agents stacked, updates of all"
 PARTS = ("update", "acting", "frames", "growth", "start")
 Row = dict[str, Any]
-
-
-class HandWritten(nn.Module):
-    """The same update without any library around it, as one would write it in a single file of PyTorch."""
-
-    def __init__(self, size: dict[str, int], device: torch.device) -> None:
-        super().__init__()
-        hidden, self.steps = size["hidden"], size["steps"]
-        self.frequencies = nn.Parameter(0.2 * torch.randn(1, 32))
-        self.time = nn.Sequential(nn.Linear(64, 128), nn.Mish(), nn.Linear(128, 128))
-        self.denoiser = nn.Sequential(
-            *(nn.Linear(ACTION + OBSERVATION + 128, hidden), nn.Mish()),
-            *(nn.Linear(hidden, hidden), nn.Mish(), nn.Linear(hidden, ACTION)),
-        )
-        self.critics = nn.ModuleList(
-            nn.Sequential(
-                *(nn.Linear(OBSERVATION + ACTION, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()),
-                nn.Linear(hidden, 1),
-            )
-            for _ in range(size["critics"])
-        )
-        self.targets = copy.deepcopy(self.critics)
-        self.register_buffer("betas", NoiseSchedule.vp(self.steps).betas)
-        self.to(device)
-        self.cumprod = (1 - self.betas).cumprod(0)
-        self.coefficients = list(zip(self.betas.tolist(), self.cumprod.tolist(), strict=True))
-        actor = [self.frequencies, *self.time.parameters(), *self.denoiser.parameters()]
-        self.actor_adam = torch.optim.Adam(actor, lr=3e-4, fused=True)
-        self.critic_adam = torch.optim.Adam(self.critics.parameters(), lr=3e-4, fused=True)
-
-    def predict_noise(self, noisy: Tensor, observation: Tensor, t: Tensor) -> Tensor:
-        angles = 2 * math.pi * t[:, None] * self.frequencies
-        time_embedding = self.time(torch.cat([angles.cos(), angles.sin()], -1))
-        return self.denoiser(torch.cat([noisy, observation, time_embedding], -1))
-
-    @torch.no_grad()
-    def sample(self, observation: Tensor) -> Tensor:
-        x = torch.randn(observation.shape[0], ACTION, device=observation.device)
-        for t in reversed(range(self.steps)):
-            beta, share = self.coefficients[t]
-            noise = self.predict_noise(x, observation, x.new_full((x.shape[0],), float(t)))
-            x = (x - beta / math.sqrt(1 - share) * noise) / math.sqrt(1 - beta)
-            if t > 0:
-                x = x + math.sqrt(beta) * torch.randn_like(x)
-            x = x.clamp(-1, 1)
-        return x
-
-    def q_values(self, critics: nn.ModuleList, observation: Tensor, action: Tensor) -> Tensor:
-        inputs = torch.cat([observation, action], -1)
-        return torch.stack([critic(inputs) for critic in critics])
-
-    def update(self, batch: TensorDict) -> None:
-        observation, action, following = batch["observation"], batch["action"], batch["next", "observation"]
-        with torch.no_grad():
-            next_action = (self.sample(following) + 0.1 * torch.randn_like(action)).clamp(-1, 1)
-            future = self.q_values(self.targets, following, next_action).amin(0)
-            target = batch["next", "reward"] + 0.99 * (~batch["next", "terminated"]) * future
-        loss = ((self.q_values(self.critics, observation, action) - target) ** 2).mean((1, 2)).sum()
-        self.critic_adam.zero_grad()
-        loss.backward()
-        self.critic_adam.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.targets.parameters()), list(self.critics.parameters()), 0.005)
-        t = torch.randint(self.steps, action.shape[:1], device=action.device)
-        share = self.cumprod[t][:, None]
-        noisy = (share.sqrt() * action + (1 - share).sqrt() * torch.randn_like(action)).requires_grad_()
-        (score,) = torch.autograd.grad(self.q_values(self.critics, observation, noisy).mean(0).sum(), noisy)
-        loss = ((self.predict_noise(noisy.detach(), observation, t.float()) + 50 * score) ** 2).mean()
-        self.actor_adam.zero_grad()
-        loss.backward()
-        self.actor_adam.step()
 
 
 def make_actor(size: dict[str, int]) -> DiffusionActor:
@@ -144,7 +73,9 @@ def make_update(size: dict[str, int], device: torch.device, **options: Any) -> r
         for _ in range(size["critics"])
     ]
     target = PosteriorQScore(1.0, size["particles"]) if size["particles"] else None
-    loss = QScoreMatchingLoss(make_actor(size), critics, score_target=target).to(device)
+    loss = QScoreMatchingLoss(make_actor(size), critics, score_target=target, deactivate_vmap=device.type == "cpu").to(
+        device
+    )
     loss.make_value_estimator(gamma=0.99)
     return rl.QSMUpdate(loss, actor_learning_rate=3e-4, critic_learning_rate=3e-4, tau=0.005, **options)
 
@@ -184,22 +115,34 @@ def measure_update(seconds: float, device: torch.device, jax_python: str | None)
     batch = make_batch(SIZE["batch"], device)
     replay = TensorDictReplayBuffer(storage=LazyTensorStorage(100_000, device=device), batch_size=SIZE["batch"])
     replay.extend(make_batch(100_000, device))
-    eager, with_replay = make_update(SIZE, device), make_update(SIZE, device)
+    eager = make_update(SIZE, device)
     best = rl.choose_arithmetic(rl.QSMConfiguration(), device)
-    fastest = make_update(SIZE, device, precision=best.precision, compile=best.compile)
-    floor = HandWritten(SIZE, device)
+    on_gpu, agents = device.type == "cuda", 1
+    fastest = make_update(SIZE, device, precision=best.precision, compile=best.compile, cuda_graph=on_gpu)
+    floor, name = HandWritten(SIZE, device), f"qsm_rl, {best.precision}{', compiled' if best.compile else ''}"
     contenders = {
         "hand-written PyTorch, float32": lambda: floor.update(batch),
         "qsm_rl, float32": lambda: eager(batch.copy()),
-        "qsm_rl, float32, with replay sampling": lambda: with_replay(replay.sample()),
-        f"qsm_rl, {best.precision}{', compiled' if best.compile else ''}": lambda: fastest(batch.copy()),
+        "qsm_rl, float32, with replay sampling": lambda: eager(replay.sample()),
+        name: lambda: fastest(batch.copy()),
     }
+    if on_gpu:
+        graphed, agents = make_update(SIZE, device, cuda_graph=True), 8
+        stacked = rl.StackedUpdate([make_update(SIZE, device) for _ in range(agents)], range(agents), cuda_graph=True)
+        batches = torch.stack([make_batch(SIZE["batch"], device) for _ in range(agents)], 1)
+        contenders |= {
+            "qsm_rl, CUDA graph": lambda: graphed(batch.copy()),
+            f"{name}, with replay sampling": lambda: fastest(replay.sample()),
+            STACKED: lambda: stacked(batches),
+        }
     peer = "JAX, one jitted function"
     before = measure_jax(jax_python, seconds)
     rates = take_turns(contenders, seconds, device)
     if before is not None:
         rates[peer] = statistics.mean([before, measure_jax(jax_python, seconds) or before])
     floor_rate = rates["hand-written PyTorch, float32"]
+    if STACKED in rates:
+        rates[STACKED] *= agents
     rows = [
         {"part": "update", "what": name, "per_second": rate, "ratio": rate / floor_rate} for name, rate in rates.items()
     ]

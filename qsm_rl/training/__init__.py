@@ -18,7 +18,7 @@ from qsm_rl.training.diffusion_configuration import (
 from qsm_rl.training.diffusion_update import DiffusionUpdate
 from qsm_rl.training.environments import make_environment
 from qsm_rl.training.errors import TrainingError, UserError, exit_on_error, user_errors
-from qsm_rl.training.evaluation import EvaluationResult, evaluate_policy
+from qsm_rl.training.evaluation import EvaluationResult, evaluate_agents, evaluate_policy
 from qsm_rl.training.faults import Fault, read_fault, write_fault
 from qsm_rl.training.folders import exclusive, make_folder
 from qsm_rl.training.frames import FramesDataset
@@ -107,6 +107,7 @@ __all__ = [
     "curve_intervals",
     "curves_of",
     "derived_seed",
+    "evaluate_agents",
     "evaluate_policy",
     "exclusive",
     "exit_on_error",

@@ -82,9 +82,22 @@ def test_on_a_gpu_auto_compiles_and_the_precision_follows_the_card(monkeypatch, 
     assert (config.compile, config.precision) == (True, precision)
 
 
-def test_agents_that_share_a_gpu_are_not_compiled():
+def test_agents_that_share_a_gpu_are_not_compiled(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     config = choose_arithmetic(QSMConfiguration(seeds=8), torch.device("cuda:0"))
-    assert (config.compile, config.precision) == (False, "float32")
+    assert (config.compile, config.precision) == (False, "tf32")
+
+
+def test_tf32_on_a_cpu_is_refused():
+    with pytest.raises(UserError, match=r"tf32 is a GPU's.*float32"):
+        choose_arithmetic(QSMConfiguration(precision="tf32"), torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def _products_as_they_were():
+    precision = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(precision)
 
 
 @pytest.mark.slow
