@@ -599,6 +599,13 @@ class LossContract:
         sum(output[key] for key in self.owners).backward()
         assert loss.actor_network(data)["action"].device.type == "cuda"
 
+    def test_moved_after_it_was_used(self):
+        """As to a GPU: nothing may stay behind, here in float32."""
+        loss, data = self.make_quiet_loss(), self.make_data()
+        evaluate(loss, data.clone())
+        output = evaluate(loss.to(torch.float64), as_dtype(data, torch.float64))
+        assert all(output[key].dtype == torch.float64 for key in self.owners)
+
     def test_deepcopy(self):
         loss, data = self.make_quiet_loss(), self.make_data()
         copy = deepcopy(loss)

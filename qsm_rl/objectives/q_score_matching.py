@@ -194,8 +194,9 @@ class QScoreMatchingLoss(DiffusionActorCriticLoss):
         critic_params = (
             self.target_qvalue_network_params if self.score_critics == "target" else self.qvalue_network_params
         )
-        # Fetched outside the closure: gradients are taken of the action alone, and torch.compile can follow.
-        critic_params = critic_params.detach()
+        # Fetched outside the closure: gradients are taken of the action alone, and torch.compile can follow. Neither
+        # ``data``, which vmap over agents refuses, nor ``detach``, which remembers where the weights once were.
+        critic_params = critic_params.apply(torch.Tensor.detach)
         actor = self.actor_network
         box, schedule = actor.box, actor.noise_schedule
         clean = box.to_box(action)

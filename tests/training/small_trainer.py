@@ -155,6 +155,9 @@ def build(
         TensorDictSequential(actor, GaussianExploration(spec)),
         frames_per_batch=num_envs,
         init_random_frames=warmup,
+        env_device="cpu",
+        policy_device=device,
+        storing_device="cpu",
         track_traj_ids=False,
         auto_register_policy_transforms=False,
     )
