@@ -63,6 +63,7 @@ def make_collector(
         env_device="cpu",
         policy_device=torch.device("cpu") if cuda_graph else device,
         storing_device="cpu",
+        trust_policy=True if cuda_graph else None,
         track_traj_ids=False,
         auto_register_policy_transforms=False,
         # For one observation the policy is calls, hardly arithmetic. TorchRL's default runs the first call of each

@@ -39,8 +39,9 @@ class TrainingConfiguration:
     """Seed of everything random. Report at least three seeds."""
 
     seeds: int = 1
-    """Independent runs with the seeds seed, seed + 1, ..., each a process of its own with one thread, in folders seed_N
-    of run_dir. The same command goes on with what was stopped."""
+    """Independent runs with the seeds seed, seed + 1, ..., in folders seed_N of run_dir: on a CPU each a process of its
+    own with one thread, and the same command goes on with what was stopped; on a GPU, where the recipe can, all in one
+    process with stacked networks, to be resumed as one run."""
 
     device: str = "auto"
     """Where the networks and the replay buffer live: auto (a GPU when there is one), cpu, cuda, cuda:1."""

@@ -103,7 +103,8 @@ def check_unfinished(config: TrainingConfiguration, folder: RunFolder, first_fra
     Raises:
         UserError: naming the frame or the evaluation.
     """
-    if first_frame >= config.total_frames and (folder.actor / "config.json").is_file():
+    published = [folder.actor / "config.json", *folder.path.glob(f"seed_*/{folder.actor.name}/config.json")]
+    if first_frame >= config.total_frames and any(path.is_file() for path in published):
         raise UserError(f"the run is finished at frame {first_frame:,}; give a larger --total_frames to go on.")
     columns = read_metrics(folder.metrics) if folder.metrics.exists() else {}
     target = math.inf if config.stop_at_return is None else config.stop_at_return
@@ -221,9 +222,10 @@ def finish_run(
             f"± {metrics['eval/return_std']:.1f} over {len(result.returns)} episodes"
         )
     print(f"learning curve: {folder.learning_curve}")
+    published = folder.actor if folder.actor.exists() else folder.path / "seed_N" / folder.actor.name
     if evaluation.videos is not None:
         print(f"videos: {evaluation.videos}")
-    print(f"actor: {folder.actor}")
+    print(f"actor: {published}")
     if target.reached is not None:
         print(
             f"stopped at frame {module.env_frames:,}: the evaluation's return of {target.reached:.1f} is at least "

@@ -70,6 +70,10 @@ def test_every_seed_gets_a_folder_as_a_run_of_its_own(on_a_gpu, tmp_path, capsys
         assert (settings["seed"], settings["seeds"], settings["env"]) == (seed, 1, "InvertedPendulum-v5")
         assert load_actor(folder / "actor")(observation=torch.zeros(4)).abs().max() <= 3
         assert f"seed_{seed}: return {returns[-1][-1]:.1f}" in told
+    assert f"actor: {tmp_path / 'run' / 'seed_N' / 'actor'}" in told
+    with pytest.raises(SystemExit):
+        mujoco_qsm.main(["--resume", str(tmp_path / "run")])
+    assert "the run is finished at frame 200" in capsys.readouterr().err
     for row, values in zip(evaluations, zip(*returns, strict=True), strict=True):
         assert float(row["eval/return_mean"]) == pytest.approx(sum(values) / 3)
     weights = [load_actor(tmp_path / "run" / f"seed_{seed}" / "actor").state_dict() for seed in (5, 6)]
