@@ -40,8 +40,8 @@ from qsm_rl import DiffusionActor, NoiseSchedule, PosteriorQScore, QScoreMatchin
 from qsm_rl import training as rl
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE / "peers"))
-from hand_written import ACTION, OBSERVATION, HandWritten  # noqa: E402
+sys.path.insert(0, str(HERE.parent))  # run by its path it knows its own folder only
+from recipes.peers.hand_written import ACTION, OBSERVATION, HandWritten  # noqa: E402
 
 SIZE = {"steps": 5, "batch": 256, "hidden": 512, "critics": 2, "particles": 0}
 GROWTH = {
