@@ -117,6 +117,7 @@ def measure_update(seconds: float, device: torch.device, jax_python: str | None)
     replay.extend(make_batch(100_000, device))
     eager = make_update(SIZE, device)
     best = rl.choose_arithmetic(rl.QSMConfiguration(), device)
+    rl.set_products(best.precision, device)
     on_gpu, agents = device.type == "cuda", 1
     fastest = make_update(SIZE, device, precision=best.precision, compile=best.compile, cuda_graph=on_gpu)
     floor, name = HandWritten(SIZE, device), f"qsm_rl, {best.precision}{', compiled' if best.compile else ''}"

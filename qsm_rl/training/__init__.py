@@ -24,7 +24,7 @@ from qsm_rl.training.folders import exclusive, make_folder
 from qsm_rl.training.frames import FramesDataset
 from qsm_rl.training.grid import Cell, CellTable, make_cells, read_grid, run_cells
 from qsm_rl.training.grid_command import add_grid_arguments, run_grid
-from qsm_rl.training.hardware import choose_arithmetic, choose_device, limit_threads
+from qsm_rl.training.hardware import choose_arithmetic, choose_device, limit_threads, set_products
 from qsm_rl.training.loggers import read_metrics
 from qsm_rl.training.many_seeds import run_seeds
 from qsm_rl.training.mlp_actors import DeterministicPolicy, TanhActor, TanhGaussianActor
@@ -142,6 +142,7 @@ __all__ = [
     "run_grid",
     "run_seeds",
     "seed_everything",
+    "set_products",
     "stack_seeds",
     "stacks_seeds",
     "user_errors",

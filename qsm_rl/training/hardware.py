@@ -12,7 +12,7 @@ import torch
 from qsm_rl.training.configuration import TrainingConfiguration, capped_warmup
 from qsm_rl.training.errors import UserError
 
-__all__ = ["available_cores", "choose_arithmetic", "choose_device", "limit_threads"]
+__all__ = ["available_cores", "choose_arithmetic", "choose_device", "limit_threads", "set_products"]
 
 MOST_THREADS = 4
 UPDATES_WORTH_COMPILING = 5_000
@@ -98,9 +98,16 @@ def choose_arithmetic(config: Configuration, device: torch.device) -> Configurat
         precision = "float32"
         if (compile_update or device.type == "cuda") and _multiplies_bfloat16(device):
             precision = "bfloat16" if compile_update else "tf32"
-    if device.type == "cuda":  # beside bfloat16 tf32 loses nothing: the last layers' inputs have fewer digits already
-        torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
     return replace(config, compile=compile_update, precision=precision)
+
+
+def set_products(precision: str, device: torch.device) -> None:
+    """Lets a GPU's float32 products be tf32 unless the precision is float32, for all of the process.
+
+    Beside bfloat16 they lose nothing: the inputs of the last layers have fewer digits already.
+    """
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
 
 
 def _cannot_compile(device: torch.device) -> str | None:

@@ -100,6 +100,12 @@ class RunFolder:
         return self.path / "actor"
 
     @property
+    def published(self) -> list[Path]:
+        """Folders of the actors that there are: ``actor``, or of agents that shared the run ``seed_N/actor``."""
+        folders = [self.actor, *sorted(self.path.glob(f"seed_*/{self.actor.name}"))]
+        return [folder for folder in folders if (folder / "config.json").is_file()]
+
+    @property
     def learning_curve(self) -> Path:
         """Picture of the returns over frames."""
         return self.path / "learning_curve.png"

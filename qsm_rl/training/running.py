@@ -103,8 +103,7 @@ def check_unfinished(config: TrainingConfiguration, folder: RunFolder, first_fra
     Raises:
         UserError: naming the frame or the evaluation.
     """
-    published = [folder.actor / "config.json", *folder.path.glob(f"seed_*/{folder.actor.name}/config.json")]
-    if first_frame >= config.total_frames and any(path.is_file() for path in published):
+    if first_frame >= config.total_frames and folder.published:
         raise UserError(f"the run is finished at frame {first_frame:,}; give a larger --total_frames to go on.")
     columns = read_metrics(folder.metrics) if folder.metrics.exists() else {}
     target = math.inf if config.stop_at_return is None else config.stop_at_return
@@ -206,8 +205,10 @@ def finish_run(
     longer = f" --total_frames {frames.total_frames}" if frames.total_frames > saved["total_frames"] else ""
     if target.target != (math.inf if saved["stop_at_return"] is None else saved["stop_at_return"]):
         resume += f" --stop_at_return {'null' if target.target == math.inf else target.target}"
+    alone = folder.actor in folder.published
+    published = folder.actor if alone else folder.path / "seed_N" / folder.actor.name
     if stop.signal is not None:
-        print(f"stopped by {stop.signal.name} at frame {module.env_frames:,}; actor: {folder.actor}")
+        print(f"stopped by {stop.signal.name} at frame {module.env_frames:,}; actor: {published}")
         if last_checkpoint is None:
             print(f"no checkpoint had been written yet; begin anew with {resume}{longer}")
         elif last_checkpoint >= frames.total_frames:
@@ -222,7 +223,6 @@ def finish_run(
             f"± {metrics['eval/return_std']:.1f} over {len(result.returns)} episodes"
         )
     print(f"learning curve: {folder.learning_curve}")
-    published = folder.actor if folder.actor.exists() else folder.path / "seed_N" / folder.actor.name
     if evaluation.videos is not None:
         print(f"videos: {evaluation.videos}")
     print(f"actor: {published}")

@@ -23,7 +23,7 @@ from qsm_rl.training.configuration import TrainingConfiguration, capped_warmup
 from qsm_rl.training.environments import check_registered, make_environment
 from qsm_rl.training.errors import UserError, full_disk_errors, user_errors
 from qsm_rl.training.frames import FramesDataset
-from qsm_rl.training.hardware import choose_arithmetic, choose_device, limit_threads
+from qsm_rl.training.hardware import choose_arithmetic, choose_device, limit_threads, set_products
 from qsm_rl.training.loggers import check_logger
 from qsm_rl.training.module import OffPolicyModule
 from qsm_rl.training.offline_data import DatasetCollector, OfflineWriter
@@ -93,6 +93,7 @@ class TrainingRun(Generic[Configuration]):
         if device.type == "cuda" and config.devices > 1:
             device = choose_device(f"cuda:{rank()}")
         config = choose_arithmetic(config, device)
+        set_products(config.precision, device)
         limit_threads(device, config.num_workers if config.worker_backend == "process" else 0)
         seed_everything(config.seed)
         make = partial(
@@ -197,7 +198,7 @@ class TrainingRun(Generic[Configuration]):
             acting,
             self.device,
             warmup_frames=max(0, -(-(self.warmup_frames - self.first_frame) // ranks)) * agents,
-            cuda_graph=getattr(update, "cuda_graph", False),
+            cuda_graph=update.cuda_graph,
         )
         writer = TransitionWriter(replay, n_step=config.n_step, gamma=config.gamma, agents=agents > 1)
         if dataset is not None:

@@ -50,7 +50,12 @@ class Update(nn.Module):
     Args:
         loss: the loss module; holds networks and target networks.
         optimizers: the optimisers by name.
+
+    Attributes:
+        cuda_graph: whether the update is recorded as a CUDA graph; the policy then acts by one, too.
     """
+
+    cuda_graph = False
 
     def __init__(self, loss: LossModule, optimizers: dict[str, Optimizer]) -> None:
         super().__init__()
