@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
-from torch.optim import Adam, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchrl.objectives import SoftUpdate
 
 from qsm_rl.action_selection import BestOfN
 from qsm_rl.actor import DiffusionActor
 from qsm_rl.objectives.diffusion_actor_critic import DiffusionActorCriticLoss
-from qsm_rl.training.cuda_graphs import CudaGraph
+from qsm_rl.training.deferred_update import LOSS_NAMES, DeferredUpdate, StepOutputs
 from qsm_rl.training.random_state import isolated_random_state
 from qsm_rl.training.ranks import average_batch_statistics
 from qsm_rl.training.updates import (
-    NonFiniteLossError,
     Precision,
-    Update,
     accelerated,
-    cosine_decay,
     gradient_step,
     raise_non_finite,
     watch,
@@ -35,13 +29,9 @@ __all__ = ["SPREAD_OBSERVATIONS", "SPREAD_SAMPLES", "DiffusionUpdate"]
 
 SPREAD_SAMPLES = 8
 SPREAD_OBSERVATIONS = 32
-LOSS_NAMES = ("loss_qvalue", "loss_actor")
-
-# Rows (loss, norm of its gradient) of the critics and, where it acts, the actor; the info of both losses.
-StepOutputs = tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]
 
 
-class DiffusionUpdate(Update):
+class DiffusionUpdate(DeferredUpdate):
     """Critics first, then their targets, then the actor with the critics just updated, for any of the kit's losses.
 
     ``qvalue_loss``, critic step, Polyak step of the target networks where the loss has any, ``actor_loss``, actor step.
@@ -91,25 +81,22 @@ class DiffusionUpdate(Update):
     ) -> None:
         actor_parameters = list(loss.actor_network_params.parameters())
         critic_parameters = list(loss.qvalue_network_params.parameters())
-        rate: float | Tensor = actor_learning_rate
-        if cuda_graph:  # which reads the rate where it lies, and a number would be recorded
-            rate = torch.tensor(actor_learning_rate, device=actor_parameters[0].device)
-        options: dict[str, Any] = {"fused": True, "capturable": cuda_graph}
-        optimizers: dict[str, Optimizer] = {
-            "actor": Adam(actor_parameters, lr=rate, **options),
-            "critic": Adam(critic_parameters, lr=critic_learning_rate, betas=(critic_adam_beta1, 0.999), **options),
-        }
-        super().__init__(loss, optimizers)
-        self.actor_parameters = actor_parameters
-        self.critic_parameters = critic_parameters
-        self.policy_delay = policy_delay
-        self.actor_learning_rate = actor_learning_rate
-        self.actor_learning_rate_decay = actor_learning_rate_decay
+        super().__init__(
+            loss,
+            actor_parameters,
+            critic_parameters,
+            actor_learning_rate=actor_learning_rate,
+            critic_learning_rate=critic_learning_rate,
+            critic_adam_beta1=critic_adam_beta1,
+            policy_delay=policy_delay,
+            actor_learning_rate_decay=actor_learning_rate_decay,
+            gradient_clipping=gradient_clipping,
+            cuda_graph=cuda_graph,
+            deferred=cuda_graph,
+        )
         self.eval_best_of = eval_best_of
-        self.gradient_clipping = gradient_clipping
         has_targets = loss.delay_actor or loss.delay_qvalue
         self.tau = tau
-        self.cuda_graph = cuda_graph
         self.target_updater = SoftUpdate(loss, tau=tau) if has_targets else None
         # A view on the loss's parameters; in a tuple, so that they are not registered a second time.
         self._actor = (loss.get_stateful_net("actor_network"),)
@@ -119,16 +106,6 @@ class DiffusionUpdate(Update):
         self._qvalue_loss = accelerated(loss.qvalue_loss, precision, compile)
         self._actor_loss = accelerated(loss.actor_loss, precision, compile)
         self._watch = torch.compile(watch) if compile else watch
-        self._failed = torch.zeros((), device=actor_parameters[0].device) if cuda_graph else None
-        self._watched: list[Tensor] = []
-        # One graph for the critics alone, one for the whole update.
-        self._steps: dict[bool, Callable[[TensorDictBase], StepOutputs]] = {
-            acts: partial(self._step, acts=acts) for acts in (False, True)
-        }
-        if cuda_graph:
-            for optimizer in optimizers.values():
-                optimizer.found_inf = self._failed  # type: ignore[attr-defined]  # shared: one failure stops both
-            self._steps = {acts: CudaGraph(step) for acts, step in self._steps.items()}
         self._qvalue_info: dict[str, Tensor] | None = None
         self._actor_info: dict[str, Tensor] | None = None
         self._observation: Tensor | None = None
@@ -153,14 +130,7 @@ class DiffusionUpdate(Update):
 
     def forward(self, batch: TensorDictBase) -> dict[str, Tensor]:
         """See ``Update.forward``; returns ``qvalue`` (mean over critics) and, where it is its turn, ``actor``."""
-        self.num_updates += 1
-        acts = self.num_updates % self.policy_delay == 0
-        if acts:
-            self._set_actor_rate()
-        report, self._qvalue_info, actor_info = self._steps[acts](batch)
-        if self._failed is not None:
-            report = report.clone()  # the next update writes where it lies
-            self._watched.append(report)
+        acts, report, self._qvalue_info, actor_info = self._run(batch)
         if acts:
             self._actor_info = actor_info
             if self.ema is not None:
@@ -169,17 +139,8 @@ class DiffusionUpdate(Update):
         losses = {"qvalue": report[0, 0] / self.loss.num_qvalue_nets}
         return {**losses, "actor": report[1, 0]} if acts else losses
 
-    def check(self) -> None:
-        """See ``Update.check``."""
-        reports, self._watched = self._watched, []
-        if not reports or torch.stack([report.sum() for report in reports]).isfinite().all():
-            return  # having waited for the GPU once
-        for index, report in enumerate(reports):
-            try:
-                raise_non_finite(report, LOSS_NAMES)
-            except NonFiniteLossError as error:
-                error.updates_since = len(reports) - 1 - index
-                raise
+    def _raise_non_finite(self, report: Tensor) -> None:
+        raise_non_finite(report, LOSS_NAMES)
 
     def _step(self, batch: TensorDictBase, *, acts: bool) -> StepOutputs:
         """The critics, their targets and, where it acts, the actor: all that a CUDA graph may hold."""
@@ -193,15 +154,6 @@ class DiffusionUpdate(Update):
             loss_actor, actor_info = self._actor_loss(batch)
             report.append(self._descend("actor", "loss_actor", loss_actor, self.actor_parameters))
         return torch.stack(report), qvalue_info, actor_info
-
-    def _set_actor_rate(self) -> None:
-        steps = self.num_updates // self.policy_delay - 1
-        rate = self.actor_learning_rate * cosine_decay(steps, self.actor_learning_rate_decay)
-        group = self.optimizers["actor"].param_groups[0]
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
 
     def diagnostics(self) -> dict[str, Tensor]:
         """The loss's own, spreads of Q and its targets, the share of saturated actions and the policy's spread."""
@@ -224,10 +176,10 @@ class DiffusionUpdate(Update):
         assert self._observation is not None, "asked before the first update"
         return self._actor[0].sample(self._observation.expand(SPREAD_SAMPLES, *self._observation.shape))
 
-    def _descend(self, name: str, loss_name: str, loss: Tensor, parameters: list[Tensor]) -> Tensor:
+    def _descend(self, name: str, loss_name: str, loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
         """An optimiser's step; returns the loss and its gradient's norm, ``(2,)``."""
         optimizer = self.optimizers[name]
-        if self._failed is None:
+        if not self._deferred:
             return gradient_step(loss_name, loss, optimizer, parameters, self.gradient_clipping)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -10,17 +10,16 @@ import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
-from torch.optim import Adam, Optimizer
 
 from qsm_rl.actor import DiffusionActor
-from qsm_rl.training.cuda_graphs import CudaGraph
-from qsm_rl.training.diffusion_update import LOSS_NAMES, DiffusionUpdate
-from qsm_rl.training.updates import NonFiniteLossError, Update, cosine_decay, raise_non_finite
+from qsm_rl.training.deferred_update import LOSS_NAMES, DeferredUpdate, StepOutputs
+from qsm_rl.training.diffusion_update import DiffusionUpdate
+from qsm_rl.training.updates import note_failure, raise_non_finite
 
 __all__ = ["StackedActor", "StackedUpdate"]
 
 
-class StackedUpdate(Update):
+class StackedUpdate(DeferredUpdate):
     """The updates of N agents as one: each agent has networks, optimiser state, data and random numbers of its own.
 
     What each agent learns is what its own ``DiffusionUpdate`` would have taught it on the same batches and draws, up to
@@ -46,36 +45,24 @@ class StackedUpdate(Update):
             [value for value in params[name].values(True, True) if isinstance(value, nn.Parameter)]
             for name in ("actor_network_params", "qvalue_network_params")
         )
-        device = actor_parameters[0].device
-        rate = first.actor_learning_rate
-        critic = first.optimizers["critic"].param_groups[0]
-        options: dict[str, Any] = {"fused": True, "capturable": cuda_graph}
-        optimizers: dict[str, Optimizer] = {
-            "actor": Adam(actor_parameters, lr=torch.tensor(rate, device=device) if cuda_graph else rate, **options),
-            "critic": Adam(critic_parameters, lr=critic["lr"], betas=critic["betas"], **options),
-        }
-        super().__init__(first.loss, optimizers)
+        super().__init__(
+            first.loss,
+            actor_parameters,
+            critic_parameters,
+            actor_learning_rate=first.actor_learning_rate,
+            critic_learning_rate=first.critic_learning_rate,
+            critic_adam_beta1=first.critic_adam_beta1,
+            policy_delay=first.policy_delay,
+            actor_learning_rate_decay=first.actor_learning_rate_decay,
+            gradient_clipping=first.gradient_clipping,
+            cuda_graph=cuda_graph,
+            deferred=True,
+        )
         self.params: TensorDictParams = params
         self.seeds = tuple(seeds)
-        self.actor_learning_rate = rate
-        self.actor_learning_rate_decay = first.actor_learning_rate_decay
-        self.policy_delay = first.policy_delay
-        self.gradient_clipping = first.gradient_clipping
         self.tau = first.tau
-        self.cuda_graph = cuda_graph
-        self._failed = torch.zeros((), device=device)
-        for optimizer in optimizers.values():
-            optimizer.found_inf = self._failed  # type: ignore[attr-defined]
-        self._parameters_of = {"actor": actor_parameters, "critic": critic_parameters}
         self._targets = list(_target_pairs(params))
         self._losses = {name: self._of_all_agents(name) for name in ("qvalue_loss", "actor_loss")}
-        self._steps: dict[bool, Callable[[TensorDictBase], Any]] = {
-            False: lambda batch: self._step(batch, acts=False),
-            True: lambda batch: self._step(batch, acts=True),
-        }
-        if cuda_graph:
-            self._steps = {acts: CudaGraph(step) for acts, step in self._steps.items()}
-        self._reports: list[Tensor] = []
         self._infos: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
 
     # The loss that the agents take turns in belongs to none of them: its weights are no state of this update.
@@ -115,34 +102,16 @@ class StackedUpdate(Update):
         Returns:
             ``qvalue`` and, where it is its turn, ``actor``: means over the agents.
         """
-        self.num_updates += 1
-        acts = self.num_updates % self.policy_delay == 0
-        if acts:
-            steps = self.num_updates // self.policy_delay - 1
-            rate = self.actor_learning_rate * cosine_decay(steps, self.actor_learning_rate_decay)
-            group = self.optimizers["actor"].param_groups[0]
-            group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
-        report, *infos = self._steps[acts](batch)
-        report = report.clone()
-        self._reports.append(report)
+        acts, report, *infos = self._run(batch)
         if acts:
             self._infos = (infos[0], infos[1])
         means = report[:, 0].mean(-1)
         losses = {"qvalue": means[0] / self.loss.num_qvalue_nets}
         return {**losses, "actor": means[1]} if acts else losses
 
-    def check(self) -> None:
-        """See ``Update.check``; names the seed."""
-        reports, self._reports = self._reports, []
-        if not reports or torch.stack([report.sum() for report in reports]).isfinite().all():
-            return
-        for index, report in enumerate(reports):
-            for agent, seed in enumerate(self.seeds):
-                try:
-                    raise_non_finite(report[..., agent], [f"{name} of seed {seed}" for name in LOSS_NAMES])
-                except NonFiniteLossError as error:
-                    error.updates_since = len(reports) - 1 - index
-                    raise
+    def _raise_non_finite(self, report: Tensor) -> None:
+        for agent, seed in enumerate(self.seeds):
+            raise_non_finite(report[..., agent], [f"{name} of seed {seed}" for name in LOSS_NAMES])
 
     def diagnostics(self) -> dict[str, Tensor]:
         """The loss's own, means over the agents."""
@@ -165,27 +134,27 @@ class StackedUpdate(Update):
 
         return torch.vmap(of_one, in_dims=(0, 1), randomness="different")
 
-    def _step(self, batch: TensorDictBase, *, acts: bool) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    def _step(self, batch: TensorDictBase, *, acts: bool) -> StepOutputs:
         loss_qvalue, qvalue_info = self._losses["qvalue_loss"](self.params, batch)
-        report = [self._descend("critic", loss_qvalue)]
+        report = [self._descend("critic", loss_qvalue, self.critic_parameters)]
         if self._targets:
             targets, sources = zip(*self._targets, strict=True)
             torch._foreach_lerp_(targets, sources, self.tau)
         actor_info: dict[str, Tensor] = {}
         if acts:
             loss_actor, actor_info = self._losses["actor_loss"](self.params, batch)
-            report.append(self._descend("actor", loss_actor))
+            report.append(self._descend("actor", loss_actor, self.actor_parameters))
         return torch.stack(report), qvalue_info, actor_info
 
-    def _descend(self, name: str, losses: Tensor) -> Tensor:
+    def _descend(self, name: str, losses: Tensor, parameters: list[nn.Parameter]) -> Tensor:
         """An optimiser's step; returns the losses and their gradients' norms, ``(2, N)``."""
         optimizer = self.optimizers[name]
         optimizer.zero_grad(set_to_none=True)
         losses.sum().backward()  # no agent's loss knows another's weights
-        gradients = [p.grad for p in self._parameters_of[name] if p.grad is not None]
+        gradients = [p.grad for p in parameters if p.grad is not None]
         norms = torch.cat([gradient.flatten(1) for gradient in gradients], 1).norm(dim=1)
         watched = torch.stack([losses.detach(), norms])
-        self._failed.copy_(torch.maximum(self._failed, (~torch.isfinite(watched)).any().to(self._failed.dtype)))
+        note_failure(watched, self._failed)
         if self.gradient_clipping is not None:
             factors = (self.gradient_clipping / (norms + 1e-6)).clamp(max=1.0)
             for gradient in gradients:

@@ -23,6 +23,7 @@ __all__ = [
     "accelerated",
     "cosine_decay",
     "gradient_step",
+    "note_failure",
     "raise_non_finite",
     "watch",
 ]
@@ -202,8 +203,13 @@ def watch(loss: Tensor, gradients: Sequence[Tensor], failed: Tensor) -> Tensor:
     """
     squares = torch.stack([gradient.square().sum() for gradient in gradients])
     watched = torch.stack([loss.detach(), squares.sum().sqrt()])
-    failed.copy_(torch.maximum(failed, (~torch.isfinite(watched)).any().to(failed.dtype)))
+    note_failure(watched, failed)
     return watched
+
+
+def note_failure(watched: Tensor, failed: Tensor) -> None:
+    """Sets the scalar ``failed`` to 1 if anything watched is not finite, and reads nothing back."""
+    failed.copy_(torch.maximum(failed, (~torch.isfinite(watched)).any().to(failed.dtype)))
 
 
 def raise_non_finite(report: Tensor, names: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from tensordict.nn import TensorDictModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qsm_rl import BoltzmannQScore, NormalizedQScore, PosteriorQScore
-from qsm_rl.training import diffusion_update, read_fault
+from qsm_rl.training import deferred_update, read_fault
 from qsm_rl.training.cuda_graphs import CudaGraph, CudaGraphPolicy
 from qsm_rl.training.updates import NonFiniteLossError
 from tests.training.small_trainer import build
@@ -39,7 +39,7 @@ class Transfers(TorchDispatchMode):
 @pytest.fixture
 def without_graphs(monkeypatch):
     """An update for a CUDA graph, run as it is: what the graph would hold, on any device."""
-    monkeypatch.setattr(diffusion_update, "CudaGraph", lambda step: step)
+    monkeypatch.setattr(deferred_update, "CudaGraph", lambda step: step)
 
 
 @pytest.mark.parametrize("score_target", [None, BoltzmannQScore(1.0), NormalizedQScore(), PosteriorQScore(1.0, 8)])
