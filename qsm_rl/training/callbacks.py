@@ -67,7 +67,7 @@ class PeriodicCallback(Callback):
         self, trainer: Trainer, module: OffPolicyModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Lightning's hook."""
-        if self.due(module.env_frames - module.count(batch), module.env_frames):
+        if self.due(module.env_frames - self.frames.count(batch.numel()), module.env_frames):
             self.run(trainer, module)
 
 

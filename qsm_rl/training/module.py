@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,7 @@ class OffPolicyModule(LightningModule):
         env: name of the environment, for messages.
         warmup_frames: frames before the first update.
         updates_per_frame: updates for each frame after that.
-        num_ranks: processes that train together, each on frames of its own; all of them are counted.
-        num_agents: independent agents that share the batches; the frames of one are counted.
+        count: how many frames a batch counts for by its number of entries, see ``FramesDataset.count``.
         faults: folder for dumps of values that are not finite, see [`read_fault`][qsm_rl.training.read_fault]; None
             keeps none.
 
@@ -60,8 +59,7 @@ class OffPolicyModule(LightningModule):
         env: str,
         warmup_frames: int,
         updates_per_frame: float,
-        num_ranks: int = 1,
-        num_agents: int = 1,
+        count: Callable[[int], int] = int,
         faults: Path | None = None,
     ) -> None:
         super().__init__()
@@ -71,8 +69,7 @@ class OffPolicyModule(LightningModule):
         self.env = env
         self.warmup_frames = max(1, warmup_frames)
         self.updates_per_frame = updates_per_frame
-        self.num_ranks = num_ranks
-        self.num_agents = num_agents
+        self.count = count
         self.faults = faults
         # Plain integers: buffers would live on the GPU, and reading them there would wait for it at every frame.
         self.env_frames = 0
@@ -98,7 +95,7 @@ class OffPolicyModule(LightningModule):
             NonFiniteLossError: naming the loss and the frame.
         """
         self._check_finite(batch)
-        self.env_frames += self.count(batch)
+        self.env_frames += self.count(batch.numel())
         self._log_episodes(batch)
         self.writer.write(batch)
         replay = self.writer.replay
@@ -108,10 +105,6 @@ class OffPolicyModule(LightningModule):
             self.update.begin(from_rank_zero(replay[:]))
         for batches in self._draw(self.updates_due - self.grad_steps):
             self._update(batches)
-
-    def count(self, batch: TensorDictBase) -> int:
-        """Frames that a collected batch counts for."""
-        return batch.numel() * self.num_ranks // self.num_agents
 
     def _update(self, batches: Sequence[TensorDictBase]) -> None:
         """Updates on each batch, and sees to it that every loss was finite."""

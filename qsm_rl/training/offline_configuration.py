@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from qsm_rl.training.diffusion_configuration import PlainCriticsConfiguration
 
@@ -50,6 +51,8 @@ class OfflineQSMConfiguration(PlainCriticsConfiguration):
         self.total_frames = max(self.total_frames, self.offline_updates + self.online_frames)  # below again, rounded
         super().__post_init__()
         self._check("dataset", bool(self.dataset), "minari:ID, d4rl:ID or a folder")
+        if self.resume is None and self.dataset.partition(":")[0] not in ("minari", "d4rl"):
+            self.dataset = str(Path(self.dataset).absolute())  # --resume is called from anywhere
         self._check("score_temperature", self.score_temperature > 0, "above 0")
         self._check("bc_weight", self.bc_weight >= 0, "0 or more")
         for name, only in (("warmup_frames", 0), ("n_step", 1), ("updates_per_frame", 1), ("devices", 1)):

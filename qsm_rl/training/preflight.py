@@ -54,6 +54,7 @@ def check_space(
     folder: Path,
     *,
     rows: int,
+    capacity: int,
     row: int,
     checkpoint_every: int,
     state: dict[str, Tensor],
@@ -65,6 +66,7 @@ def check_space(
     Args:
         folder: the run's folder.
         rows: transitions that the replay buffer will hold.
+        capacity: those that it could; their memory is asked for with the first one, and taken as it is written to.
         row: bytes of one, see ``row_bytes``.
         checkpoint_every: frames between checkpoints, whose rows lie on the disk beside the buffer's.
         state: the update's tensors; Adam keeps two more of each.
@@ -80,6 +82,14 @@ def check_space(
             f"the replay buffer needs {_size(rows * row)} of memory for {rows:,} transitions of {row} bytes, and "
             f"{_size(free)} are free on {device}; lower --replay_size to {free * 3 // 4 // row:,}."
         )
+    if device is not None and device.type == "cpu":
+        try:
+            torch.empty(capacity * row, dtype=torch.uint8)
+        except (RuntimeError, TypeError) as error:  # the latter where the number itself is too large
+            raise UserError(
+                f"a replay buffer of {capacity:,} transitions of {row} bytes is more than this machine gives; lower "
+                f"--replay_size, of which this run needs {rows:,}."
+            ) from error
     checkpoint = 3 * sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     replay, checkpoints = (max(0, rows - stored) + 2 * checkpoint_every) * row, KEPT_CHECKPOINTS * checkpoint
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())

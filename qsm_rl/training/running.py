@@ -77,7 +77,10 @@ def print_summary(
     print(f"device: {device}{ranks}, {threads} thread{plural}; updates in {config.precision}{compiled}")
     print(f"run folder: {folder.path}")
     capped = f", a fifth of total_frames instead of {config.warmup_frames:,}" if warmup < config.warmup_frames else ""
-    print(f"frames: {config.total_frames:,}; warm-up: {warmup:,} frames of random actions{capped}")
+    batch = config.frames_per_batch * config.devices
+    last = first_frame + batch * math.ceil((config.total_frames - first_frame) / batch)
+    rounded = f", rounded up to {last:,} by batches of {batch:,}" if last > config.total_frames else ""
+    print(f"frames: {config.total_frames:,}{rounded}; warm-up: {warmup:,} frames of random actions{capped}")
     if config.num_envs > 1:
         cut = config.checkpoint_every // config.num_envs
         print(

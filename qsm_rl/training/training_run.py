@@ -224,8 +224,7 @@ class TrainingRun(Generic[Configuration]):
                 env=config.env,
                 warmup_frames=self.warmup_frames,
                 updates_per_frame=config.updates_per_frame,
-                num_ranks=ranks,
-                num_agents=agents,
+                count=frames.count,
                 faults=folder.faults if rank() == 0 else folder.faults / f"rank-{rank()}",
             )
             if rank() == 0:  # one machine: what all processes need together
@@ -276,12 +275,14 @@ class TrainingRun(Generic[Configuration]):
     def _check_space(self, module: OffPolicyModule, written: int, stored: int) -> None:
         """Room for the ``written`` transitions of the whole run, ``stored`` of which lie on the disk already."""
         config = self.config
-        rows = min(config.replay_size, written)
+        capacity = module.writer.replay.storage.max_size
+        rows = min(capacity, written)
         try:
             check_space(
                 self.folder.path,
                 # On a GPU all of the buffer is taken with the first row; elsewhere memory is taken as it is written to.
-                rows=module.writer.replay.storage.max_size if self.device.type == "cuda" else rows,
+                rows=capacity if self.device.type == "cuda" else rows,
+                capacity=capacity,
                 row=row_bytes(module.writer.entries(self.environment.fake_tensordict())),
                 checkpoint_every=config.checkpoint_every,
                 state={k: v for k, v in module.update.state_dict().items() if isinstance(v, torch.Tensor)},

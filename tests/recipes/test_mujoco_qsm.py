@@ -194,6 +194,13 @@ def test_resumed_run_equals_the_uninterrupted_one_to_the_bit(tmp_path, options, 
     assert (whole / "actor" / "model.safetensors").read_bytes() == (cut / "actor" / "model.safetensors").read_bytes()
 
 
+def test_frames_come_in_whole_batches_and_the_run_says_how_many(tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert run(*SMALL, "--run_dir", folder, "--total_frames", "35", "--frames_per_batch", "20") == 0
+    assert "frames: 35, rounded up to 40 by batches of 20;" in capsys.readouterr().out
+    assert metrics(folder)[-1]["frames"] == "40"
+
+
 def test_a_disk_that_is_full_at_a_row_of_the_log_is_told_and_the_run_goes_on(finished, tmp_path, capsys, monkeypatch):
     folder, log = tmp_path / "run", MetricsTable.log_metrics
 

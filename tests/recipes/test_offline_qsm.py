@@ -28,7 +28,7 @@ def run(recipe, *arguments) -> int:
 
 def test_offline_updates_are_whole_batches_of_frames():
     config = OfflineQSMConfiguration(dataset="minari:x", offline_updates=25, online_frames=7, frames_per_batch=10)
-    assert (config.offline_updates, config.total_frames) == (30, 37)
+    assert (config.offline_updates, config.total_frames, config.dataset) == (30, 37, "minari:x")
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +69,11 @@ def test_a_run_and_a_torchrl_folder_give_back_what_was_stored(tmp_path, collecte
         assert torch.equal(again[key], stored[key]), key
 
 
-def test_offline_then_online_and_resumed_to_the_bit(tmp_path, collected, capsys):
+def test_offline_then_online_and_resumed_to_the_bit(tmp_path, collected, capsys, monkeypatch):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert run(offline_qsm, *OFFLINE, "--dataset", collected, "--run_dir", whole) == 0
+    with monkeypatch.context() as elsewhere:
+        elsewhere.chdir(collected.parent)
+        assert run(offline_qsm, *OFFLINE, "--dataset", collected.name, "--run_dir", whole) == 0
     said = capsys.readouterr().out
     assert f"go on for longer: python recipes/offline_qsm.py --resume {whole} --total_frames 240" in said
     assert "the full job" not in said  # its length is the user's to say

@@ -26,7 +26,14 @@ def machine(monkeypatch):
 
 def check(folder, **options) -> None:
     state = {"weight": torch.zeros(1_000_000)}  # 4 MB, in a checkpoint 12 MB with Adam's averages, and three of those
-    options = {"rows": 1_000_000, "row": ROW, "checkpoint_every": 5_000, "state": state, **options}
+    options = {
+        "rows": 1_000_000,
+        "capacity": 1_000_000,
+        "row": ROW,
+        "checkpoint_every": 5_000,
+        "state": state,
+        **options,
+    }
     check_space(folder, device=torch.device("cpu"), **options)
 
 
@@ -46,6 +53,13 @@ def test_what_fits_passes_and_what_does_not_is_told_with_need_and_remedy(tmp_pat
         check(tmp_path)
     machine(93_000_000, need - 93 * 400_000)
     check(tmp_path, stored=400_000)  # a resumed run has them on the disk already
+
+
+@pytest.mark.parametrize("capacity", [10**14, 10**25])
+def test_a_buffer_whose_addresses_cannot_be_had_is_refused_with_what_the_run_needs(tmp_path, machine, capacity):
+    machine(93_000_000, 10**12)
+    with pytest.raises(UserError, match=rf"{capacity:,} transitions of 93 bytes is more .* this run needs 1,000,000"):
+        check(tmp_path, capacity=capacity)
 
 
 def test_this_machine_says_what_is_free():
