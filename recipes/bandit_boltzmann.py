@@ -35,7 +35,7 @@ from qsm_rl import (
     ScoreTarget,
 )
 from qsm_rl.atomic_files import write_csv_atomically
-from qsm_rl.training.updates import accelerated
+from qsm_rl.training import accelerated
 
 Clip = Literal["sample", "clean"] | None
 Precision = Literal["float32", "bfloat16"]

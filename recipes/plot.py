@@ -18,6 +18,7 @@ from pathlib import Path
 import yaml
 
 from qsm_rl import training as rl
+from qsm_rl.training.grids.curves import Curves
 
 COLUMNS = ("env", "curve", "seed", "frames", "return_mean", "return_std")
 SAMPLING = "sampling"
@@ -75,7 +76,7 @@ def warn_of_differences(curves: Mapping[Path, str]) -> None:
             )
 
 
-def table(curves: rl.curves.Curves) -> str:
+def table(curves: Curves) -> str:
     """The last evaluation that all seeds of a curve have in common, as Markdown."""
     lines = ["| environment | curve | frames | seeds | mean | 95 % interval | returns |", "|" + "---|" * 7]
     for (env, name), curve in curves.items():

@@ -17,7 +17,7 @@ from qsm_rl import (
     QValueCrossQ,
     ScoreMLP,
 )
-from qsm_rl.training.environments import make_environment
+from qsm_rl.training.environments.make_environment import make_environment
 from tests.loss_contract import (
     ACTION_DIM,
     NESTED_KEYS,

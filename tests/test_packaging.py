@@ -47,6 +47,20 @@ RANKS = {
     "objectives": 3,
     "training": 4,
 }
+# The same within qsm_rl/training.
+TRAINING_RANKS = {
+    "errors": 0,
+    "folders": 0,
+    "random_state": 0,
+    "ranks": 0,
+    "configuration": 1,
+    "environments": 2,
+    "updates": 2,
+    "data": 3,
+    "evaluation": 3,
+    "runs": 4,
+    "grids": 5,
+}
 PACKAGE_FILES = sorted((ROOT / "qsm_rl").rglob("*.py"))
 
 
@@ -142,6 +156,21 @@ def test_nothing_imports_upward(path: Path):
     assert "__init__" not in own, f"{path.name} imports from the package above it; import from the module instead"
     upward = {other for other in own if RANKS[other] > RANKS[part]}
     assert not upward, f"{module_name(path)} imports upward: {sorted(upward)}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "qsm_rl" / "training").rglob("*.py")), ids=module_name)
+def test_nothing_in_training_imports_upward(path: Path):
+    name = module_name(path)
+    if name == "qsm_rl.training":
+        return  # the public names, from all over
+    room = name.split(".")[2]
+    modules = [module for module in imported_modules(path) if module.startswith("qsm_rl.training")]
+    assert "qsm_rl.training" not in modules, f"{name} imports from the package above it; import from the module instead"
+    rooms = {module.split(".")[2] for module in modules}
+    upward = {other for other in rooms if TRAINING_RANKS[other] > TRAINING_RANKS[room]}
+    assert not upward, f"{name} imports upward: {sorted(upward)}"
+    alike = {other for other in rooms - {room} if TRAINING_RANKS[other] == TRAINING_RANKS[room] > 0}
+    assert not alike, f"{name} imports its neighbours: {sorted(alike)}"
 
 
 def test_parts_do_not_import_in_circles():

@@ -24,7 +24,7 @@ from torchrl.modules import DiffusionActor as StockDiffusionActor
 from torchrl.objectives import DiffusionBCLoss, SoftUpdate
 
 from qsm_rl import DiffusionActor, GaussianExploration, NoiseSchedule, QScoreMatchingLoss, QValueMLP, ScoreMLP
-from qsm_rl.training.environments import make_environment
+from qsm_rl.training.environments.make_environment import make_environment
 
 
 class PointEnv(gymnasium.Env):

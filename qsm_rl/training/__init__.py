@@ -1,60 +1,60 @@
 """The Lightning training side, which all recipes share. Importing ``qsm_rl`` alone does not import it."""
 
-from qsm_rl.training.actor_files import load_actor, publish_actor
-from qsm_rl.training.algorithms import ALGORITHMS, Algorithm, check_cells
-from qsm_rl.training.cell_tables import final_rows, markdown_table
-from qsm_rl.training.checkpoints import CheckpointFolder
-from qsm_rl.training.collection import make_collector
-from qsm_rl.training.command_line import parse_configuration
-from qsm_rl.training.configuration import TrainingConfiguration, capped_warmup
-from qsm_rl.training.critic_networks import make_critics
-from qsm_rl.training.curves import common_frames, curves_of, plot_curves, read_reference
-from qsm_rl.training.diffusion_configuration import (
+from qsm_rl.training.configuration.command_line import parse_configuration
+from qsm_rl.training.configuration.diffusion_configuration import (
     DiffusionConfiguration,
     DiffusionPGConfiguration,
     DiffusionQLConfiguration,
     PlainCriticsConfiguration,
 )
-from qsm_rl.training.diffusion_update import DiffusionUpdate
-from qsm_rl.training.environments import make_environment
+from qsm_rl.training.configuration.hardware import choose_arithmetic, choose_device, limit_threads, set_products
+from qsm_rl.training.configuration.offline_configuration import OfflineQSMConfiguration
+from qsm_rl.training.configuration.qsm_configuration import PRESETS, QSMConfiguration
+from qsm_rl.training.configuration.training_configuration import TrainingConfiguration, capped_warmup
+from qsm_rl.training.data.checkpoints import CheckpointFolder
+from qsm_rl.training.data.collection import make_collector
+from qsm_rl.training.data.frames import FramesDataset
+from qsm_rl.training.data.offline_data import DatasetCollector, OfflineWriter, read_dataset
+from qsm_rl.training.data.replay import ReplayArchive, TransitionWriter
+from qsm_rl.training.data.worker_collector import WorkerCollector
+from qsm_rl.training.environments.make_environment import check_registered, make_environment
+from qsm_rl.training.environments.observation_statistics import copy_observation_statistics
 from qsm_rl.training.errors import TrainingError, UserError, exit_on_error, user_errors
-from qsm_rl.training.evaluation import EvaluationResult, evaluate_agents, evaluate_policy
-from qsm_rl.training.faults import Fault, read_fault, write_fault
+from qsm_rl.training.evaluation.evaluate import EvaluationResult, evaluate_agents, evaluate_policy
+from qsm_rl.training.evaluation.videos import Film, check_filming
 from qsm_rl.training.folders import exclusive, make_folder
-from qsm_rl.training.frames import FramesDataset
-from qsm_rl.training.grid import Cell, CellTable, make_cells, read_grid, run_cells
-from qsm_rl.training.grid_command import add_grid_arguments, run_grid
-from qsm_rl.training.hardware import choose_arithmetic, choose_device, limit_threads, set_products
-from qsm_rl.training.loggers import read_metrics
-from qsm_rl.training.many_seeds import run_seeds
-from qsm_rl.training.mlp_actors import DeterministicPolicy, TanhActor, TanhGaussianActor
-from qsm_rl.training.module import OffPolicyModule
-from qsm_rl.training.observation_statistics import copy_observation_statistics
-from qsm_rl.training.offline_configuration import OfflineQSMConfiguration
-from qsm_rl.training.offline_data import DatasetCollector, OfflineWriter, read_dataset
-from qsm_rl.training.plotting import plot_learning_curve
-from qsm_rl.training.qsm_configuration import PRESETS, QSMConfiguration
-from qsm_rl.training.qsm_update import QSMUpdate
-from qsm_rl.training.random_state import derived_seed, seed_everything
-from qsm_rl.training.replay import ReplayArchive, TransitionWriter
-from qsm_rl.training.resuming import restore_checkpoint
-from qsm_rl.training.run_folder import RunFolder
-from qsm_rl.training.running import finish_run, make_callbacks, make_loggers, print_summary
-from qsm_rl.training.sac_update import SACConfiguration, SACUpdate
-from qsm_rl.training.stacked_run import stack_seeds, stacks_seeds
-from qsm_rl.training.stacked_update import StackedActor, StackedUpdate
-from qsm_rl.training.statistics import (
+from qsm_rl.training.grids.algorithms import ALGORITHMS, Algorithm, check_cells
+from qsm_rl.training.grids.cell_tables import final_rows, markdown_table
+from qsm_rl.training.grids.curves import common_frames, curves_of, plot_curves, read_reference
+from qsm_rl.training.grids.grid import Cell, CellTable, make_cells, read_grid, run_cells
+from qsm_rl.training.grids.grid_command import add_grid_arguments, run_grid
+from qsm_rl.training.grids.many_seeds import run_seeds
+from qsm_rl.training.grids.statistics import (
     curve_intervals,
     interval_estimates,
     mean_interval,
     performance_profiles,
     require_rliable,
 )
-from qsm_rl.training.td3_update import TD3Configuration, TD3Update
-from qsm_rl.training.training_run import TrainingRun
-from qsm_rl.training.updates import Update
-from qsm_rl.training.videos import Film, check_filming
-from qsm_rl.training.worker_collector import WorkerCollector
+from qsm_rl.training.random_state import derived_seed, seed_everything
+from qsm_rl.training.runs.actor_files import load_actor, publish_actor
+from qsm_rl.training.runs.faults import Fault, read_fault, write_fault
+from qsm_rl.training.runs.loggers import read_metrics
+from qsm_rl.training.runs.module import OffPolicyModule
+from qsm_rl.training.runs.plotting import plot_learning_curve
+from qsm_rl.training.runs.resuming import restore_checkpoint
+from qsm_rl.training.runs.run_folder import RunFolder
+from qsm_rl.training.runs.running import finish_run, make_callbacks, make_loggers, print_summary
+from qsm_rl.training.runs.stacked_run import stack_seeds, stacks_seeds
+from qsm_rl.training.runs.training_run import TrainingRun
+from qsm_rl.training.updates.critic_networks import make_critics
+from qsm_rl.training.updates.diffusion_update import DiffusionUpdate
+from qsm_rl.training.updates.mlp_actors import DeterministicPolicy, TanhActor, TanhGaussianActor
+from qsm_rl.training.updates.qsm_update import QSMUpdate
+from qsm_rl.training.updates.sac_update import SACConfiguration, SACUpdate
+from qsm_rl.training.updates.stacked_update import StackedActor, StackedUpdate
+from qsm_rl.training.updates.td3_update import TD3Configuration, TD3Update
+from qsm_rl.training.updates.update import Update, accelerated
 
 __all__ = [
     "ALGORITHMS",
@@ -96,10 +96,12 @@ __all__ = [
     "Update",
     "UserError",
     "WorkerCollector",
+    "accelerated",
     "add_grid_arguments",
     "capped_warmup",
     "check_cells",
     "check_filming",
+    "check_registered",
     "choose_arithmetic",
     "choose_device",
     "common_frames",

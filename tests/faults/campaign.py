@@ -33,9 +33,10 @@ from tensordict import TensorDict
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
 from qsm_rl import training as rl
-from qsm_rl.training import collection, training_run
-from qsm_rl.training.callbacks import CheckpointWriter, StopSignals
-from qsm_rl.training.resuming import run_identity
+from qsm_rl.training.data import collection
+from qsm_rl.training.runs import training_run
+from qsm_rl.training.runs.callbacks import CheckpointWriter, StopSignals
+from qsm_rl.training.runs.resuming import run_identity
 from recipes import mujoco_qsm
 from tests.training.small_trainer import Spoiled, build, env_id
 

@@ -24,8 +24,8 @@ from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
 from qsm_rl import DiffusionActor
 from qsm_rl import training as rl
-from qsm_rl.training.callbacks import CheckpointWriter, StopSignals
-from qsm_rl.training.resuming import check_identity, run_identity
+from qsm_rl.training.runs.callbacks import CheckpointWriter, StopSignals
+from qsm_rl.training.runs.resuming import check_identity, run_identity
 from tests.training.small_trainer import build, env_id
 
 FRAMES = 50

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qsm_rl import training as rl
+from qsm_rl.training.grids.grid import COLUMNS
 from recipes import compare
 
 ENVS = "InvertedPendulum-v5,HalfCheetah-v5"
@@ -31,10 +31,10 @@ def finish(output: Path, returns: dict[tuple[str, str], list[float]], *arguments
             for frames, share in ((500, 0.5), (1000, 1.0)):
                 key = (cell.env, cell.variant, cell.seed, frames)
                 values = (*key, share * value, 1.0, 40.0, 60 * share, cell.settings)
-                rows.append(dict(zip(rl.grid.COLUMNS, values, strict=True)))
+                rows.append(dict(zip(COLUMNS, values, strict=True)))
     output.mkdir()
     with (output / "cells.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rl.grid.COLUMNS)
+        writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
 

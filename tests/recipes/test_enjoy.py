@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from qsm_rl import DiffusionActor, NoiseSchedule, ScoreMLP
-from qsm_rl.training import UserError, make_environment, publish_actor, videos
+from qsm_rl.training import UserError, make_environment, publish_actor
+from qsm_rl.training.evaluation import videos
 from recipes import enjoy
 
 PRETRAINED = Path(__file__).parents[2] / "recipes" / "pretrained"

@@ -18,9 +18,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qsm_rl.training import callbacks
-from qsm_rl.training.loggers import MetricsTable
 from qsm_rl.training.random_state import derived_seed
+from qsm_rl.training.runs import callbacks
+from qsm_rl.training.runs.loggers import MetricsTable
 from recipes.mujoco_qsm import main
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "mujoco_qsm.py"
@@ -340,7 +340,7 @@ def test_a_signal_leaves_an_evaluation_at_once(tmp_path, capsys, monkeypatch):
         while True:
             pass
 
-    monkeypatch.setattr("qsm_rl.training.callbacks.evaluate_policy", endless)
+    monkeypatch.setattr("qsm_rl.training.runs.callbacks.evaluate_policy", endless)
     assert run(*SMALL, "--run_dir", tmp_path / "stopped") == 143
     assert "at frame 60" in capsys.readouterr().out
 

@@ -9,7 +9,8 @@ import torch
 from tensordict import TensorDict
 from torchrl.data import LazyTensorStorage, ReplayBuffer
 
-from qsm_rl.training import OfflineQSMConfiguration, UserError, make_environment, read_dataset, training_run
+from qsm_rl.training import OfflineQSMConfiguration, UserError, make_environment, read_dataset
+from qsm_rl.training.runs import training_run
 from recipes import mujoco_qsm, offline_qsm
 from tests.recipes.test_mujoco_qsm import SMALL, checkpoint, differences, metrics
 

@@ -7,6 +7,7 @@ import csv
 import pytest
 
 from qsm_rl import training as rl
+from qsm_rl.training.grids.grid import COLUMNS
 from recipes import time_to_return
 
 
@@ -32,13 +33,13 @@ def test_table_names_each_run_and_those_that_did_not_get_there(tmp_path):
     rl.check_cells(cells)
     assert len(cells) == 8
     with (tmp_path / "cells.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rl.grid.COLUMNS)
+        writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         for cell in cells:
             if cell.variant.startswith("Q-score"):
                 value = -100.0 if cell.seed == 0 else -300.0
                 values = (cell.env, cell.variant, cell.seed, 1500, value, 1.0, 80.0, 33, cell.settings)
-                writer.writerow(dict(zip(rl.grid.COLUMNS, values, strict=True)))
+                writer.writerow(dict(zip(COLUMNS, values, strict=True)))
     time_to_return.write_results(cells, rl.CellTable(tmp_path / "cells.csv"), options)
     lines = (tmp_path / "table.md").read_text().splitlines()
     assert lines[2:] == [

@@ -13,7 +13,7 @@ import torch
 
 from qsm_rl.training import UserError
 from qsm_rl.training.ranks import any_rank, average_gradients, from_rank_zero, gather_objects, gather_rows, rank
-from qsm_rl.training.resuming import restore_checkpoint
+from qsm_rl.training.runs.resuming import restore_checkpoint
 from tests.training.small_trainer import build
 
 SCRIPT = Path(__file__).with_name("two_ranks.py")

@@ -1,0 +1,251 @@
+"""From the command line, a YAML file and a preset to one checked configuration."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from lightning.pytorch.loggers import Logger
+
+from qsm_rl.atomic_files import read_bounded
+from qsm_rl.training.configuration.training_configuration import TrainingConfiguration
+from qsm_rl.training.errors import UserError
+from qsm_rl.version import __version__
+
+__all__ = ["CONFIGURATION_FILE", "parse_configuration", "saved_text"]
+
+CONFIGURATION_FILE = "config.yaml"
+LARGEST, DEEPEST = 1 << 20, 20  # bytes and levels of a YAML file
+NOT_SAVED = ("run_dir", "resume")  # where the run lies is no property of the run: config.yaml can start another one
+
+Configuration = TypeVar("Configuration", bound=TrainingConfiguration)
+
+
+def parse_configuration(
+    configuration_class: type[Configuration],
+    arguments: Sequence[str] | None = None,
+    *,
+    description: str | None = None,
+) -> Configuration:
+    """Reads the configuration: flags override ``--config FILE``, which overrides the preset.
+
+    With ``--resume RUN_DIR`` everything comes from that run's config.yaml. Only ``--total_frames`` may be given beside
+    it, not smaller than before, and ``--stop_at_return``.
+
+    Args:
+        configuration_class: the dataclass whose fields are the flags, with its presets.
+        arguments: the command line; ``sys.argv[1:]`` when not given.
+        description: what ``--help`` says first.
+
+    Returns:
+        The checked configuration.
+
+    Raises:
+        UserError: for an unknown flag or YAML key, a value of the wrong type or range, or a run that cannot be resumed.
+    """
+    parser = _parser(configuration_class, description)
+    given = _parse(parser, list(sys.argv[1:] if arguments is None else arguments))
+    if given.get("resume") is not None:
+        return _resumed(parser, configuration_class, given)
+    preset = given.get("preset", _default(configuration_class, "preset"))
+    env = given.get("env", _default(configuration_class, "env"))
+    return configuration_class(**{**configuration_class.preset_values(preset, env), **given})
+
+
+def saved_text(configuration: TrainingConfiguration) -> str:
+    """The configuration as YAML, as it is kept in a run folder and read back by ``--config``."""
+    lines = [f"{name}: {json.dumps(value)}\n" for name, value in asdict(configuration).items() if name not in NOT_SAVED]
+    return "".join(lines)
+
+
+def _parser(configuration_class: type[TrainingConfiguration], description: str | None) -> ArgumentParser:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, description=description)
+    parser.add_argument(
+        "--config", action="config", help="YAML file with any of the settings below; flags override it."
+    )
+    parser.add_class_arguments(configuration_class, skip={"logger"})
+    parser.add_subclass_arguments(
+        Logger,
+        "logger",
+        required=False,
+        skip={"save_dir"},  # files go to the run's folder
+        help="One more logger beside metrics.csv and TensorBoard: a class of Lightning's such as WandbLogger, or the "
+        "path of any other; its arguments follow as --logger.NAME VALUE.",
+    )
+    return parser
+
+
+def _parse(parser: ArgumentParser, arguments: list[str]) -> dict[str, Any]:
+    """What was given on the command line and in the YAML file, without defaults."""
+    arguments = _config_first(arguments)
+    files = [
+        Path(option.partition("=")[2] or value)
+        for option, value in zip(arguments, [*arguments[1:], ""], strict=False)
+        if option == "--config" or option.startswith("--config=")
+    ]
+    for path in files:
+        check_plain_yaml(path)
+    try:
+        given = parser.parse_args(arguments, defaults=False).as_dict()
+    except ArgumentError as error:
+        raise UserError(_readable(str(error), parser)) from error
+    given.pop("config", None)
+    for path in files:
+        _check_preset(path, given.get("preset"))
+    return given
+
+
+def _check_preset(path: Path, preset: str | None) -> None:
+    """A file with the settings of one preset leaves nothing of another one, whose name the run would bear.
+
+    Raises:
+        UserError: if the file names another preset than the command line.
+    """
+    values = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    named = values.get("preset") if isinstance(values, dict) else None
+    if named is not None and named != preset:
+        raise UserError(
+            f"--preset {preset}: {path} holds settings of the preset {named}, which override those of any other; "
+            "leave --preset away, or leave --config away."
+        )
+
+
+def _config_first(arguments: list[str]) -> list[str]:
+    """Moves ``--config FILE`` to the front: later arguments win, and flags are to win wherever they stand."""
+    front: list[str] = []
+    rest: list[str] = []
+    position = 0
+    while position < len(arguments):
+        argument = arguments[position]
+        width = 2 if argument == "--config" else 1
+        (front if argument.startswith("--config=") or width == 2 else rest).extend(
+            arguments[position : position + width]
+        )
+        position += width
+    return front + rest
+
+
+def _readable(message: str, parser: ArgumentParser) -> str:
+    """The parser's message in the words of the command line, with the nearest flag for an unknown one."""
+    message = re.sub(r'Parser key "(\w+)":\s*', r"--\1: ", message)
+    message = re.sub(r"<class '(\w+)'>", r"\1", message)
+    message = re.sub(r"Expected an? typing\.Literal\[(.*?)\]\. Got value:", r"expected one of \1, got", message)
+    message = re.sub(r"Expected an? (.*?)\. Got value:", r"expected \1, got", message)
+    message = re.sub(r"\s*\n\s*", " ", message).strip()
+    if "_hidden_dims:" in message:
+        message += '; give a list of widths, such as "[256, 256]".'
+    logger = re.search(r"Errors: - (?:Problem with given class_path )?(.*?) - Expected a .*Given value", message)
+    if message.startswith("--logger") and logger is not None:
+        return (
+            f"--logger: {logger.group(1)}; give the path of a Lightning logger; --logger.help PATH lists its arguments."
+        )
+    unknown = re.search(r"unrecognized arguments: (--[\w-]+)|Option '(\w+)' is not accepted", message)
+    if unknown is not None:
+        name = (unknown.group(1) or unknown.group(2)).lstrip("-").replace("-", "_")
+        near = difflib.get_close_matches(name, [action.dest for action in parser._actions], n=1)
+        message += f"; did you mean --{near[0]}?" if near else "; --help lists them."
+    return message
+
+
+def _default(configuration_class: type, name: str) -> Any:
+    default = next(field.default for field in fields(configuration_class) if field.name == name)
+    assert default is not MISSING
+    return default
+
+
+def _resumed(parser: ArgumentParser, configuration_class: type[Configuration], given: dict[str, Any]) -> Configuration:
+    run_dir = Path(given.pop("resume"))
+    total_frames = given.pop("total_frames", None)
+    end = {name: given.pop(name) for name in ("stop_at_return",) if name in given}
+    if given:
+        raise UserError(
+            f"--resume takes every setting from the run; remove {', '.join(f'--{name}' for name in given)} "
+            "(only --total_frames may be raised, and --stop_at_return changed)."
+        )
+    path = run_dir / CONFIGURATION_FILE
+    if not path.is_file() or path.is_symlink():
+        raise UserError(f"--resume {run_dir}: {path} does not exist; give the folder of a run.")
+    check_plain_yaml(path)
+    _refuse_own_code(run_dir, yaml.safe_load(path.read_text(encoding="utf-8")))
+    try:
+        values = _parse(parser, ["--config", str(path)])
+    except UserError as error:
+        raise UserError(f"{path}{_written_by(path)}: {error}") from error
+    names = {field.name for field in fields(configuration_class)} - set(NOT_SAVED)
+    if missing := sorted(names - values.keys()):
+        raise UserError(
+            f"{path} lacks {', '.join(missing)}; it is from another version or recipe{_written_by(path)}, and cannot "
+            "be resumed."
+        )
+    if strange := sorted(values.keys() - names):
+        raise UserError(f"{path} holds {', '.join(strange)}, which no run saves; remove that.")
+    if total_frames is not None:
+        if total_frames < values["total_frames"]:
+            raise UserError(
+                f"--total_frames may only be raised on resuming, got {total_frames} below {values['total_frames']}."
+            )
+        values["total_frames"] = total_frames
+    try:
+        return configuration_class(**{**values, **end}, resume=run_dir)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def check_plain_yaml(path: Path) -> None:
+    """Refuses a YAML file that is more than names and values, before anything reads it; passes what is no file.
+
+    Raises:
+        UserError: for tags, which can name code, aliases, which can grow beyond all memory, deep nesting, or a large
+            file.
+    """
+    if not path.is_file():  # missing, which the parser reports, or a pipe
+        return
+    depth = 0
+    try:
+        for event in yaml.parse(read_bounded(path, LARGEST, follow_links=True).decode("utf-8"), yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None) or depth > DEEPEST:
+                line = event.start_mark.line + 1
+                raise ValueError(f"line {line} holds a tag, an alias or deep nesting; write plain names and values")
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{path} is no plain YAML file: {' '.join(str(error).split())[:200]}.") from error
+
+
+def _written_by(path: Path) -> str:
+    """Which recipe and version of the package wrote a config.yaml, where it says so."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        head = file.read(400)
+    recipe = re.search(r"^# python (recipes/\w{1,40}\.py) ", head, flags=re.MULTILINE)
+    version = re.search(r"^# written by qsm_rl (\S{1,20})$", head, flags=re.MULTILINE)
+    by = "" if recipe is None else f", written by {recipe[1]}"
+    of = " of" if by else ", written by"
+    return by if version is None else f"{by}{of} qsm_rl {version[1]} (this is {__version__})"
+
+
+def _refuse_own_code(run_dir: Path, values: Any) -> None:
+    """A run names modules that are imported, for environments and loggers; none may come with the run's folder.
+
+    Raises:
+        UserError: naming the module.
+    """
+    values = values if isinstance(values, dict) else {}
+    env, separator, _ = str(values.get("env")).partition(":")
+    logger = values.get("logger")
+    paths = [env if separator else "", str(logger.get("class_path", "")) if isinstance(logger, dict) else str(logger)]
+    for top in (path.partition(".")[0] for path in paths):
+        try:
+            spec = importlib.util.find_spec(top) if top else None
+        except (ImportError, ValueError):  # which making the environment or the logger reports
+            continue
+        if spec and spec.origin and Path(spec.origin).resolve().is_relative_to(run_dir.resolve()):
+            raise UserError(f"{run_dir} brings the module {top} with it, which is not run; move it elsewhere.")

@@ -1,0 +1,193 @@
+"""What the QSM recipe can be told beyond the shared settings, and its presets."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from qsm_rl.training.configuration.diffusion_configuration import DiffusionConfiguration
+
+__all__ = ["PRESETS", "QSMConfiguration"]
+
+# The fields' own defaults are the preset `default`. `paper` says where the authors' settings differ; what neither names
+# is the same in both. Read in the official code, settings of the environment included.
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {
+        "schedule": "vp",
+        "num_steps": 5,
+        "sampler": "ddpm",
+        "clip": "sample",
+        "sampler_temperature": 1.0,
+        "score_target": "scaled",
+        "score_scale": 50.0,
+        "score_critics": "online",
+        "score_aggregation": "mean",
+        "bc_weight": 0.0,
+        "critic_layer_norm": False,
+        "critic": "mlp",
+        "critic_bins": None,
+        "num_critics": 2,
+        "target_aggregation": "min",
+        "actor_hidden_dims": (512, 512),
+        "critic_hidden_dims": (512, 512),
+        "actor_learning_rate": 3e-4,
+        "actor_learning_rate_decay": 2_000_000,
+        "critic_learning_rate": 3e-4,
+        "critic_adam_beta1": 0.9,
+        "policy_delay": 1,
+        "best_of": 1,
+        "eval_best_of": 1,
+        "exploration_noise_std": 0.1,
+        "target_action_noise_std": 0.1,
+        "entropy_temperature": None,
+        "batch_size": 256,
+        "gamma": 0.99,
+        "tau": 0.005,
+        "n_step": 1,
+        "warmup_frames": 10_000,
+        "updates_per_frame": 1.0,
+        "num_envs": 1,
+        "frames_per_batch": 1,
+        "replay_size": 1_000_000,
+        "action_repeat": 1,
+        "normalize_observation": False,
+        "gradient_clipping": None,
+        "actor_ema": None,
+        "eval_episodes": 5,
+    },
+}
+
+PAPER_SCORE_SCALES = {"dm_control/quadruped-walk": 120.0, "dm_control/humanoid-walk": 120.0}
+
+
+@dataclass(kw_only=True)
+class QSMConfiguration(DiffusionConfiguration):
+    """Settings of Q-score matching."""
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = PRESETS
+
+    preset: Literal["default", "paper"] = "default"
+    """Named set of values for everything not given otherwise: default (what works best) or paper (the authors'
+    settings)."""
+
+    score_target: Literal["scaled", "boltzmann", "normalized", "posterior"] = "normalized"
+    """How the critics become the denoiser's target: scaled is the authors' -M_q dQ/da; boltzmann is -sigma_t dQ/da /
+    temperature; normalized is boltzmann with dQ/da divided by its mean size, one temperature for all reward scales;
+    posterior is exact at every noise level, from values of Q at many actions, and for few action dimensions."""
+
+    score_scale: float = 50.0
+    """M_q of the scaled target. Larger is greedier and has to fit the size of the rewards; 50 is the authors', 120 on
+    dm_control's quadruped-walk and humanoid-walk."""
+
+    score_temperature: float = 0.1
+    """Temperature of the policy exp(Q / temperature), for all but the scaled target. Lower is greedier. boltzmann: in
+    units of Q; normalized: usual range 0.03 to 0.3; posterior: in units of the spread of Q over actions, usual range
+    0.05 to 0.5."""
+
+    score_sigma: bool = True
+    """Whether the normalized target carries the factor sigma_t. Without it the pull towards high Q is the same at every
+    noise level, as in the authors' target."""
+
+    score_spread: float | None = None
+    """Spread of the policy's actions that score_temperature tunes itself to: their standard deviation at one
+    observation, in units of half the action range; null keeps the temperature. Larger explores more; usual range 0.1 to
+    0.4 (uniformly random actions have 0.58). Not for the scaled target."""
+
+    score_particles: int = 64
+    """Actions at which the posterior target evaluates the critics. More is less noisy and costs time; usual range 32
+    to 512."""
+
+    score_critics: Literal["online", "target"] = "online"
+    """Critics that dQ/da is taken from. target is smoother and lags behind; crossq has none."""
+
+    score_aggregation: Literal["mean", "min"] = "mean"
+    """How the critics are joined for dQ/da. min is more cautious."""
+
+    bc_weight: float = 0.0
+    """Weight of behaviour cloning on the replayed actions beside the score target. More keeps the policy nearer to
+    them, for offline data and fine-tuning; usual range 0.1 to 10, 0 for none."""
+
+    critic_bins: int | None = None
+    """Points of a value support for critics that classify (two-hot cross-entropy) where the others regress; null
+    regresses. Steadier where returns are large or noisy; usual range 51 to 255."""
+
+    critic_support: tuple[float, float] | None = None
+    """Ends of the value support; targets beyond are clipped to them, and train/target_clipped tells their share. Wide
+    is safe, narrow is finer: all discounted returns have to fit. null takes three times the largest return that the
+    rewards of the warm-up could add up to, abs(reward) / (1 - gamma), on both sides of 0."""
+
+    critic_symlog: bool = True
+    """Whether the value support is fine near 0 and coarse far out, for returns of unknown size; otherwise even."""
+
+    best_of: int = 1
+    """Actions sampled for each frame collected, of which the one with the largest mean Q is taken. More is greedier and
+    leans on the critics; 1 is the policy itself, usual range 1 to 16."""
+
+    eval_best_of: int = 1
+    """The same for evaluation, beside that of the policy itself and logged apart as eval/best_of_N/return_mean;
+    eval/return_mean and the published actor are without it. 1 for none; usual range 4 to 64."""
+
+    entropy_temperature: float | None = None
+    """Weight of the policy's entropy in the TD target, in units of Q; null gives none. More keeps the policy wider.
+    exp(Q / temperature), which --score_target boltzmann aims at, is the soft-optimal policy only if this is the same
+    temperature; usual range 0.001 to 0.1 of the size of Q."""
+
+    entropy_samples: int = 16
+    """Actions sampled in each next state to estimate that entropy. More is less noisy and costs time in proportion;
+    usual range 8 to 64."""
+
+    actor_learning_rate_decay: int | None = None
+    """Updates over which the actor's learning rate falls to zero along a cosine; null keeps it. 2,000,000 is the
+    authors'."""
+
+    actor_ema_acts: bool = False
+    """Whether the averaged actor also collects the frames, steadier and later to change."""
+
+    @classmethod
+    def preset_values(cls, preset: str, env: str) -> dict[str, Any]:
+        """The values that a preset fills in; the authors advise another ``score_scale`` on two tasks.
+
+        Examples:
+            >>> QSMConfiguration.preset_values("paper", "dm_control/humanoid-walk")["score_scale"]
+            120.0
+        """
+        values = super().preset_values(preset, env)
+        if preset == "paper" and env in PAPER_SCORE_SCALES:
+            values["score_scale"] = PAPER_SCORE_SCALES[env]
+        return values
+
+    def __post_init__(self) -> None:
+        """Checks every field.
+
+        Raises:
+            UserError: naming the field, its value and what was expected.
+        """
+        super().__post_init__()
+        self._check("score_particles", self.score_particles >= 2, "at least 2")
+        spread = self.score_spread
+        self._check("score_spread", spread is None or 0 < spread <= 1, "null, or above 0 and at most 1")
+        tunable = spread is None or self.score_target != "scaled"
+        self._check("score_spread", tunable, "null for the scaled target, which has no temperature")
+        for name in ("score_scale", "score_temperature"):
+            self._check(name, getattr(self, name) > 0, "above 0")
+        for name in ("best_of", "eval_best_of"):
+            self._check(name, getattr(self, name) >= 1, "at least 1")
+        if self.critic == "crossq":
+            self._check(
+                "score_critics", self.score_critics == "online", "online with --critic crossq, which has no others"
+            )
+        self._check("critic_bins", self.critic_bins is None or self.critic_bins >= 2, "null or at least 2")
+        low, high = self.critic_support or (-1.0, 1.0)
+        self._check(
+            "critic_support", -math.inf < low <= 0 <= high < math.inf and low < high, "null, or two ends around 0"
+        )
+        self._check("bc_weight", self.bc_weight >= 0, "0 or more")
+        entropy = self.entropy_temperature
+        self._check("entropy_temperature", entropy is None or entropy > 0, "null or above 0")
+        self._check("entropy_samples", self.entropy_samples >= 2, "at least 2")
+        decay = self.actor_learning_rate_decay
+        self._check("actor_learning_rate_decay", decay is None or decay >= 1, "null or at least 1")
+        if self.actor_ema is None:
+            self._check("actor_ema_acts", not self.actor_ema_acts, "false without --actor_ema")

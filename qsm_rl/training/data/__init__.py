@@ -1,0 +1,1 @@
+"""Frames from collectors to the replay buffer, and both on the disk."""

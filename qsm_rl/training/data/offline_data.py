@@ -1,0 +1,183 @@
+"""Data sets of transitions: read from where they lie, checked against an environment, and played to the trainer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torchrl.data import LazyTensorStorage, ReplayBuffer
+from torchrl.envs import EnvBase
+
+from qsm_rl.training.data.checkpoints import CheckpointFolder
+from qsm_rl.training.data.public_data import read_d4rl, read_minari
+from qsm_rl.training.data.replay import ENTRIES, ReplayArchive, TransitionWriter
+from qsm_rl.training.errors import UserError
+
+__all__ = ["DatasetCollector", "OfflineWriter", "read_dataset"]
+
+READERS = {"minari": read_minari, "d4rl": read_d4rl}
+TOLERANCE = 1e-3  # in units of half the action range
+
+
+def read_dataset(
+    name: str, environment: EnvBase, *, env: str | None = None, action_repeat: int | None = None
+) -> TensorDict:
+    """Reads transitions and checks that they are an environment's.
+
+    Args:
+        name: ``minari:ID`` or ``d4rl:ID``, which are downloaded where they do not lie already (extra ``offline``); or a
+            folder: of a run of the kit, or of a TorchRL replay buffer's ``dumps``. Reading a folder runs no code in it.
+        environment: what the transitions should fit, from [`make_environment`][qsm_rl.training.make_environment].
+        env: id of the environment that the run of a folder has to have had; not compared when not given.
+        action_repeat: its simulator steps for each action; not compared when not given.
+
+    Returns:
+        Transitions ``(N,)``: observation, action, and next's observation, reward, done and terminated; float32.
+
+    Raises:
+        UserError: if the data set or an extra is missing, or the data do not fit: naming what is there and what was
+            expected.
+    """
+    kind, _, identity = name.partition(":")
+    if kind in READERS and identity:
+        return _checked(name, _downloaded(kind, identity), environment)
+    wanted = {"env": env, "action_repeat": action_repeat, "normalize_observation": False}
+    found = _from_folder(Path(name), {key: value for key, value in wanted.items() if value is not None})
+    return _checked(name, found, environment)
+
+
+class DatasetCollector:
+    """Plays rows of a data set in place of an environment for so many frames, then collects.
+
+    Args:
+        collector: collects behind them.
+        transitions: the data set, ``(N,)``; its rows come in order, again from the first behind the last.
+        offline_frames: rows to play.
+        first_frame: rows that an earlier process has played.
+    """
+
+    def __init__(self, collector: Any, transitions: TensorDictBase, offline_frames: int, first_frame: int = 0) -> None:
+        self.collector = collector
+        self.transitions = transitions
+        self.offline_frames = offline_frames
+        self.position = first_frame
+
+    def __getattr__(self, name: str) -> Any:  # env, reset, set_seed, shutdown, requested_frames_per_batch
+        return getattr(self.collector, name)
+
+    def __iter__(self) -> Iterator[TensorDictBase]:
+        """Batches ``(num_envs, T)`` as the collector's."""
+        count = self.collector.requested_frames_per_batch
+        num_envs = self.collector.env.batch_size[0]
+        while self.position < self.offline_frames:
+            rows = torch.arange(self.position, self.position + count) % len(self.transitions)
+            batch = self.transitions[rows].clone()
+            for key in ("done", "truncated"):  # no episode is collected here, so none ends
+                batch["next", key] = torch.zeros_like(batch["next", "done"])
+            self.position += count
+            yield batch.reshape(num_envs, -1)
+        yield from self.collector
+
+
+class OfflineWriter(TransitionWriter):
+    """Lets the frames of a data set pass, which lies in the replay buffer already.
+
+    Args:
+        replay: replay buffer of single transitions.
+        offline_frames: frames to pass.
+        first_frame: frames that an earlier process has passed.
+    """
+
+    def __init__(self, replay: ReplayBuffer, *, offline_frames: int, first_frame: int = 0) -> None:
+        super().__init__(replay)
+        self.left = offline_frames - first_frame
+
+    def write(self, batch: TensorDictBase) -> None:
+        """Adds a batch ``(num_envs, T)``, unless it is the data set's."""
+        if self.left > 0:
+            self.left -= batch.numel()
+        else:
+            super().write(batch)
+
+
+def _downloaded(kind: str, identity: str) -> TensorDictBase:
+    try:
+        return READERS[kind](identity)
+    except ImportError as error:
+        raise UserError(
+            f"--dataset {kind}:{identity} needs a package that is missing ({error}): pip install 'qsm_rl[offline]'."
+        ) from error
+    except UserError:
+        raise
+    except Exception as error:  # the readers let whatever their download or file raises through
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"--dataset {kind}:{identity} cannot be had: {reason}") from error
+
+
+def _from_folder(folder: Path, wanted: dict[str, Any]) -> TensorDictBase:
+    if (folder / "checkpoints" / "replay").is_dir():
+        state = CheckpointFolder(folder / "checkpoints").newest()
+        settings = state.get("run", {}).get("settings", {})  # which an early version's checkpoints lack
+        for name, value in wanted.items():
+            if settings.get(name, value) != value:
+                raise UserError(
+                    f"--dataset {folder} is of a run with {name} {settings[name]}, expected {value}: its transitions "
+                    "are those of another problem."
+                )
+        manifest = state["replay"]
+        replay = ReplayBuffer(storage=LazyTensorStorage(manifest["capacity"]), batch_size=1)
+        ReplayArchive(folder / "checkpoints" / "replay").restore(replay, manifest)
+        return replay[:]
+    storage = folder / "storage" if (folder / "storage").is_dir() else folder
+    if not (storage / "meta.json").is_file():
+        raise UserError(
+            f"--dataset {folder} is no data set: expected minari:ID, d4rl:ID, the folder of a run, or one that the "
+            "dumps of a TorchRL replay buffer wrote."
+        )
+    if pickles := sorted(path.name for path in storage.rglob("*") if path.suffix in (".pkl", ".pickle", ".pt")):
+        raise UserError(f"--dataset {folder} holds {pickles[0]}, which would have to be unpickled; keep tensors only.")
+    try:
+        count = json.loads((storage / "storage_metadata.json").read_text(encoding="utf-8"))["len"]  # of its capacity
+        return TensorDict.load_memmap(storage)[: int(count)]
+    except Exception as error:  # a broken file can make its reader raise anything
+        raise UserError(f"--dataset {folder} cannot be read: {' '.join(str(error).split())[:300]}") from error
+
+
+def _checked(name: str, found: TensorDictBase, environment: EnvBase) -> TensorDict:
+    if found.get("steps_to_next_obs", None) is not None:
+        raise UserError(f"--dataset {name} holds rewards summed over several frames; take a run with --n_step 1.")
+    observation_dim = environment.observation_spec["observation"].shape[-1]
+    spec = environment.action_spec_unbatched
+    sizes = {"observation": observation_dim, "action": spec.shape[-1], ("next", "observation"): observation_dim}
+    entries: dict[Any, torch.Tensor] = {}
+    for key in ENTRIES:
+        label = key if isinstance(key, str) else "next " + key[1]
+        value = found.get(key, None)
+        if value is None:
+            raise UserError(f"--dataset {name} lacks {label}; it has {sorted(map(str, found.keys(True, True)))}.")
+        size = sizes.get(key, 1)
+        if value.ndim == 1 and size == 1:
+            value = value.unsqueeze(-1)
+        if value.ndim != 2 or value.shape[-1] != size:
+            raise UserError(
+                f"--dataset {name} does not fit the environment: {label} has shape {tuple(value.shape)}, "
+                f"expected (N, {size})."
+            )
+        entries[key] = value.bool() if key[-1] in ("done", "terminated") else value.float()
+        if not bool(torch.isfinite(entries[key]).all()):
+            raise UserError(f"--dataset {name} holds NaN or infinity in {label}.")
+    low, high = spec.space.low, spec.space.high
+    beyond = ((entries["action"] - (high + low) / 2).abs() / ((high - low) / 2)).max().item()
+    if beyond > 1 + TOLERANCE:
+        raise UserError(
+            f"--dataset {name} does not fit the environment: its largest action is {beyond:.3g} times the bound."
+        )
+    entries["action"] = entries["action"].clamp(low, high)
+    out = TensorDict({}, [len(entries["action"])])
+    for key, value in entries.items():
+        out[key] = value
+    return out

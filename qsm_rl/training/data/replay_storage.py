@@ -1,0 +1,127 @@
+"""Where the replay buffer's rows lie: in memory, or in memory-mapped files whose space is reserved beforehand."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torchrl.data import LazyMemmapStorage, LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.envs import EnvBase
+
+from qsm_rl.training.configuration.training_configuration import TrainingConfiguration
+from qsm_rl.training.errors import TrainingError, UserError
+from qsm_rl.training.ranks import rank
+
+__all__ = ["AgentsReplayBuffer", "ReservedMemmapStorage", "check_replay_space", "make_storage", "replay_bytes"]
+
+
+class AgentsReplayBuffer(TensorDictReplayBuffer):
+    """A replay buffer whose rows hold a transition of each of N agents; each draws rows of its own.
+
+    Args:
+        num_agents: N.
+        **options: those of TorchRL's ``TensorDictReplayBuffer``.
+    """
+
+    def __init__(self, num_agents: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.num_agents = num_agents
+
+    def sample(self, batch_size: int | None = None, **options: Any) -> TensorDictBase:
+        """Transitions ``(B, N)``, those of agent n in column n."""
+        size = (batch_size or self.batch_size, self.num_agents)
+        device = self.storage.device
+        rows, agents = torch.randint(len(self), size, device=device), torch.arange(self.num_agents, device=device)
+        stored = self.storage.get(slice(0, len(self))).exclude("index")  # views
+        return stored.apply(lambda entry: entry[rows, agents], batch_size=size)
+
+
+class ReservedMemmapStorage(LazyMemmapStorage):
+    """TorchRL's memory-mapped storage, with all of its space on the disk taken before the first row is written.
+
+    Its files are sparse, and where the disk fills up later, writing to one ends the process by SIGBUS, without an
+    error.
+
+    Args:
+        max_size: rows.
+        folder: where the files lie; whatever an earlier process has left in it is removed.
+    """
+
+    def __init__(self, max_size: int, folder: Path) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        super().__init__(max_size, scratch_dir=folder)
+        self.folder = folder
+
+    def _init(self, data: Any) -> None:
+        super()._init(data)
+        for path in self.folder.rglob("*.memmap"):
+            with path.open("r+b") as file:
+                try:
+                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+                except OSError as error:
+                    raise TrainingError(
+                        f"the replay buffer of {self.max_size:,} rows does not fit into {self.folder}: "
+                        f"{error.strerror}; make room, or give a smaller --replay_size."
+                    ) from error
+
+    def remove(self) -> None:
+        """Removes the files; the storage is of no more use."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def make_storage(config: TrainingConfiguration, run_folder: Path, device: torch.device) -> LazyTensorStorage:
+    """The storage that the settings ask for, of this rank's share of ``replay_size``.
+
+    Args:
+        config: ``replay_storage`` chooses it.
+        run_folder: the run's folder.
+        device: device of a storage in memory.
+    """
+    rows = -(-config.replay_size // config.devices)
+    if config.replay_storage == "memory":
+        return LazyTensorStorage(rows, device=device)
+    name = f"replay-memmap-{rank()}"
+    if config.replay_storage == "disk":
+        return ReservedMemmapStorage(rows, run_folder / name)
+    # The same run finds its own leftovers, and no other one does.
+    own = f"{run_folder.name}-{zlib.crc32(str(run_folder.resolve()).encode()):08x}"
+    return ReservedMemmapStorage(rows, Path(config.replay_storage) / own / name)
+
+
+def replay_bytes(environment: EnvBase, rows: int) -> int:
+    """Bytes of a replay buffer: two observations, action and reward in float32, two flags, two integers of TorchRL's.
+
+    Args:
+        environment: with ``observation`` ``(num_envs, O)`` and actions ``(num_envs, A)``.
+        rows: its rows.
+    """
+    numbers = 2 * environment.observation_spec["observation"].shape[-1] + environment.action_spec.shape[-1] + 1
+    return rows * (4 * numbers + 2 + 16)
+
+
+def check_replay_space(config: TrainingConfiguration, environment: EnvBase) -> None:
+    """Refuses a replay buffer on a disk without room for it, before anything is written.
+
+    Raises:
+        UserError: naming the folder, what is needed and what is free.
+    """
+    if config.replay_storage == "memory":
+        return
+    folder = Path(config.resume or config.run_dir or "runs")
+    if config.replay_storage != "disk":
+        folder = Path(config.replay_storage)
+        if not folder.is_dir():
+            raise UserError(f"--replay_storage {folder} is no folder; make it, or give memory or disk.")
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    needed, free = replay_bytes(environment, config.replay_size), shutil.disk_usage(existing).free
+    if needed > free:
+        raise UserError(
+            f"--replay_storage {config.replay_storage}: {config.replay_size:,} rows take {needed / 1e9:.1f} GB, and "
+            f"{existing} has {free / 1e9:.1f} GB free; make room, or give another folder or a smaller --replay_size."
+        )

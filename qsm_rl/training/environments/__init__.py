@@ -1,0 +1,1 @@
+"""Environments of the recipes, batched, and what is known of their observations."""

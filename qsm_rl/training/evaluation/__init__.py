@@ -1,0 +1,1 @@
+"""Episodes of a policy as it is, and videos of them."""

@@ -1,0 +1,1 @@
+"""Many runs: seeds, grids, their tables, curves and statistics."""

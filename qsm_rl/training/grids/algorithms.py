@@ -1,0 +1,66 @@
+"""The algorithms that can be compared by name, and what is checked before any of their runs begins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from qsm_rl.training.configuration.command_line import parse_configuration
+from qsm_rl.training.configuration.diffusion_configuration import DiffusionPGConfiguration, DiffusionQLConfiguration
+from qsm_rl.training.configuration.qsm_configuration import QSMConfiguration
+from qsm_rl.training.configuration.training_configuration import TrainingConfiguration
+from qsm_rl.training.environments.make_environment import make_environment
+from qsm_rl.training.errors import UserError, user_errors
+from qsm_rl.training.grids.grid import Cell
+from qsm_rl.training.updates.sac_update import SACConfiguration
+from qsm_rl.training.updates.td3_update import TD3Configuration
+
+__all__ = ["ALGORITHMS", "Algorithm", "check_cells"]
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """A recipe with settings under a name.
+
+    Attributes:
+        recipe: name of the recipe's file, without ending.
+        configuration: the recipe's settings.
+        flags: settings that make the algorithm.
+    """
+
+    recipe: str
+    configuration: type[TrainingConfiguration]
+    flags: dict[str, Any] = field(default_factory=dict)
+
+
+ALGORITHMS = {
+    "qsm": Algorithm("mujoco_qsm", QSMConfiguration, {"preset": "default"}),
+    "qsm-paper": Algorithm("mujoco_qsm", QSMConfiguration, {"preset": "paper"}),
+    "sac": Algorithm("mujoco_sac", SACConfiguration),
+    "td3": Algorithm("mujoco_td3", TD3Configuration),
+    "diffusion-ql": Algorithm("mujoco_diffusion_ql", DiffusionQLConfiguration),
+    "diffusion-pg": Algorithm("mujoco_diffusion_pg", DiffusionPGConfiguration),
+}
+
+
+def check_cells(cells: Sequence[Cell]) -> None:
+    """Every setting and every environment of a grid, before anything runs.
+
+    Args:
+        cells: the grid.
+
+    Raises:
+        UserError: naming the recipe, setting or environment that there is not, or the extra that it needs.
+    """
+    configurations = {algorithm.recipe: algorithm.configuration for algorithm in ALGORITHMS.values()}
+    for cell in cells:
+        if cell.recipe not in configurations:
+            raise UserError(f"unknown recipe {cell.recipe!r}; there are {', '.join(configurations)}.")
+        try:
+            parse_configuration(configurations[cell.recipe], cell.flags)
+        except UserError as error:
+            raise UserError(f"{cell.variant} on {cell.env}: {error}") from error
+    with user_errors(ValueError, ImportError):
+        for env in sorted({cell.env for cell in cells}):
+            make_environment(env).close()

@@ -1,0 +1,100 @@
+"""Many seeds at once: independent runs of one recipe, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from qsm_rl.atomic_files import write_atomically
+from qsm_rl.training.configuration.command_line import NOT_SAVED
+from qsm_rl.training.configuration.hardware import available_cores
+from qsm_rl.training.configuration.training_configuration import TrainingConfiguration
+from qsm_rl.training.errors import UserError
+from qsm_rl.training.folders import exclusive
+from qsm_rl.training.grids.grid import Cell, CellTable, run_cells
+from qsm_rl.training.grids.statistics import mean_interval
+
+__all__ = ["run_seeds"]
+
+
+def run_seeds(config: TrainingConfiguration, script: Path) -> int:
+    """Runs a recipe with ``config.seeds`` seeds, as many at a time as there are cores, and says how they did.
+
+    A run that was begun goes on from its last checkpoint, and a finished one is kept, so the same command with the same
+    ``run_dir`` goes on after a stop. ``run_dir/cells.csv`` holds every evaluation.
+
+    Args:
+        config: the settings; their seed is the first.
+        script: the recipe's file.
+
+    Returns:
+        The exit code: 1 if a run failed, else 0.
+
+    Raises:
+        UserError: if ``run_dir`` holds something else, or runs with other settings.
+    """
+    default = Path("runs") / script.stem / config.env / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.seeds}-seeds"
+    folder = default if config.run_dir is None else Path(config.run_dir)
+    left_out = {*NOT_SAVED, "env", "seed", "seeds"}
+    settings = {name: value for name, value in asdict(config).items() if name not in left_out}
+    text = json.dumps(settings, sort_keys=True)
+    _claim(folder, {"recipe": script.stem, "env": config.env, **json.loads(text)})
+    cells = [
+        Cell(script.stem, config.preset, text, config.env, seed, folder / f"seed_{seed}")
+        for seed in range(config.seed, config.seed + config.seeds)
+    ]
+    workers = min(available_cores(), len(cells))
+    print(f"{len(cells)} seeds, {workers} at a time; runs in {folder}, what they print in seed_N.log", flush=True)
+    with exclusive(folder):
+        table = CellTable(folder / "cells.csv")
+        failures = run_cells(cells, table, script.parent, workers=workers)
+    for failure in failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    finished = [float(rows[-1]["return_mean"]) for cell in cells if (rows := table.rows_of(cell))]
+    if finished:
+        returns = ", ".join(f"{value:.1f}" for value in finished)
+        try:
+            _, low, high = mean_interval([[value] for value in finished])
+            interval = f"95 % interval {low:.1f} to {high:.1f}"
+        except UserError as error:  # rliable is an extra; the returns are there without it
+            interval = f"no interval: {error}"
+        print(f"last evaluation of {len(finished)} seeds: mean {fmean(finished):.1f}, {interval} ({returns})")
+        plot, runs = shlex.quote(str(_near(script.with_name("plot.py")))), shlex.quote(str(folder))
+        print(f"curves: python {plot} {runs}/seed_*[0-9] --output {shlex.quote(f'{folder}-curves')}")
+    return 1 if failures else 0
+
+
+def _near(path: Path) -> Path:
+    """A path as one would type it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Writes down what the runs in the folder are, or checks that they are the same."""
+    path = folder / "settings.json"
+    if not path.exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(
+                f"{folder} holds something other than runs of many seeds; choose a new folder as --run_dir."
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(settings, indent=2)
+        write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        return
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    differences = [
+        f"{name} {saved.get(name)!r}, now {settings.get(name)!r}"
+        for name in sorted({*saved, *settings})
+        if saved.get(name) != settings.get(name)
+    ]
+    if differences:
+        raise UserError(
+            f"{folder} holds runs with other settings ({'; '.join(differences)}); give the same ones to go on, or a "
+            "new folder as --run_dir."
+        )

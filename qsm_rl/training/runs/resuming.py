@@ -1,0 +1,124 @@
+"""Going on with a run: what it is known by, and its checkpoint put back into it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from torchrl.envs import EnvBase
+
+from qsm_rl.comparison import first_difference, first_non_finite
+from qsm_rl.training.configuration.command_line import NOT_SAVED
+from qsm_rl.training.configuration.training_configuration import TrainingConfiguration, capped_warmup
+from qsm_rl.training.data.frames import FramesDataset
+from qsm_rl.training.data.replay import ReplayArchive
+from qsm_rl.training.errors import UserError
+from qsm_rl.training.ranks import rank
+from qsm_rl.training.runs.module import OffPolicyModule
+
+__all__ = ["check_identity", "restore_checkpoint", "run_identity"]
+
+# Settings that may be edited in the config.yaml of a run: they do not enter what it learns.
+FREE = (
+    "total_frames",
+    "stop_at_return",
+    "device",
+    "precision",
+    "compile",
+    "logger",
+    "log_every",
+    "replay_storage",
+    "worker_backend",
+)
+FREE_PREFIXES = ("eval_", "video")
+
+
+def run_identity(config: TrainingConfiguration, environment: EnvBase) -> dict[str, Any]:
+    """What a checkpoint belongs to, as plain data: the settings that learning depends on, and the environment's specs.
+
+    Args:
+        config: the run's settings.
+        environment: its environments.
+    """
+    settings = {name: value for name, value in asdict(config).items() if name not in (*NOT_SAVED, *FREE)}
+    settings["warmup_frames"] = capped_warmup(config.warmup_frames, config.total_frames)  # as config.yaml keeps it
+    spec = environment.action_spec_unbatched
+    return {
+        "settings": json.loads(
+            json.dumps({name: value for name, value in settings.items() if not name.startswith(FREE_PREFIXES)})
+        ),
+        "environment": {
+            "observation_size": environment.observation_spec["observation"].shape[-1],
+            "action_low": spec.space.low.tolist(),
+            "action_high": spec.space.high.tolist(),
+        },
+    }
+
+
+def check_identity(state: dict[str, Any], identity: dict[str, Any], folder: object) -> None:
+    """Refuses to go on from a checkpoint of another run.
+
+    Args:
+        state: the checkpoint; one that an early version wrote carries no identity and passes.
+        identity: what ``run_identity`` says of the run as it would go on.
+        folder: the run's folder, for the message.
+
+    Raises:
+        UserError: naming the first difference.
+    """
+    saved = state.get("run")
+    if saved is not None and (difference := first_difference(identity, saved, "run")):
+        what, _, rest = difference.removeprefix("run.").partition(".")
+        cause = f"{folder}/config.yaml was changed" if what == "settings" else "the environment is another one"
+        raise UserError(
+            f"the checkpoint at frame {state['frames']:,} does not fit this run, {cause}: {rest} in the checkpoint. "
+            "Put that back, or start a new run."
+        )
+
+
+def manifests_of_ranks(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """The manifests of the replay buffers of all processes that trained together, in their order."""
+    return [state["replay"], *state.get("replay_of_other_ranks", [])]
+
+
+def restore_checkpoint(
+    state: dict[str, Any], module: OffPolicyModule, frames: FramesDataset, archive: ReplayArchive
+) -> None:
+    """Puts a run back to where a checkpoint was written.
+
+    Args:
+        state: what [`CheckpointFolder.newest`][qsm_rl.training.CheckpointFolder.newest] returned.
+        module: the module of a run with the same settings.
+        frames: its data set, not iterated yet.
+        archive: the replay buffer's files.
+
+    Raises:
+        UserError: if the checkpoint does not fit the networks or holds NaN, naming the first
+            difference, or the replay files do not fit it.
+    """
+    manifests, env = manifests_of_ranks(state), frames.collector.env
+    if len(manifests) != frames.num_ranks:
+        raise UserError(
+            f"the run was trained by {len(manifests)} processes together, each with a replay buffer of its own; "
+            f"continue it with --devices {len(manifests)}, got {frames.num_ranks}."
+        )
+    try:
+        if state["training"]["env_frames"] != state["frames"]:
+            raise ValueError("it counts other frames than its name says")
+        if difference := first_difference(dict(state["environment"]), dict(env.state_dict()), "environment"):
+            raise ValueError(difference)
+        module.restore_state(state["training"])
+        update = state["training"]["update"]
+        # What a module keeps beside its tensors may say "not known yet" by NaN, as a value support does.
+        weights = {name: value for name, value in update["modules"].items() if not name.endswith("_extra_state")}
+        if bad := first_non_finite([weights, update["optimizers"], state["environment"]], "state"):
+            raise ValueError(f"{bad}, which no run stores")
+        env.load_state_dict(state["environment"])
+        archive.restore(module.writer.replay, manifests[rank()], module.writer.entries(env.fake_tensordict()))
+    except (RuntimeError, LookupError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        reason = " ".join(str(error).split())
+        missing = f"{reason} is missing" if isinstance(error, KeyError) else reason[:300]
+        raise UserError(f"the checkpoint at frame {state['frames']:,} does not fit this run: {missing}.") from error
+    frames.first_frame = state["frames"]
+    module.elapsed_seconds = state.get("elapsed_seconds", 0.0)  # which early versions did not keep

@@ -1,0 +1,147 @@
+"""The folder of a run: what lies where, made once and never written over by another run."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TextIO
+
+from qsm_rl.atomic_files import sweep_temporaries
+from qsm_rl.training.configuration.command_line import CONFIGURATION_FILE, saved_text
+from qsm_rl.training.configuration.training_configuration import TrainingConfiguration, capped_warmup
+from qsm_rl.training.errors import UserError
+from qsm_rl.training.ranks import rank, run_folder_of_rank_zero
+from qsm_rl.version import __version__
+
+__all__ = ["RunFolder"]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths inside the folder of a run.
+
+    Attributes:
+        path: the folder.
+        recipe: name of the recipe.
+        resumed: whether the run in it is being continued.
+    """
+
+    path: Path
+    recipe: str
+    resumed: bool = False
+    _lock: TextIO = field(init=False, repr=False, compare=False)
+
+    @classmethod
+    def open(cls, configuration: TrainingConfiguration, recipe: str) -> RunFolder:
+        """The folder of a new run, made with its config.yaml, or the one that ``configuration.resume`` names.
+
+        A process of a higher rank joins the one that rank 0 has opened.
+
+        Args:
+            configuration: ``run_dir`` names the folder; ``runs/RECIPE/ENV/TIME-sSEED`` when not given.
+            recipe: name of the recipe.
+
+        Raises:
+            UserError: if the folder holds anything, cannot be made, is in use by another process, or, resumed, holds
+                symbolic links in place of its files.
+        """
+        if rank() > 0:
+            return cls(Path(run_folder_of_rank_zero()), recipe, resumed=configuration.resume is not None)
+        if configuration.resume is not None:
+            folder = cls(Path(configuration.resume), recipe, resumed=True)
+            folder._refuse_links()
+            folder._locked()
+            sweep_temporaries(folder.path)  # of killed processes, now that no other process is in the folder
+            return folder
+        default = Path("runs") / recipe / configuration.env / f"{time.strftime('%Y%m%d-%H%M%S')}-s{configuration.seed}"
+        path = default if configuration.run_dir is None else Path(configuration.run_dir)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if (path / CONFIGURATION_FILE).exists():
+                raise UserError(
+                    f"{path} already holds a run; choose another --run_dir, or continue it with --resume {path}."
+                )
+            if any(path.iterdir()):
+                raise UserError(f"{path} is not empty; choose a new folder as --run_dir.")
+            # The warm-up that the run really has: more total_frames on resuming must not move its end.
+            warmup = capped_warmup(configuration.warmup_frames, configuration.total_frames)
+            with (path / CONFIGURATION_FILE).open("x", encoding="utf-8") as file:
+                file.write(f"# python recipes/{recipe}.py --config {CONFIGURATION_FILE}\n")
+                file.write(f"# written by qsm_rl {__version__}\n")
+                file.write(saved_text(replace(configuration, warmup_frames=warmup)))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(f"--run_dir {path} cannot be made: {error.strerror}; choose another folder.") from error
+        return cls(path, recipe)._locked()
+
+    @property
+    def metrics(self) -> Path:
+        """metrics.csv, one row for every ``log_every`` frames and every evaluation."""
+        return self.path / "metrics.csv"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def faults(self) -> Path:
+        """Folder of dumps of values that are not finite; there only if there were any."""
+        return self.path / "faults"
+
+    @property
+    def actor(self) -> Path:
+        """Folder of the published actor, model.safetensors and config.json."""
+        return self.path / "actor"
+
+    @property
+    def published(self) -> list[Path]:
+        """Folders of the actors that there are: ``actor``, or of agents that shared the run ``seed_N/actor``."""
+        folders = [self.actor, *sorted(self.path.glob(f"seed_*/{self.actor.name}"))]
+        return [folder for folder in folders if (folder / "config.json").is_file()]
+
+    @property
+    def learning_curve(self) -> Path:
+        """Picture of the returns over frames."""
+        return self.path / "learning_curve.png"
+
+    @property
+    def videos(self) -> Path:
+        """Folder of the videos of evaluations."""
+        return self.path / "videos"
+
+    def discard(self) -> None:
+        """Removes the folder of a run that could not begin."""
+        self.close()
+        (self.path / CONFIGURATION_FILE).unlink()
+        with contextlib.suppress(OSError):  # something else has appeared in it
+            self.path.rmdir()
+
+    def close(self) -> None:
+        """Lets other processes continue the run."""
+        if rank() == 0:
+            self._lock.close()
+
+    def _refuse_links(self) -> None:
+        """A link in a run folder from somebody else could lead any file of the reader's away."""
+        own = [self.path / CONFIGURATION_FILE, self.metrics, self.checkpoints, self.actor, self.learning_curve]
+        inside = [path for folder in (self.checkpoints, self.actor) for path in folder.rglob("*")]
+        for path in (*own, *inside):
+            if path.is_symlink():
+                raise UserError(f"{path} is a symbolic link, which no run makes; put the file itself there.")
+
+    def _locked(self) -> RunFolder:
+        # The lock belongs to the open file, so it ends with the process however that ends.
+        file = (self.path / CONFIGURATION_FILE).open(encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{self.path} is in use by another process; stop that run first.") from error
+        object.__setattr__(self, "_lock", file)
+        run_folder_of_rank_zero(str(self.path))
+        return self

@@ -1,0 +1,253 @@
+"""What every recipe does around its algorithm: say what will run, log it, watch over it, and say how it went."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shlex
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import yaml
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from torchrl.envs import EnvBase
+
+from qsm_rl.training.configuration.command_line import CONFIGURATION_FILE, saved_text
+from qsm_rl.training.configuration.training_configuration import TrainingConfiguration, capped_warmup
+from qsm_rl.training.data.frames import FramesDataset
+from qsm_rl.training.data.replay import ReplayArchive
+from qsm_rl.training.errors import UserError
+from qsm_rl.training.ranks import rank
+from qsm_rl.training.runs.callbacks import (
+    CheckpointWriter,
+    Evaluation,
+    LearningCurve,
+    MetricRows,
+    StopAtReturn,
+    StopSignals,
+)
+from qsm_rl.training.runs.loggers import MetricsTable, chosen_logger, read_metrics
+from qsm_rl.training.runs.module import OffPolicyModule
+from qsm_rl.training.runs.progress import Progress
+from qsm_rl.training.runs.resuming import run_identity
+from qsm_rl.training.runs.run_folder import RunFolder
+
+__all__ = ["check_unfinished", "finish_run", "make_callbacks", "make_loggers", "print_summary", "quiet_libraries"]
+
+CallbackType = TypeVar("CallbackType", bound=Callback)
+
+
+def quiet_libraries() -> None:
+    """Silences the remarks of libraries that nobody can act on."""
+    logging.getLogger("torchrl").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*init_random_frames.*is not exactly a multiple")
+    warnings.filterwarnings("ignore", message="Got conflicting batch_sizes")  # several batches drawn at once
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
+    warnings.filterwarnings("ignore", message=".*inline_inbuilt_nn_modules is deprecated")
+    warnings.filterwarnings("ignore", message="Using lock_.. inside a compiled graph")
+
+
+def print_summary(
+    config: TrainingConfiguration,
+    folder: RunFolder,
+    environment: EnvBase,
+    device: torch.device,
+    *,
+    first_frame: int = 0,
+) -> None:
+    """Says what is about to run.
+
+    Args:
+        config: the run's settings.
+        folder: its folder.
+        environment: the training environments.
+        device: device of the networks.
+        first_frame: where the run continues.
+    """
+    observation_dim = environment.observation_spec["observation"].shape[-1]
+    action_dim = environment.action_spec.shape[-1]
+    threads = torch.get_num_threads()
+    warmup = capped_warmup(config.warmup_frames, config.total_frames)
+    print(
+        f"{config.env}: observation {observation_dim}, action {action_dim}; preset {config.preset}, seed {config.seed}"
+    )
+    compiled = ", compiled (which takes about a minute at the first one)" if config.compile else ""
+    ranks = f", {config.devices} processes together" if config.devices > 1 else ""
+    plural = "s" if threads > 1 else ""
+    print(f"device: {device}{ranks}, {threads} thread{plural}; updates in {config.precision}{compiled}")
+    print(f"run folder: {folder.path}")
+    capped = f", a fifth of total_frames instead of {config.warmup_frames:,}" if warmup < config.warmup_frames else ""
+    batch = config.frames_per_batch * config.devices
+    last = first_frame + batch * math.ceil((config.total_frames - first_frame) / batch)
+    rounded = f", rounded up to {last:,} by batches of {batch:,}" if last > config.total_frames else ""
+    print(f"frames: {config.total_frames:,}{rounded}; warm-up: {warmup:,} frames of random actions{capped}")
+    if config.num_envs > 1:
+        cut = config.checkpoint_every // config.num_envs
+        print(
+            f"every checkpoint cuts the episodes, here after {cut:,} frames each: raise --checkpoint_every if too short"
+        )
+    if folder.resumed:
+        begun = f"resumed from the checkpoint at frame {first_frame:,}"
+        print(begun if first_frame else "there is no checkpoint yet, so the run begins anew", flush=True)
+    else:
+        print("stop with Ctrl-C at any time; the run can be resumed", flush=True)
+
+
+def check_unfinished(config: TrainingConfiguration, folder: RunFolder, first_frame: int) -> None:
+    """Refuses to go on with a run that has all its frames and its actor, or has reached its return.
+
+    A run that was killed before it published its actor does that. What lies beyond the last checkpoint does not count.
+
+    Args:
+        config: the run's settings.
+        folder: its folder.
+        first_frame: where it would continue.
+
+    Raises:
+        UserError: naming the frame or the evaluation.
+    """
+    if first_frame >= config.total_frames and folder.published:
+        raise UserError(f"the run is finished at frame {first_frame:,}; give a larger --total_frames to go on.")
+    columns = read_metrics(folder.metrics) if folder.metrics.exists() else {}
+    target = math.inf if config.stop_at_return is None else config.stop_at_return
+    for frame, value in zip(columns.get("frames", []), columns.get("eval/return_mean", []), strict=False):
+        if frame <= first_frame and value >= target:
+            raise UserError(
+                f"the run is finished: its evaluation at frame {frame:,.0f} gave {value:.1f}, at least "
+                f"--stop_at_return {target:g}; raise that or give --stop_at_return null to go on."
+            )
+
+
+def make_loggers(config: TrainingConfiguration, folder: RunFolder, *, first_frame: int = 0) -> list[Logger]:
+    """metrics.csv and TensorBoard events in a run's folder, and the logger that the settings choose.
+
+    Args:
+        config: the run's settings.
+        folder: its folder.
+        first_frame: where the run continues; later rows of an earlier process are dropped.
+
+    Raises:
+        UserError: if the chosen logger cannot be started.
+    """
+    chosen = []
+    if config.logger is not None:
+        chosen.append(chosen_logger(config.logger, folder.path, yaml.safe_load(saved_text(config))))
+    tensorboard = TensorBoardLogger(folder.path, name="tensorboard", version="", purge_step=first_frame + 1)
+    return [MetricsTable(folder.metrics, last_frame=first_frame), tensorboard, *chosen]
+
+
+def make_callbacks(
+    config: TrainingConfiguration,
+    folder: RunFolder,
+    frames: FramesDataset,
+    archive: ReplayArchive,
+    make_environment: Callable[..., EnvBase],
+) -> list[Callback]:
+    """What happens at periods of frames: evaluation, row of the log, learning curve, checkpoint, progress.
+
+    Ranks above 0 only store their replay buffer.
+
+    Args:
+        config: the run's settings.
+        folder: its folder.
+        frames: its data set.
+        archive: its replay buffer's files.
+        make_environment: makes an environment from a seed, for evaluations.
+    """
+    stop, identity = StopSignals(), run_identity(config, frames.collector.env)
+    if rank() > 0:
+        return [CheckpointWriter(frames, folder, archive, identity, stop), stop]
+    evaluation = Evaluation(
+        frames,
+        config.eval_every,
+        make_environment,
+        config.eval_episodes,
+        stop,
+        deterministic=config.eval_deterministic,
+        videos=folder.videos if config.eval_video else None,
+    )
+    title = f"{folder.recipe} on {config.env}, preset {config.preset}, seed {config.seed}"
+    return [
+        evaluation,
+        StopAtReturn(evaluation, config.stop_at_return),
+        MetricRows(frames, config.log_every, config.eval_every),
+        LearningCurve(frames, config.eval_every, folder, title),
+        CheckpointWriter(frames, folder, archive, identity, stop),
+        Progress(frames, evaluation),
+        stop,
+    ]
+
+
+def finish_run(
+    trainer: Trainer, module: OffPolicyModule, frames: FramesDataset, folder: RunFolder, *, usual_frames: int
+) -> int:
+    """Closes the environments and says how the run went and how to go on.
+
+    Args:
+        trainer: the trainer, behind ``fit``.
+        module: the trained module.
+        frames: the data set.
+        folder: the run's folder, the actor in it published.
+        usual_frames: frames of the recipe's runs by default; a shorter run says how to begin one.
+
+    Returns:
+        The exit code: 0, or 128 plus the signal that ended the run.
+    """
+    frames.close()
+    folder.close()
+    for logger in trainer.loggers:
+        logger.finalize("success")
+    stop, evaluation = _callback(trainer, StopSignals), _callback(trainer, Evaluation)
+    last_checkpoint = _callback(trainer, CheckpointWriter).last_frame
+    called = Path(sys.argv[0])  # a copy of a recipe lies anywhere
+    script = f"python {called if called.stem == folder.recipe else f'recipes/{folder.recipe}.py'}"
+    target = _callback(trainer, StopAtReturn)
+    resume = f"{script} --resume {shlex.quote(str(folder.path))}"
+    # What was changed on resuming, which config.yaml does not know.
+    saved = yaml.safe_load((folder.path / CONFIGURATION_FILE).read_text(encoding="utf-8"))
+    longer = f" --total_frames {frames.total_frames}" if frames.total_frames > saved["total_frames"] else ""
+    if target.target != (math.inf if saved["stop_at_return"] is None else saved["stop_at_return"]):
+        resume += f" --stop_at_return {'null' if target.target == math.inf else target.target}"
+    alone = folder.actor in folder.published
+    published = folder.actor if alone else folder.path / "seed_N" / folder.actor.name
+    if stop.signal is not None:
+        print(f"stopped by {stop.signal.name} at frame {module.env_frames:,}; actor: {published}")
+        if last_checkpoint is None:
+            print(f"no checkpoint had been written yet; begin anew with {resume}{longer}")
+        elif last_checkpoint >= frames.total_frames:
+            print(f"the run is finished; go on for longer: {resume} --total_frames {2 * module.env_frames}")
+        else:
+            print(f"go on from the checkpoint at frame {last_checkpoint:,}: {resume}{longer}")
+        return stop.exit_code
+    for way, result in evaluation.results.items():
+        metrics = result.metrics()
+        print(
+            f"evaluation at frame {module.env_frames:,}{way and ', ' + way}: return {metrics['eval/return_mean']:.1f} "
+            f"± {metrics['eval/return_std']:.1f} over {len(result.returns)} episodes"
+        )
+    print(f"learning curve: {folder.learning_curve}")
+    if evaluation.videos is not None:
+        print(f"videos: {evaluation.videos}")
+    print(f"actor: {published}")
+    if target.reached is not None:
+        print(
+            f"stopped at frame {module.env_frames:,}: the evaluation's return of {target.reached:.1f} is at least "
+            f"--stop_at_return {target.target:g}; go on: {resume}{longer} --stop_at_return null",
+            flush=True,
+        )
+        return 0
+    if module.env_frames < usual_frames:
+        print(f"the full job, {usual_frames:,} frames: {script} --env {module.env}")
+    print(f"go on for longer: {resume} --total_frames {2 * module.env_frames}", flush=True)
+    return 0
+
+
+def _callback(trainer: Trainer, kind: type[CallbackType]) -> CallbackType:
+    return next(callback for callback in trainer.callbacks if isinstance(callback, kind))  # type: ignore[attr-defined]

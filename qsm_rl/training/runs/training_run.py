@@ -1,0 +1,295 @@
+"""What every recipe does around its algorithm: everything before the networks are built, and everything after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torchrl.data import Bounded, TensorDictReplayBuffer
+from torchrl.envs import EnvBase
+
+from qsm_rl.training.configuration.hardware import choose_arithmetic, choose_device, limit_threads, set_products
+from qsm_rl.training.configuration.training_configuration import TrainingConfiguration, capped_warmup
+from qsm_rl.training.data.checkpoints import CheckpointFolder
+from qsm_rl.training.data.collection import check_workers, make_collector
+from qsm_rl.training.data.frames import FramesDataset
+from qsm_rl.training.data.offline_data import DatasetCollector, OfflineWriter
+from qsm_rl.training.data.replay import ReplayArchive, TransitionWriter
+from qsm_rl.training.data.replay_storage import (
+    AgentsReplayBuffer,
+    ReservedMemmapStorage,
+    check_replay_space,
+    make_storage,
+)
+from qsm_rl.training.environments.make_environment import check_registered, make_environment
+from qsm_rl.training.errors import UserError, full_disk_errors, user_errors
+from qsm_rl.training.evaluation.videos import check_filming
+from qsm_rl.training.random_state import derived_seed, seed_everything
+from qsm_rl.training.ranks import rank
+from qsm_rl.training.runs.actor_files import publish_actor
+from qsm_rl.training.runs.loggers import check_logger
+from qsm_rl.training.runs.module import OffPolicyModule
+from qsm_rl.training.runs.preflight import check_space, row_bytes
+from qsm_rl.training.runs.resuming import check_identity, restore_checkpoint, run_identity
+from qsm_rl.training.runs.run_folder import RunFolder
+from qsm_rl.training.runs.running import (
+    check_unfinished,
+    finish_run,
+    make_callbacks,
+    make_loggers,
+    print_summary,
+    quiet_libraries,
+)
+from qsm_rl.training.runs.stacked_run import split_seeds
+from qsm_rl.training.updates.stacked_update import StackedUpdate
+from qsm_rl.training.updates.update import Update
+
+__all__ = ["TrainingRun"]
+
+Configuration = TypeVar("Configuration", bound=TrainingConfiguration)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRun(Generic[Configuration]):
+    """One run of an off-policy recipe: ``begin`` it, build policy, critics, loss and update, and ``train``.
+
+    Attributes:
+        config: the settings, ``compile`` and ``precision`` decided.
+        device: device of the networks and the replay buffer.
+        environment: the training environments, ``num_envs`` stepped together.
+        make_environment: makes another one, called with ``seed`` (and ``num_envs``), as evaluations need it.
+        folder: the run's folder.
+        checkpoint: where the run goes on; None for a new one.
+    """
+
+    config: Configuration
+    device: torch.device
+    environment: EnvBase
+    make_environment: Callable[..., EnvBase]
+    folder: RunFolder
+    checkpoint: dict[str, Any] | None
+
+    @classmethod
+    def begin(cls, config: Configuration, recipe: Path | str) -> TrainingRun[Configuration]:
+        """Chooses device and arithmetic, seeds everything, makes environments and folder, and says what will run.
+
+        Args:
+            config: the settings as given; with ``resume`` the run there goes on.
+            recipe: the recipe's file, whose name the folder gets.
+
+        Raises:
+            UserError: if device, environment or folder cannot be had; nothing has been written then.
+        """
+        quiet_libraries()
+        device = choose_device(config.device)
+        if device.type == "cuda" and config.devices > 1:
+            device = choose_device(f"cuda:{rank()}")
+        config = choose_arithmetic(config, device)
+        set_products(config.precision, device)
+        limit_threads(device, config.num_workers if config.worker_backend == "process" else 0)
+        seed_everything(config.seed)
+        make = partial(
+            make_environment,
+            config.env,
+            action_repeat=config.action_repeat,
+            normalize_observation=config.normalize_observation,
+        )
+        check_logger(config.logger)
+        check_workers(config)
+        with user_errors(ValueError, ImportError):
+            if config.eval_video:
+                check_filming(config.env, make)
+            check_registered(config.env)
+            environment = make(num_envs=config.num_envs * config.seeds, seed=config.seed)
+        check_replay_space(config, environment)
+        folder = RunFolder.open(config, recipe=Path(recipe).stem)
+        checkpoints, checkpoint = CheckpointFolder(folder.checkpoints), None
+        if folder.resumed and checkpoints.frames():
+            checkpoint = checkpoints.newest()
+            check_identity(checkpoint, run_identity(config, environment), folder.path)
+        run = cls(
+            config=config,
+            device=device,
+            environment=environment,
+            make_environment=make,
+            folder=folder,
+            checkpoint=checkpoint,
+        )
+        if rank() > 0:
+            return run
+        if folder.resumed:
+            check_unfinished(config, folder, run.first_frame)
+        print_summary(config, folder, environment, device, first_frame=run.first_frame)
+        return run
+
+    @property
+    def first_frame(self) -> int:
+        """Frames that earlier processes have collected."""
+        return self.checkpoint["frames"] if self.checkpoint else 0
+
+    @property
+    def warmup_frames(self) -> int:
+        """Frames of random actions before the first update."""
+        return capped_warmup(self.config.warmup_frames, self.config.total_frames)
+
+    @property
+    def action_spec(self) -> Bounded:
+        """The actions of one environment, shape ``(A,)``."""
+        return self.environment.action_spec_unbatched
+
+    @property
+    def action_dim(self) -> int:
+        """A, numbers of an action."""
+        return self.action_spec.shape[-1]
+
+    @property
+    def observation_dim(self) -> int:
+        """O, numbers of an observation."""
+        return self.environment.observation_spec["observation"].shape[-1]
+
+    def train(
+        self,
+        update: Update,
+        acting: TensorDictModuleBase,
+        *,
+        dataset: TensorDictBase | None = None,
+        offline_frames: int = 0,
+    ) -> int:
+        """Collects, updates, evaluates, logs and writes checkpoints to the end of the run, and publishes the actor.
+
+        Args:
+            update: the algorithm's update, on ``device``.
+            acting: the policy that collects, exploration included; reads ``observation``, writes ``action``.
+            dataset: transitions ``(N,)`` from [`read_dataset`][qsm_rl.training.read_dataset] that the replay buffer
+                begins with.
+            offline_frames: frames at the beginning for which nothing is collected: updates on the data set alone.
+
+        Returns:
+            The exit code: 0, or 128 plus the signal that ended the run.
+
+        Raises:
+            UserError: if the checkpoint does not fit the networks.
+            TrainingError: if training cannot go on.
+        """
+        config, folder, ranks = self.config, self.folder, self.config.devices
+
+        # Data: frames from the collector, transitions in the replay buffer, both a rank's own.
+        storage = make_storage(config, folder.path, self.device)
+        agents = config.seeds  # more than one in one run: stacked, see stacked_run.py
+        if agents > 1:
+            replay = AgentsReplayBuffer(agents, storage=storage, batch_size=config.batch_size)
+        else:
+            replay = TensorDictReplayBuffer(storage=storage, batch_size=config.batch_size)
+        if storage.device != self.device:
+            replay.append_transform(lambda batch: batch.to(self.device))
+        archive = ReplayArchive(folder.checkpoints / ("replay" if rank() == 0 else f"replay-rank-{rank()}"))
+        collector = make_collector(
+            replace(config, frames_per_batch=config.frames_per_batch * agents),
+            self.environment,
+            self.make_environment,
+            acting,
+            self.device,
+            warmup_frames=max(0, -(-(self.warmup_frames - self.first_frame) // ranks)) * agents,
+            cuda_graph=update.cuda_graph,
+        )
+        writer = TransitionWriter(replay, n_step=config.n_step, gamma=config.gamma, agents=agents > 1)
+        if dataset is not None:
+            collector = DatasetCollector(collector, dataset, offline_frames, self.first_frame)
+            writer = OfflineWriter(replay, offline_frames=offline_frames, first_frame=self.first_frame)
+            if not self.checkpoint:
+                replay.extend(dataset)
+        frames = FramesDataset(
+            collector,
+            seed=config.seed if rank() == 0 else derived_seed(config.seed, "rank", rank()),
+            total_frames=config.total_frames,
+            checkpoint_every=config.checkpoint_every,
+            first_frame=self.first_frame,
+            num_ranks=ranks,
+            num_agents=agents,
+        )
+
+        try:
+            # Training: one step for each batch of frames.
+            module = OffPolicyModule(
+                update,
+                writer,
+                env=config.env,
+                warmup_frames=self.warmup_frames,
+                updates_per_frame=config.updates_per_frame,
+                count=frames.count,
+                faults=folder.faults if rank() == 0 else folder.faults / f"rank-{rank()}",
+            )
+            if rank() == 0:  # one machine: what all processes need together
+                known = 0 if dataset is None else len(dataset)
+                written = known + max(0, config.total_frames - offline_frames)
+                stored = known + max(0, self.first_frame - offline_frames) if self.checkpoint else 0
+                self._check_space(module, written, stored)
+            if self.checkpoint:
+                restore_checkpoint(self.checkpoint, module, frames, archive)
+            devices: int | list[int] = ranks
+            if self.device.type == "cuda" and ranks == 1:
+                devices = [self.device.index]
+            with full_disk_errors(folder.path):
+                trainer = Trainer(
+                    accelerator=self.device.type,
+                    devices=devices,
+                    strategy=DDPStrategy() if ranks > 1 else "auto",
+                    max_epochs=1,
+                    logger=make_loggers(config, folder, first_frame=self.first_frame) if rank() == 0 else [],
+                    callbacks=make_callbacks(config, folder, frames, archive, self.make_environment),
+                    enable_checkpointing=False,
+                    enable_progress_bar=False,
+                    enable_model_summary=False,
+                    log_every_n_steps=0,  # the callbacks log, by frames
+                )
+                trainer.fit(module, frames)
+        except BaseException:
+            frames.close()  # workers that live would keep this process from ending
+            folder.close()
+            raise
+        finally:
+            if isinstance(storage, ReservedMemmapStorage):
+                storage.remove()
+        if rank() > 0:
+            frames.close()
+            return 0
+
+        with full_disk_errors(folder.path):
+            actors = {folder.actor: update.actor}
+            if isinstance(update, StackedUpdate):
+                actors = split_seeds(config, folder, update)
+            for path, actor in actors.items():
+                publish_actor(
+                    path, actor, environment=self.environment, env=config.env, action_repeat=config.action_repeat
+                )
+        return finish_run(trainer, module, frames, folder, usual_frames=type(config).total_frames)
+
+    def _check_space(self, module: OffPolicyModule, written: int, stored: int) -> None:
+        """Room for the ``written`` transitions of the whole run, ``stored`` of which lie on the disk already."""
+        config = self.config
+        capacity = module.writer.replay.storage.max_size
+        rows = min(capacity, written)
+        try:
+            check_space(
+                self.folder.path,
+                # On a GPU all of the buffer is taken with the first row; elsewhere memory is taken as it is written to.
+                rows=capacity if self.device.type == "cuda" else rows,
+                capacity=capacity,
+                row=row_bytes(module.writer.entries(self.environment.fake_tensordict())),
+                checkpoint_every=config.checkpoint_every,
+                state={k: v for k, v in module.update.state_dict().items() if isinstance(v, torch.Tensor)},
+                device=self.device if config.replay_storage == "memory" else None,
+                stored=min(stored, rows),
+            )
+        except UserError:
+            if not self.folder.resumed:
+                self.folder.discard()
+            raise

@@ -1,0 +1,49 @@
+"""One update of Q-score matching, in the authors' order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from qsm_rl.objectives import QScoreMatchingLoss
+from qsm_rl.temperature import SpreadTuner
+from qsm_rl.training.ranks import gather_rows
+from qsm_rl.training.updates.diffusion_update import DiffusionUpdate
+
+__all__ = ["QSMUpdate"]
+
+TUNING_PERIOD = 10
+
+
+class QSMUpdate(DiffusionUpdate):
+    """[`DiffusionUpdate`][qsm_rl.training.DiffusionUpdate], with a temperature that may tune itself.
+
+    Args:
+        loss: the loss, with its value estimator made and on its device.
+        spread_tuner: moves the score target's temperature; None leaves it. It is asked every ``TUNING_PERIOD`` updates
+            with 8 actions for each of the batch's first 32 observations.
+        **options: those of [`DiffusionUpdate`][qsm_rl.training.DiffusionUpdate].
+    """
+
+    loss: QScoreMatchingLoss
+
+    def __init__(self, loss: QScoreMatchingLoss, *, spread_tuner: SpreadTuner | None = None, **options: Any) -> None:
+        super().__init__(loss, **options)
+        self._spread_tuner = (spread_tuner,)  # it holds the loss's score target: in a tuple, as the actor
+
+    def forward(self, batch: TensorDictBase) -> dict[str, Tensor]:
+        """See ``DiffusionUpdate.forward``; then the temperature, where it is its turn."""
+        losses = super().forward(batch)
+        (tuner,) = self._spread_tuner
+        if tuner is not None and self.num_updates % TUNING_PERIOD == 0:
+            tuner(gather_rows(self._samples(), dim=1))
+        return losses
+
+    def diagnostics(self) -> dict[str, Tensor]:
+        """The base's, with sizes of dQ/da, the score target and the predicted noise, and the temperature."""
+        out = super().diagnostics()
+        if out and hasattr(self.loss.score_target, "temperature"):
+            out["temperature"] = self.loss.score_target.get_buffer("temperature").clone()
+        return out

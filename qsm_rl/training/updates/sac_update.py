@@ -1,0 +1,138 @@
+"""One update of soft actor-critic, and what its recipe can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+from torch.optim import Adam, Optimizer
+from torchrl.objectives import SACLoss, SoftUpdate
+
+from qsm_rl.training.configuration.training_configuration import TrainingConfiguration
+from qsm_rl.training.updates.mlp_actors import DeterministicPolicy, TanhGaussianActor
+from qsm_rl.training.updates.update import Precision, Update, accelerated, gradient_step
+
+__all__ = ["SACConfiguration", "SACUpdate"]
+
+
+@dataclass(kw_only=True)
+class SACConfiguration(TrainingConfiguration):
+    """Settings of soft actor-critic."""
+
+    compile: bool | Literal["auto"] = False
+    """Whether the update is compiled. TorchRL's loss of this algorithm is then compiled anew more often than pays."""
+
+    num_critics: int = 2
+    """Critics of the ensemble, of which the minimum is taken. More are warier and cost time in proportion; usual range
+    2 to 10."""
+
+    entropy_temperature: float | None = None
+    """Weight of the policy's entropy, in units of Q; null tunes it towards target_entropy, beginning at 1. More keeps
+    the policy wider; usual range 0.01 to 1."""
+
+    target_entropy: float | None = None
+    """Entropy that the tuning aims at, in box units (where uniform actions have 0.69 for each number of the action);
+    null takes minus the number of actuators. Higher keeps the policy wider."""
+
+    def __post_init__(self) -> None:
+        """Checks every field.
+
+        Raises:
+            UserError: naming the field, its value and what was expected.
+        """
+        super().__post_init__()
+        self._check("num_critics", self.num_critics >= 1, "at least 1")
+        temperature = self.entropy_temperature
+        self._check("entropy_temperature", temperature is None or temperature > 0, "null or above 0")
+
+
+class SACUpdate(Update):
+    """Critics first, then their targets, then the actor with the critics just updated, then the entropy's temperature.
+
+    Args:
+        loss: TorchRL's loss, version 2 (without a value network), with its value estimator made and on its device.
+        actor_learning_rate: Adam's step size for the actor, and for the temperature unless it is fixed.
+        critic_learning_rate: Adam's step size for the critics.
+        tau: share of the critics that the target critics take over.
+        gradient_clipping: largest gradient norm, for actor and critics each; None clips nothing.
+        precision: arithmetic of the matrix products, ``"float32"``, ``"tf32"`` or ``"bfloat16"``.
+        compile: whether the losses go through ``torch.compile``; their first call then takes about a minute.
+    """
+
+    loss: SACLoss
+
+    def __init__(
+        self,
+        loss: SACLoss,
+        *,
+        actor_learning_rate: float,
+        critic_learning_rate: float,
+        tau: float,
+        gradient_clipping: float | None = None,
+        precision: Precision = "float32",
+        compile: bool = False,
+    ) -> None:
+        loss.target_entropy  # noqa: B018  becomes a buffer when first asked for, which a checkpoint has to find
+        self.actor_parameters = list(loss.actor_network_params.parameters())
+        self.critic_parameters = list(loss.qvalue_network_params.parameters())
+        optimizers: dict[str, Optimizer] = {
+            "actor": Adam(self.actor_parameters, lr=actor_learning_rate, fused=True),
+            "critic": Adam(self.critic_parameters, lr=critic_learning_rate, fused=True),
+        }
+        if not loss.fixed_alpha:
+            optimizers["temperature"] = Adam([loss.log_alpha], lr=actor_learning_rate)
+        super().__init__(loss, optimizers)
+        self.gradient_clipping = gradient_clipping
+        self.target_updater = SoftUpdate(loss, tau=tau)
+        # A view on the loss's parameters; in a tuple, so that they are not registered a second time.
+        self._actor = (loss.get_stateful_net("actor_network"),)
+        self._qvalue_loss = accelerated(loss.qvalue_v2_loss, precision, compile)
+        self._actor_loss = accelerated(loss.actor_loss, precision, compile)
+        self._infos: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
+
+    @property
+    def actor(self) -> TanhGaussianActor:
+        """What is published; it samples."""
+        return self._actor[0]
+
+    @property
+    def policies(self) -> dict[str, TensorDictModuleBase]:
+        """What is evaluated: the squashed mean, as is usual."""
+        return {"": DeterministicPolicy(self.actor)}
+
+    def forward(self, batch: TensorDictBase) -> dict[str, Tensor]:
+        """See ``Update.forward``; returns ``qvalue`` (mean over critics), ``actor`` and ``temperature``."""
+        loss_qvalue, qvalue_info = self._qvalue_loss(batch)
+        critic = self.optimizers["critic"]
+        gradient_step("loss_qvalue", loss_qvalue, critic, self.critic_parameters, self.gradient_clipping)
+        self.target_updater.step()
+
+        loss_actor, actor_info = self._actor_loss(batch)
+        actor = self.optimizers["actor"]
+        gradient_step("loss_actor", loss_actor, actor, self.actor_parameters, self.gradient_clipping)
+        losses = {"qvalue": loss_qvalue.detach() / self.loss.num_qvalue_nets, "actor": loss_actor.detach()}
+
+        if "temperature" in self.optimizers:
+            loss_temperature = self.loss.alpha_loss(actor_info["log_prob"]).mean()
+            gradient_step("loss_temperature", loss_temperature, self.optimizers["temperature"], [self.loss.log_alpha])
+            losses["temperature"] = loss_temperature.detach()
+
+        self.num_updates += 1
+        self._infos = qvalue_info, actor_info
+        return losses
+
+    @torch.no_grad()
+    def diagnostics(self) -> dict[str, Tensor]:
+        """Temperature, entropy of the policy in box units, and size of the TD errors."""
+        if self._infos is None:
+            return {}
+        qvalue_info, actor_info = self._infos
+        return {
+            "temperature": self.loss.log_alpha.exp(),
+            "entropy": -actor_info["log_prob"].mean(),
+            "td_error": qvalue_info["td_error"].mean(),
+        }

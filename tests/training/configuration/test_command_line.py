@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from qsm_rl.training import (
+    PRESETS,
+    QSMConfiguration,
+    RunFolder,
+    UserError,
+    parse_configuration,
+)
+from qsm_rl.training.configuration.command_line import saved_text
+
+
+def parse(*arguments: str) -> QSMConfiguration:
+    return parse_configuration(QSMConfiguration, arguments)
+
+
+def test_a_file_of_one_preset_is_not_called_another(tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text("preset: default\nnum_steps: 7\n")
+    with pytest.raises(UserError, match=r"--preset paper: .*settings\.yaml holds settings of the preset default"):
+        parse("--config", str(path), "--preset", "paper")
+    assert parse("--config", str(path), "--preset", "default").num_steps == 7
+    path.write_text("num_steps: 7\n")  # of no preset
+    config = parse("--config", str(path), "--preset", "paper")
+    assert (config.preset, config.num_steps, config.schedule) == ("paper", 7, "vp")
+
+
+def test_preset_fills_only_what_neither_flags_nor_yaml_give(tmp_path):
+    path = tmp_path / "some.yaml"
+    path.write_text("preset: paper\nnum_steps: 7\nbatch_size: 32\n")
+    config = parse("--batch_size", "64", "--config", str(path))  # the flag wins although it comes first
+    assert (config.batch_size, config.num_steps, config.schedule) == (64, 7, "vp")
+    assert config.actor_hidden_dims == (512, 512)
+
+
+def test_a_value_equal_to_the_default_still_counts_as_given():
+    default = QSMConfiguration().schedule
+    assert PRESETS["paper"]["schedule"] != default
+    assert parse("--preset", "paper", "--schedule", default).schedule == default
+
+
+def test_unknown_yaml_key_is_named_with_the_nearest(tmp_path):
+    path = tmp_path / "some.yaml"
+    path.write_text("bach_size: 3\n")
+    with pytest.raises(UserError, match=r"bach_size.*--batch_size"):
+        parse("--config", str(path))
+
+
+def test_saved_configuration_reads_back_the_same_and_names_no_folder(tmp_path):
+    config = parse("--preset", "paper", "--actor_learning_rate", "1e-5", "--run_dir", str(tmp_path))
+    path = tmp_path / "config.yaml"
+    path.write_text(saved_text(config))
+    assert parse("--config", str(path)) == dataclasses.replace(config, run_dir=None)
+    saved = {line.split(":")[0] for line in path.read_text().splitlines() if line and line[0] not in " -"}
+    assert saved == {field.name for field in dataclasses.fields(config)} - {"run_dir", "resume"}
+
+
+def test_resume_takes_everything_from_the_run_and_lets_only_total_frames_grow(tmp_path):
+    folder = tmp_path / "run"
+    config = parse("--seed", "3", "--total_frames", "1000", "--run_dir", str(folder))
+    RunFolder.open(config, "some_recipe")
+    resumed = parse("--resume", str(folder))
+    assert resumed == dataclasses.replace(config, run_dir=None, resume=folder, warmup_frames=200)  # as capped
+    assert parse("--resume", str(folder), "--total_frames", "2000").total_frames == 2000
+    with pytest.raises(UserError, match="999"):
+        parse("--resume", str(folder), "--total_frames", "999")
+    with pytest.raises(UserError, match="--seed"):
+        parse("--resume", str(folder), "--seed", "4")
+    (folder / "config.yaml").write_text("env: Hopper-v5\n")
+    with pytest.raises(UserError, match=r"lacks.*actor_ema.*another version"):
+        parse("--resume", str(folder))
+    with pytest.raises(UserError, match="nowhere"):
+        parse("--resume", str(tmp_path / "nowhere"))
+
+
+def test_a_run_of_another_recipe_is_named(tmp_path):
+    (tmp_path / "config.yaml").write_text(
+        "# python recipes/mujoco_sac.py --config config.yaml\n# written by qsm_rl 0.0.1\ntarget_entropy: 1.0\n"
+    )
+    with pytest.raises(UserError, match=r"written by recipes/mujoco_sac\.py of qsm_rl 0\.0\.1 \(this is"):
+        parse("--resume", str(tmp_path))
+
+
+def test_a_width_that_is_no_list_is_explained():
+    with pytest.raises(UserError, match=r'--actor_hidden_dims: expected tuple, got 8; give a list .*"\[256, 256\]"'):
+        parse("--actor_hidden_dims", "8")

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from torchrl.envs import GymWrapper, RewardSum, StepCounter, TransformedEnv
+from torchrl.envs.transforms import Compose
+
+from qsm_rl.training.environments.vector_environment import VectorEnvironment
+from tests.training.small_trainer import Countdown
+
+
+def batch_of_three(mode=AutoresetMode.DISABLED):
+    return SyncVectorEnv([Countdown] * 3, autoreset_mode=mode)
+
+
+def test_it_steps_sums_and_counts_as_torchrls_wrapper_and_transforms_do():
+    ours = VectorEnvironment(batch_of_three())
+    theirs = TransformedEnv(GymWrapper(batch_of_three(), device="cpu"), Compose(RewardSum(), StepCounter()))
+    rollouts = []
+    for environment in (ours, theirs):
+        environment.set_seed(1)
+        torch.manual_seed(0)
+        rollouts.append(environment.rollout(60, break_when_any_done=False))
+        environment.close()
+    ended = rollouts[0]["next", "done"].squeeze(-1)
+    assert (ended.any(0) & ~ended.all(0)).any()  # some resets are partial
+    assert set(rollouts[0].keys(True, True)) == set(rollouts[1].keys(True, True))
+    assert (rollouts[0] == rollouts[1]).all()
+
+
+def test_a_vector_environment_that_resets_by_itself_is_refused():
+    with pytest.raises(ValueError, match=r"AutoresetMode.DISABLED, got .*SAME_STEP"):
+        VectorEnvironment(batch_of_three(AutoresetMode.SAME_STEP))

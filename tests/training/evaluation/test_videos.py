@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+from functools import partial
+from types import SimpleNamespace
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium.spaces import Box
+from tensordict.nn import TensorDictModule
+
+from qsm_rl.training import Film, UserError, check_filming, evaluate_policy, make_environment
+from qsm_rl.training.evaluation import videos
+
+
+class Brighter(gymnasium.Env):
+    """Its picture grows brighter by 20 with each frame; the start of every episode has another brightness."""
+
+    observation_space, action_space = Box(-1, 1, (1,), np.float32), Box(-1, 1, (1,), np.float32)
+
+    def __init__(self, render_mode: str | None = None, frames_per_second: float = 30.0, broken: bool = False) -> None:
+        self.render_mode, self.broken, self.resets = render_mode, broken, 0
+        self.metadata = {"render_modes": ["rgb_array"], "render_fps": frames_per_second}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.resets, self.time = self.resets + 1, 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.time += 1
+        return np.zeros(1, np.float32), 1.0, self.time == 6, False, {}
+
+    def render(self):
+        if self.broken:
+            raise RuntimeError("an OpenGL platform library\nhas not been loaded")
+        return np.full((64, 96, 3), 20 * self.time + 5 * self.resets, np.uint8)
+
+
+@pytest.fixture(params=[30.0, 90.0])
+def name(request):
+    gymnasium.register("qsm_rl_test/Brighter-v0", Brighter, kwargs={"frames_per_second": request.param})
+    gymnasium.register("qsm_rl_test/Dark-v0", Brighter, kwargs={"broken": True})
+    yield "qsm_rl_test/Brighter-v0"
+    for registered in ("qsm_rl_test/Brighter-v0", "qsm_rl_test/Dark-v0"):
+        del gymnasium.registry[registered]
+
+
+policy = TensorDictModule(torch.tanh, in_keys=["observation"], out_keys=["action"])
+
+
+def test_a_film_shows_each_frame_of_the_first_episode(name, tmp_path):
+    imageio = pytest.importorskip("imageio")
+    pytest.importorskip("imageio_ffmpeg")
+    environment = make_environment(name, filmed=True)
+    with Film(tmp_path / "new" / "film.mp4", environment) as film:
+        filmed = evaluate_policy(environment, policy, episodes=3, seed=0, film=film)
+    assert filmed == evaluate_policy(make_environment(name), policy, episodes=3, seed=0)
+    reader = imageio.get_reader(tmp_path / "new" / "film.mp4")
+    pictures = [np.asarray(picture, float) for picture in reader]
+    steps = [0, 3] if environment.vector_env.envs[0].metadata["render_fps"] == 90 else list(range(6))
+    assert film.pictures == len(pictures) == len(steps)
+    assert reader.get_meta_data()["fps"] == 30
+    assert pictures[0].shape == (64, 96, 3)
+    start = pictures[0].mean()
+    assert [picture.mean() - start for picture in pictures] == pytest.approx([20 * step for step in steps], abs=4)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["film.mp4"]
+
+
+def test_what_is_left_by_an_exception_leaves_no_file(name, tmp_path):
+    pytest.importorskip("imageio_ffmpeg")
+    environment = make_environment(name, filmed=True)
+    environment.reset()
+    with pytest.raises(KeyboardInterrupt), Film(tmp_path / "film.mp4", environment) as film:
+        for step in range(5):
+            film.watch(step)
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_stands_in_the_way_is_said_in_a_line(name, monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "")
+    monkeypatch.setattr(videos.subprocess, "run", lambda *args, **kwargs: SimpleNamespace(returncode=1))
+    monkeypatch.setattr(videos.importlib.util, "find_spec", lambda package: package)
+    with pytest.raises(UserError, match=r"Dark-v0 can be made: an OpenGL platform library has not.*apt-get install"):
+        check_filming("qsm_rl_test/Dark-v0", partial(make_environment, "qsm_rl_test/Dark-v0"))
+    check_filming(name, partial(make_environment, name))  # it does not need OpenGL
+    monkeypatch.setattr(videos.importlib.util, "find_spec", lambda package: None)
+    with pytest.raises(UserError, match=r'pip install "qsm_rl\[video\]"'):
+        check_filming(name, partial(make_environment, name))
+
+
+def test_mujoco_is_drawn_without_a_display(monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "")
+    videos.choose_renderer()
+    if not videos.os.environ["MUJOCO_GL"]:
+        pytest.skip("no OpenGL here")
+    environment = make_environment("InvertedPendulum-v5", filmed=True, action_repeat=2, normalize_observation=True)
+    environment.set_seed(0)
+    environment.reset()
+    picture = videos.render(environment)
+    assert picture.shape == (480, 480, 3) and picture.std() > 5
+    assert environment.vector_env.envs[0].metadata["render_fps"] == 12.5  # of 25 steps a second
+    environment.close()

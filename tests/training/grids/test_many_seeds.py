@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from qsm_rl.training import QSMConfiguration, UserError, run_seeds
+from tests.training.grids.test_grid import FAKE, calls, rows
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "fake.py"
+    path.write_text(FAKE)
+    return path
+
+
+def configuration(folder, **values):
+    return QSMConfiguration(env="A-v0", seed=3, seeds=3, total_frames=20, run_dir=folder, **values)
+
+
+def test_every_seed_runs_with_the_given_settings_and_the_interval_is_told(tmp_path, script, capsys):
+    folder = tmp_path / "runs"
+    config = configuration(folder, tau=0.25, actor_hidden_dims=(8, 8), gradient_clipping=None)
+    assert run_seeds(config, script) == 0
+    told = capsys.readouterr().out
+    assert "last evaluation of 3 seeds: mean 25.0, 95 % interval 25.0 to 25.0 (25.0, 25.0, 25.0)" in told
+    flags = sorted(calls(tmp_path), key=lambda call: call["--seed"])
+    assert [call["--seed"] for call in flags] == ["3", "4", "5"]
+    assert [call["--run_dir"] for call in flags] == [str(folder / f"seed_{seed}") for seed in (3, 4, 5)]
+    assert flags[0]["--tau"] == "0.25"
+    assert json.loads(flags[0]["--actor_hidden_dims"]) == [8, 8]
+    assert flags[0]["--gradient_clipping"] == "null"
+    assert not {"--seeds", "--resume"} & flags[0].keys()
+
+    run_seeds(config, script)
+    assert len(calls(tmp_path)) == 3, "finished seeds ran again"
+
+
+def test_returns_are_told_without_rliable(tmp_path, script, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rliable", None)
+    assert run_seeds(configuration(tmp_path / "runs", tau=0.25), script) == 0
+    told = capsys.readouterr().out
+    assert "mean 25.0, no interval: " in told and "(25.0, 25.0, 25.0)" in told
+
+
+def test_a_failed_seed_is_told_and_the_same_command_goes_on(tmp_path, script, capsys):
+    folder = tmp_path / "runs"
+    (tmp_path / "fail").write_text("4")
+    assert run_seeds(configuration(folder), script) == 1
+    assert "seed 4: it broke" in capsys.readouterr().err
+    (tmp_path / "fail").unlink()
+    assert run_seeds(configuration(folder), script) == 0
+    assert calls(tmp_path)[-1] == {"--resume": str(folder / "seed_4")}
+    assert {row["seed"] for row in rows(folder)} == {"3", "4", "5"}
+
+
+def test_a_folder_of_another_kind_is_refused(tmp_path, script):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "config.yaml").touch()
+    with pytest.raises(UserError, match="something other"):
+        run_seeds(configuration(tmp_path / "runs"), script)
+
+
+def test_a_folder_named_like_a_run_is_left_alone(tmp_path, script):
+    precious = tmp_path / "runs" / "seed_3" / "precious.txt"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("mine")
+    with pytest.raises(UserError, match="something other"):
+        run_seeds(configuration(tmp_path / "runs"), script)
+    assert precious.read_text() == "mine"
+
+
+def test_finished_runs_are_not_reported_as_those_of_other_settings(tmp_path, script):
+    folder = tmp_path / "runs"
+    assert run_seeds(configuration(folder, actor_learning_rate=1e-3), script) == 0
+    before = rows(folder)
+    with pytest.raises(UserError, match=r"other settings \(actor_learning_rate 0.001, now 0.005\)"):
+        run_seeds(configuration(folder, actor_learning_rate=5e-3), script)
+    assert rows(folder) == before
+    assert len(calls(tmp_path)) == 3

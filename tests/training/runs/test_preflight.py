@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import shutil
+from collections import namedtuple
+
+import pytest
+import torch
+
+from qsm_rl.training import UserError
+from qsm_rl.training.runs import preflight
+from qsm_rl.training.runs.preflight import check_space, row_bytes
+
+ROW = row_bytes({"observation": ["torch.float32", [17]], "action": ["torch.float32", [6]], "done": ["torch.bool", [1]]})
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine of as much free memory and disk as told."""
+
+    def set_free(memory: int, disk: int) -> None:
+        monkeypatch.setattr(preflight, "available_memory", lambda device: memory)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, disk))
+
+    return set_free
+
+
+def check(folder, **options) -> None:
+    state = {"weight": torch.zeros(1_000_000)}  # 4 MB, in a checkpoint 12 MB with Adam's averages, and three of those
+    options = {
+        "rows": 1_000_000,
+        "capacity": 1_000_000,
+        "row": ROW,
+        "checkpoint_every": 5_000,
+        "state": state,
+        **options,
+    }
+    check_space(folder, device=torch.device("cpu"), **options)
+
+
+def test_a_row_is_counted_by_hand():
+    assert ROW == 17 * 4 + 6 * 4 + 1
+
+
+def test_what_fits_passes_and_what_does_not_is_told_with_need_and_remedy(tmp_path, machine):
+    need = 1_010_000 * 93 + 3 * 12_000_000 + (64 << 20)
+    machine(93_000_000, need)
+    check(tmp_path / "not" / "made" / "yet")
+    machine(92_999_999, need)
+    with pytest.raises(UserError, match=r"93\.0 MB of memory .* 93\.0 MB are free on cpu; .* to 749,999"):
+        check(tmp_path)
+    machine(93_000_000, need - 1)
+    with pytest.raises(UserError, match=r"needs 197\.0 MB in .*36\.0 MB for checkpoints.*197\.0 MB are free"):
+        check(tmp_path)
+    machine(93_000_000, need - 93 * 400_000)
+    check(tmp_path, stored=400_000)  # a resumed run has them on the disk already
+
+
+@pytest.mark.parametrize("capacity", [10**14, 10**25])
+def test_a_buffer_whose_addresses_cannot_be_had_is_refused_with_what_the_run_needs(tmp_path, machine, capacity):
+    machine(93_000_000, 10**12)
+    with pytest.raises(UserError, match=rf"{capacity:,} transitions of 93 bytes is more .* this run needs 1,000,000"):
+        check(tmp_path, capacity=capacity)
+
+
+def test_this_machine_says_what_is_free():
+    assert preflight.available_memory(torch.device("cpu")) > 1 << 20
+
+
+def test_in_a_container_files_that_were_read_lately_give_way(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "CGROUP", tmp_path)
+    for name, content in (("max", "9000"), ("current", "7000"), ("stat", "anon 3000\ninactive_file 2500\n")):
+        (tmp_path / f"memory.{name}").write_text(content)
+    assert preflight.available_memory(torch.device("cpu")) == 9000 - 7000 + 2500
+    (tmp_path / "memory.max").write_text("max\n")  # no limit: the machine's own memory counts
+    assert preflight.available_memory(torch.device("cpu")) > 1 << 20

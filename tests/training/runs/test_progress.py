@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import io
+from types import SimpleNamespace
+
+import torch
+from tensordict import TensorDict
+
+from qsm_rl.training.evaluation.evaluate import EvaluationResult
+from qsm_rl.training.runs import progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def shown(stream: io.StringIO, monkeypatch, seconds_per_frame: float, scale: int = 1) -> str:
+    """What a run of 100 frames prints; an episode of return 7 ends at frame 50, an evaluation has given 3 and 5.
+
+    With a scale all counts and returns are so many times as large.
+    """
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: clock.now)
+    evaluation = SimpleNamespace(last=EvaluationResult((3.0 * scale, 5.0 * scale), (1, 1)))
+    callback = progress.Progress(SimpleNamespace(total_frames=100 * scale), evaluation, stream)
+    module = SimpleNamespace(env_frames=0, grad_steps=0)
+    callback.on_train_start(None, module)
+    for frame in range(1, 101):
+        clock.now += seconds_per_frame
+        module.env_frames, module.grad_steps = frame * scale, 2 * frame * scale
+        ended = torch.tensor([[[frame == 50]]])
+        following = {"episode_end": ended, "episode_reward": torch.full((1, 1, 1), 7.0 * scale)}
+        callback.on_train_batch_end(None, module, None, TensorDict({"next": following}, [1, 1]), frame)
+    callback.on_train_end(None, module)
+    return stream.getvalue()
+
+
+def test_a_log_file_gets_few_lines_with_everything_in_them(monkeypatch):
+    lines = shown(io.StringIO(), monkeypatch, seconds_per_frame=1.0).splitlines()
+    assert len(lines) == 7  # one every fifteen seconds, and the end
+    assert lines[0] == "15/100 frames (15%), 1 frames/s, 2 updates/s, 01:25 left; return: train -, eval 4.0"
+    assert lines[-1] == "100/100 frames (100%), 1 frames/s, 2 updates/s, 00:00 left; return: train 7.0, eval 4.0"
+
+
+def test_a_terminal_gets_a_bar_that_ends_full(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    text = shown(Terminal(), monkeypatch, seconds_per_frame=0.25)
+    last = text.replace("\n", "").split("\r")[-1]
+    assert "100% ##" in last and "100/100 frames" in last and "4 frames/s, 8 updates/s" in last
+    assert 40 <= text.count("\r") <= 60  # twice a second of 25
+
+
+def test_nothing_is_cut_off_in_a_narrow_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = shown(Terminal(), monkeypatch, seconds_per_frame=70.0, scale=10_000)
+    drawn = [line.strip() for line in text.replace("\n", "").split("\r") if line.strip()]
+    assert max(map(len, drawn)) < 80
+    assert " 99% 990k/1.00M, 143 frames/s, 286 updates/s, 01:10, train 70000, eval 40000".strip() in drawn
+
+
+def test_speed_follows_a_change_within_its_memory():
+    speed, count, now = progress.Speed(0, 0.0), 0, 0.0
+    for rate in (100, 10):
+        for _ in range(60):
+            count, now = count + rate, now + 1.0
+            value = speed.update(count, now)
+    assert 10 < value < 16  # a minute after the change; the plain average is 55
