@@ -31,7 +31,6 @@ from qsm_rl.training.runs.module import OffPolicyModule
 from qsm_rl.training.runs.plotting import plot_learning_curve
 from qsm_rl.training.runs.resuming import manifests_of_ranks
 from qsm_rl.training.runs.run_folder import RunFolder
-from qsm_rl.training.updates.stacked_update import StackedUpdate
 
 __all__ = [
     "CheckpointWriter",
@@ -178,8 +177,8 @@ class Evaluation(PeriodicCallback):
         begin = time.perf_counter()
         try:
             with self.stop.interruptible():
-                if isinstance(module.update, StackedUpdate):
-                    results = self._evaluate_agents(module.update, module)
+                if module.update.agents:
+                    results = self._evaluate_agents(module)
                 else:
                     policies = module.update.policies
                     results = {way: self._evaluate(policy, module, filmed=not way) for way, policy in policies.items()}
@@ -192,16 +191,17 @@ class Evaluation(PeriodicCallback):
         metrics = {name: value for way, result in results.items() for name, value in result.metrics(way).items()}
         module.window.add({**metrics, "time/evaluation_seconds": time.perf_counter() - begin})
 
-    def _evaluate_agents(self, update: StackedUpdate, module: OffPolicyModule) -> dict[str, EvaluationResult]:
+    def _evaluate_agents(self, module: OffPolicyModule) -> dict[str, EvaluationResult]:
         """Each agent's result by its name, and under ``""`` the episodes of all."""
+        agents, actor = module.update.agents, module.update.actor
         seed = derived_seed(self.frames.seed, "evaluation", module.env_frames)
-        environment = self.make_environment(seed=seed, num_envs=len(update.seeds) * self.episodes)
-        results = evaluate_agents(environment, update.actor, agents=len(update.seeds), seed=seed, device=module.device)
+        environment = self.make_environment(seed=seed, num_envs=len(agents) * self.episodes)
+        results = evaluate_agents(environment, actor, agents=len(agents), seed=seed, device=module.device)
         pooled = EvaluationResult(
             tuple(value for result in results for value in result.returns),
             tuple(length for result in results for length in result.lengths),
         )
-        return {"": pooled, **{f"seed_{seed}": result for seed, result in zip(update.seeds, results, strict=True)}}
+        return {"": pooled, **dict(zip(agents, results, strict=True))}
 
     def _evaluate(
         self, policy: TensorDictModuleBase, module: OffPolicyModule, deterministic: bool = False, filmed: bool = False

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 
-from qsm_rl.actor import DiffusionActor
 from qsm_rl.training.configuration.command_line import CONFIGURATION_FILE, saved_text
 from qsm_rl.training.configuration.hardware import choose_device
 from qsm_rl.training.configuration.qsm_configuration import QSMConfiguration
@@ -76,19 +74,16 @@ def stack_seeds(
     return stacked, TensorDictSequential(stacked.actor, *acting.module[1:])
 
 
-def split_seeds(config: TrainingConfiguration, folder: RunFolder, update: StackedUpdate) -> dict[Path, DiffusionActor]:
+def split_seeds(config: TrainingConfiguration, folder: RunFolder, agents: Sequence[str]) -> None:
     """Gives each agent the folder of a run of its own, ``seed_N``: settings and evaluations.
 
     Args:
         config: the run's settings.
         folder: the run's folder.
-        update: the trained agents.
-
-    Returns:
-        Their actors by the folder where each is to be published.
+        agents: their names, ``seed_N``.
     """
-    columns, actors = read_metrics(folder.metrics), {}
-    for name, actor in update.actors.items():
+    columns = read_metrics(folder.metrics)
+    for name in agents:
         path = folder.path / name
         path.mkdir(exist_ok=True)
         own = replace(config, seed=int(name.removeprefix("seed_")), seeds=1)
@@ -100,5 +95,3 @@ def split_seeds(config: TrainingConfiguration, folder: RunFolder, update: Stacke
             row = {f"eval/{key.removeprefix(prefix)}": columns[key][index] for key in own_columns}
             if row and not any(math.isnan(value) for value in row.values()):
                 table.log_metrics(row, step=int(frame))
-        actors[path / folder.actor.name] = actor
-    return actors

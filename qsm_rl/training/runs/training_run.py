@@ -49,7 +49,6 @@ from qsm_rl.training.runs.running import (
     quiet_libraries,
 )
 from qsm_rl.training.runs.stacked_run import split_seeds
-from qsm_rl.training.updates.stacked_update import StackedUpdate
 from qsm_rl.training.updates.update import Update
 
 __all__ = ["TrainingRun"]
@@ -263,10 +262,10 @@ class TrainingRun(Generic[Configuration]):
             return 0
 
         with full_disk_errors(folder.path):
-            actors = {folder.actor: update.actor}
-            if isinstance(update, StackedUpdate):
-                actors = split_seeds(config, folder, update)
-            for path, actor in actors.items():
+            if update.agents:
+                split_seeds(config, folder, update.agents)
+            for name, actor in update.actors.items():
+                path = folder.path / name / folder.actor.name
                 publish_actor(
                     path, actor, environment=self.environment, env=config.env, action_repeat=config.action_repeat
                 )

@@ -59,7 +59,7 @@ class StackedUpdate(DeferredUpdate):
             deferred=True,
         )
         self.params: TensorDictParams = params
-        self.seeds = tuple(seeds)
+        self.agents = tuple(f"seed_{seed}" for seed in seeds)
         self.tau = first.tau
         self._targets = list(_target_pairs(params))
         self._losses = {name: self._of_all_agents(name) for name in ("qvalue_loss", "actor_loss")}
@@ -79,13 +79,13 @@ class StackedUpdate(DeferredUpdate):
                     own[name].copy_(value)
 
     @property
-    def actors(self) -> dict[str, DiffusionActor]:
+    def actors(self) -> dict[str, TensorDictModuleBase]:
         """Each agent's actor by its name, ``seed_N``; on the stacked parameters, so they follow the training."""
-        actors = {}
-        for index, seed in enumerate(self.seeds):
+        actors: dict[str, TensorDictModuleBase] = {}
+        for index, name in enumerate(self.agents):
             actor = deepcopy(self.loss.actor_network)
             self.params["actor_network_params"].data[index].to_module(actor, preserve_module_state=True)
-            actors[f"seed_{seed}"] = actor.requires_grad_(False)
+            actors[name] = actor.requires_grad_(False)
         return actors
 
     @property
@@ -110,8 +110,8 @@ class StackedUpdate(DeferredUpdate):
         return {**losses, "actor": means[1]} if acts else losses
 
     def _raise_non_finite(self, report: Tensor) -> None:
-        for agent, seed in enumerate(self.seeds):
-            raise_non_finite(report[..., agent], [f"{name} of seed {seed}" for name in LOSS_NAMES])
+        for index, agent in enumerate(self.agents):
+            raise_non_finite(report[..., index], [f"{name} of {agent}" for name in LOSS_NAMES])
 
     def diagnostics(self) -> dict[str, Tensor]:
         """The loss's own, means over the agents."""

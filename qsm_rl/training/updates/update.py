@@ -54,9 +54,11 @@ class Update(nn.Module):
 
     Attributes:
         cuda_graph: whether the update is recorded as a CUDA graph; the policy then acts by one, too.
+        agents: names of the independent agents that it trains together; empty for one alone.
     """
 
     cuda_graph = False
+    agents: tuple[str, ...] = ()
 
     def __init__(self, loss: LossModule, optimizers: dict[str, Optimizer]) -> None:
         super().__init__()
@@ -68,6 +70,11 @@ class Update(nn.Module):
     def actor(self) -> TensorDictModuleBase:
         """What is published."""
         raise NotImplementedError
+
+    @property
+    def actors(self) -> dict[str, TensorDictModuleBase]:
+        """What is published of each agent, by its name, which is ``""`` for one alone."""
+        return {"": self.actor}
 
     @property
     def policies(self) -> dict[str, TensorDictModuleBase]:

@@ -118,7 +118,7 @@ def test_a_loss_that_is_not_finite_names_the_seed_and_leaves_the_weights_alone()
     stacked(bad)
     stacked(good)
     stacked(good)
-    with pytest.raises(NonFiniteLossError, match="loss_qvalue of seed 4 is inf") as raised:
+    with pytest.raises(NonFiniteLossError, match="loss_qvalue of seed_4 is inf") as raised:
         stacked.check()
     assert raised.value.updates_since == 2
     for key, value in before.items():
