@@ -120,11 +120,12 @@ def measure_update(seconds: float, device: torch.device, jax_python: str | None)
     rl.set_products(best.precision, device)
     on_gpu, agents = device.type == "cuda", 1
     fastest = make_update(SIZE, device, precision=best.precision, compile=best.compile, cuda_graph=on_gpu)
+    plain = "tf32" if on_gpu and best.precision != "float32" else "float32"  # what set_products has made of it
     floor, name = HandWritten(SIZE, device), f"qsm_rl, {best.precision}{', compiled' if best.compile else ''}"
     contenders = {
-        "hand-written PyTorch, float32": lambda: floor.update(batch),
-        "qsm_rl, float32": lambda: eager(batch.copy()),
-        "qsm_rl, float32, with replay sampling": lambda: eager(replay.sample()),
+        f"hand-written PyTorch, {plain}": lambda: floor.update(batch),
+        f"qsm_rl, {plain}": lambda: eager(batch.copy()),
+        f"qsm_rl, {plain}, with replay sampling": lambda: eager(replay.sample()),
         name: lambda: fastest(batch.copy()),
     }
     if on_gpu:
@@ -141,7 +142,7 @@ def measure_update(seconds: float, device: torch.device, jax_python: str | None)
     rates = take_turns(contenders, seconds, device)
     if before is not None:
         rates[peer] = statistics.mean([before, measure_jax(jax_python, seconds) or before])
-    floor_rate = rates["hand-written PyTorch, float32"]
+    floor_rate = rates[f"hand-written PyTorch, {plain}"]
     if STACKED in rates:
         rates[STACKED] *= agents
     rows = [
