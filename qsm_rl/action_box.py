@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchrl.data import Bounded, Composite, TensorSpec
 
-from qsm_rl.noise_schedule import Float32Buffers
+from qsm_rl.float32_buffers import Float32Buffers
 
 __all__ = ["ActionBox"]
 
@@ -107,6 +108,18 @@ class ActionBox(Float32Buffers):
     def clamp(self, action: Tensor) -> Tensor:
         """Clips an action in environment units to the bounds, rounding errors of the affine map included."""
         return action.clamp(self.low, self.high)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        # Actions would leave the spec that the actor was built with.
+        for name, own in (("low", self.low), ("high", self.high)):
+            loaded = state_dict.get(prefix + name)
+            if loaded is not None and (loaded.shape != own.shape or not torch.equal(loaded.to(own), own)):
+                args[-1].append(
+                    f"{prefix}{name}: the state_dict was made with other action bounds ({loaded.tolist()}) than these "
+                    f"({own.tolist()}); build the actor with the same action_spec first, or load the networks alone."
+                )
+                return
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         """Summary shown by ``print(box)``."""

@@ -10,11 +10,12 @@ from tensordict import TensorDictBase
 from tensordict.nn import InteractionType, TensorDictModuleBase
 from tensordict.nn.probabilistic import interaction_type
 from tensordict.utils import NestedKey, unravel_key
-from torch import nn
+from torch import Tensor, nn
 from torchrl.data import TensorSpec
 
 from qsm_rl import functional as F
 from qsm_rl.action_box import ActionBox
+from qsm_rl.functional.q_scores import check_aggregation
 
 __all__ = ["BestOfN", "GaussianExploration"]
 
@@ -41,7 +42,7 @@ class BestOfN(TensorDictModuleBase):
         value_key: entry that the critics write, ``(*B, 1)``.
 
     Raises:
-        ValueError: if ``num_samples`` is below 1 or there is no critic.
+        ValueError: if ``num_samples`` is below 1, there is no critic, or ``aggregation`` is unknown.
 
     Examples:
         >>> from tensordict import TensorDict
@@ -63,13 +64,14 @@ class BestOfN(TensorDictModuleBase):
         value_key: NestedKey = "state_action_value",
     ) -> None:
         super().__init__()
+        check_aggregation("aggregation", aggregation)
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples!r}.")
         self.actor = actor
         critics = [critics] if isinstance(critics, nn.Module) else list(critics)
         if not critics:
             raise ValueError("critics is empty; give at least one critic.")
-        self.critics = nn.ModuleList(critics)
+        self.critics = nn.ModuleList(critics).eval()
         self.num_samples = num_samples
         self.aggregation = aggregation
         self.value_key = value_key
@@ -92,10 +94,18 @@ class BestOfN(TensorDictModuleBase):
         """Writes the action, shape ``(*B, A)``."""
         samples = tensordict.select(*self.in_keys).expand(self.num_samples, *tensordict.batch_size)
         samples = self.actor(samples)
-        q_values = torch.stack([critic(samples.copy()).get(self.value_key) for critic in self.critics])
+        q_values = torch.stack([self._q_value(critic, samples) for critic in self.critics])
         best = F.aggregate_q_values(q_values, self.aggregation).argmax(0, keepdim=True)
         action = samples.get(self.action_key).take_along_dim(best, 0).squeeze(0)
         return tensordict.set(self.action_key, action)
+
+    def _q_value(self, critic: nn.Module, samples: TensorDictBase) -> Tensor:
+        """A critic's Q-values ``(N, *B, 1)``."""
+        q_value, expected = critic(samples.copy()).get(self.value_key, None), (*samples.batch_size, 1)
+        if q_value is None or q_value.shape != expected:
+            found = "nothing" if q_value is None else f"shape {tuple(q_value.shape)}"
+            raise ValueError(f"a critic wrote {found} as {self.value_key!r}, expected shape {expected}; see value_key.")
+        return q_value
 
 
 class GaussianExploration(TensorDictModuleBase):
@@ -135,7 +145,13 @@ class GaussianExploration(TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Replaces the action, shape ``(*B, A)``, in place."""
         if interaction_type() in (None, InteractionType.RANDOM):
-            action = tensordict.get(self.action_key)
+            action = tensordict.get(self.action_key, None)
+            if action is None or action.shape[-1:] != self.box.low.shape:
+                found = "none" if action is None else f"shape {tuple(action.shape)}"
+                raise ValueError(
+                    f"{self.action_key!r} should hold actions of size {self.box.action_dim}, found {found}; put the "
+                    "actor before GaussianExploration, with the spec of its actions."
+                )
             scale = self.std * (self.box.high - self.box.low) / 2
             noised = self.box.clamp(action + scale * torch.randn_like(action))
             tensordict.set(self.action_key, noised.to(action.dtype))

@@ -34,6 +34,8 @@ __all__ = ["DiffusionActor"]
 NETWORK, BOX, SCHEDULE = "module.score_network.network.", "module.box.", "module.noise_schedule."
 NORM = "observation_norm."
 
+EXAMPLES = {"noise_schedule": "NoiseSchedule.cosine(10)", "sampler": "DDPMSampler()"}
+
 
 class DiffusionActor(TensorDictModule):
     """A diffusion policy: turns Gaussian noise into an action by the reverse chain of a learned noise prediction.
@@ -84,11 +86,21 @@ class DiffusionActor(TensorDictModule):
         in_keys: Sequence[NestedKey] = ("observation",),
         out_keys: Sequence[NestedKey] = ("action",),
     ) -> None:
+        in_keys, out_keys = (_list_of_keys(name, keys) for name, keys in (("in_keys", in_keys), ("out_keys", out_keys)))
         if len(out_keys) != 1:
-            raise ValueError(f"out_keys must name one entry, the action, got {list(out_keys)!r}.")
+            raise ValueError(f"out_keys must name one entry, the action, got {out_keys!r}.")
+        sampler = DDPMSampler() if sampler is None else sampler
+        for name, given, needed in (("noise_schedule", noise_schedule, "betas"), ("sampler", sampler, "steps")):
+            if isinstance(given, type) or not hasattr(given, needed):
+                raise TypeError(f"{name} must be an object such as {EXAMPLES[name]}, got {given!r}.")
         box = ActionBox.from_spec(action_spec)
-        policy = DiffusionPolicy(score_network, box, noise_schedule, DDPMSampler() if sampler is None else sampler)
-        super().__init__(policy, in_keys=list(in_keys), out_keys=list(out_keys))
+        action_dim = getattr(score_network, "action_dim", box.action_dim)
+        if action_dim != box.action_dim:
+            raise ValueError(
+                f"the score network is of actions of size {action_dim}, but the action_spec's is {box.action_dim}."
+            )
+        policy = DiffusionPolicy(score_network, box, noise_schedule, sampler)
+        super().__init__(policy, in_keys=in_keys, out_keys=out_keys)
 
     @property
     def noise_schedule(self) -> NoiseSchedule:
@@ -334,6 +346,14 @@ class DiffusionActor(TensorDictModule):
             missing = f"{error} is missing" if isinstance(error, KeyError) else reason[:300]
             raise ValueError(f"{folder} holds no actor that can be read: {missing}") from error
         return actor
+
+
+def _list_of_keys(name: str, keys: Any) -> list[NestedKey]:
+    if isinstance(keys, str):
+        return [keys]
+    if isinstance(keys, Mapping):
+        raise TypeError(f"{name} must be a list of entries, got {keys!r}; the network gets them joined in order.")
+    return list(keys)
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -84,6 +84,11 @@ class BatchRenorm(nn.Module):
         for zeros in (self.bias, self.running_mean, self.num_batches):
             nn.init.zeros_(zeros)
 
+    def extra_repr(self) -> str:
+        """Everything that two layers can differ in but for their weights."""
+        numbers = ("momentum", "eps", "r_max", "d_max", "warmup")
+        return ", ".join([f"{self.weight.numel()}", *(f"{name}={getattr(self, name):g}" for name in numbers)])
+
     def forward(self, x: Tensor) -> Tensor:
         """Normalised features, shape ``(*B, num_features)`` as the input; in training of at least 2 samples."""
         values = x.to(torch.promote_types(x.dtype, torch.float32))

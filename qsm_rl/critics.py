@@ -38,10 +38,12 @@ class Critic(nn.Module):
         head: the head, or None if the network's one output is the Q-value.
     """
 
-    def __init__(self, observation_dim: int | None, head: ValueHead | None) -> None:
+    def __init__(self, observation_dim: int | None, action_dim: int, head: ValueHead | None) -> None:
         super().__init__()
         if observation_dim is not None and observation_dim < 1:
             raise ValueError(f"observation_dim must be at least 1 or None, got {observation_dim!r}.")
+        if action_dim < 1:
+            raise ValueError(f"action_dim must be at least 1, got {action_dim!r}.")
         self.head = head
 
     def outputs(self, *inputs: Tensor) -> Tensor:
@@ -60,6 +62,16 @@ class Critic(nn.Module):
         """
         outputs = self.outputs(*inputs)
         return outputs if self.head is None else self.head.value(outputs).unsqueeze(-1)
+
+
+def joined(inputs: Sequence[Tensor], first: nn.Module) -> Tensor:
+    """A critic's inputs ``(*B, size)`` side by side; a ValueError where its first linear layer expects another size."""
+    together = torch.cat(tuple(inputs), -1)
+    expected = getattr(first, "in_features", 0)
+    if expected not in (0, together.shape[-1]):
+        sizes = [x.shape[-1] for x in inputs]
+        raise ValueError(f"the critic got inputs of sizes {sizes}, expected {expected} in all: observation and action.")
+    return together
 
 
 class QValueMLP(Critic):
@@ -98,7 +110,7 @@ class QValueMLP(Critic):
         layer_norm: bool = False,
         head: ValueHead | None = None,
     ) -> None:
-        super().__init__(observation_dim, head)
+        super().__init__(observation_dim, action_dim, head)
         in_features = None if observation_dim is None else observation_dim + action_dim
         self.mlp = mlp(in_features, hidden_dims, 1, nn.ReLU, layer_norm=layer_norm)
         if head is not None:
@@ -108,7 +120,7 @@ class QValueMLP(Critic):
 
     def outputs(self, *inputs: Tensor) -> Tensor:
         """What the head reads, shape ``(*B, num_outputs)``; inputs as of ``forward``."""
-        return self.mlp(torch.cat(inputs, -1))
+        return self.mlp(joined(inputs, self.mlp[0]))
 
 
 class ResidualBlock(nn.Module):
@@ -158,8 +170,8 @@ class QValueSimBa(Critic):
         *,
         head: ValueHead | None = None,
     ) -> None:
-        super().__init__(observation_dim, head)
-        for name, size in (("action_dim", action_dim), ("width", width), ("num_blocks", num_blocks)):
+        super().__init__(observation_dim, action_dim, head)
+        for name, size in (("width", width), ("num_blocks", num_blocks)):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size!r}.")
         self.body = nn.Sequential(
@@ -171,7 +183,7 @@ class QValueSimBa(Critic):
 
     def outputs(self, *inputs: Tensor) -> Tensor:
         """What the head reads, shape ``(*B, num_outputs)``; inputs as of ``forward``."""
-        return self.body(torch.cat(inputs, -1))
+        return self.body(joined(inputs, self.body[0]))
 
 
 class QValueCrossQ(Critic):
@@ -214,11 +226,11 @@ class QValueCrossQ(Critic):
         warmup: int = 100_000,
         head: ValueHead | None = None,
     ) -> None:
-        super().__init__(observation_dim, head)
-        if observation_dim is None or not hidden_dims or min(action_dim, *hidden_dims) < 1:
+        super().__init__(observation_dim, action_dim, head)
+        if observation_dim is None or not hidden_dims or min(hidden_dims) < 1:
             raise ValueError(
-                "QValueCrossQ needs observation_dim, and action_dim and hidden_dims of at least 1, got "
-                f"{observation_dim!r}, {action_dim!r} and {tuple(hidden_dims)!r}."
+                "QValueCrossQ needs observation_dim and hidden_dims of at least 1, got "
+                f"{observation_dim!r} and {tuple(hidden_dims)!r}."
             )
         in_features = observation_dim + action_dim
         layers: list[nn.Module] = [BatchRenorm(in_features, momentum, warmup=warmup)]
@@ -230,4 +242,4 @@ class QValueCrossQ(Critic):
 
     def outputs(self, *inputs: Tensor) -> Tensor:
         """What the head reads, shape ``(*B, num_outputs)``; inputs as of ``forward``."""
-        return self.body(torch.cat(inputs, -1))
+        return self.body(joined(inputs, self.body[1]))

@@ -64,13 +64,9 @@ class DiffusionPolicy(nn.Module):
 
     def predict_noise(self, noisy_action: Tensor, observation: Tensor, t: Tensor) -> Tensor:
         """See ``DiffusionActor.predict_noise``."""
-        predicted = self.score_network.network(network_input(noisy_action, observation), observation, t)
-        if predicted.shape != noisy_action.shape:
-            raise ValueError(
-                f"the score network returned shape {tuple(predicted.shape)} for noised actions of shape "
-                f"{tuple(noisy_action.shape)}; its output size must be the action's."
-            )
-        return predicted.to(noisy_action.dtype)
+        return fitting(
+            self.score_network.network(network_input(noisy_action, observation), observation, t), noisy_action
+        )
 
     def chain(self, observation: Tensor) -> Callable[[int, Tensor], Tensor]:
         """Noise prediction at each reverse step; a network's own ``reverse_chain`` shares work."""
@@ -81,7 +77,7 @@ class DiffusionPolicy(nn.Module):
         if has_own_chain(network):
             reverse_chain: Any = network.reverse_chain
             predict = reverse_chain(observation, timesteps)
-            return lambda index, noisy: predict(index, network_input(noisy, observation)).to(noisy.dtype)
+            return lambda index, noisy: fitting(predict(index, network_input(noisy, observation)), noisy)
         return lambda index, noisy: self.predict_noise(noisy, observation, timesteps[index].expand(noisy.shape[:-1]))
 
     def run_chain(
@@ -158,6 +154,16 @@ def has_own_chain(network: nn.Module) -> bool:
         if "forward" in vars(kind):
             return False
     return False
+
+
+def fitting(predicted: Tensor, noisy_action: Tensor) -> Tensor:
+    """Predicted noise in the dtype of the noised action; a ValueError if its shape is another."""
+    if predicted.shape != noisy_action.shape:
+        raise ValueError(
+            f"the score network returned shape {tuple(predicted.shape)} for noised actions of shape "
+            f"{tuple(noisy_action.shape)}; its output size must be the action's."
+        )
+    return predicted.to(noisy_action.dtype)
 
 
 def chain_dtype(observation: Tensor) -> torch.dtype:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from qsm_rl.float32_buffers import Float32Buffers
 
 __all__ = ["EntropyBonus", "nearest_neighbour_entropy"]
 
@@ -48,7 +50,7 @@ def nearest_neighbour_entropy(samples: Tensor, min_distance: float | None = None
     return harmonic + sides.log().sum(-1).mean(-1)
 
 
-class EntropyBonus(nn.Module):
+class EntropyBonus(Float32Buffers):
     """Temperature times the policy's entropy, added to the next state's value in the TD target.
 
     With it the critics learn the soft value of maximum-entropy reinforcement learning, ``V(s) = E[Q(s, a)] + lambda

@@ -92,6 +92,8 @@ def mlp(
         >>> mlp(3, (8, 8), 2, nn.ReLU)(torch.zeros(5, 3)).shape
         torch.Size([5, 2])
     """
+    if isinstance(hidden_dims, int):
+        raise TypeError(f"hidden_dims must be a sequence of widths such as (256, 256), got {hidden_dims!r}.")
     for name, size in (
         ("in_features", in_features),
         ("out_features", out_features),
@@ -220,6 +222,9 @@ class ScoreMLP(nn.Module):
             raise ValueError(f"time_embedding must be one of {sorted(embeddings)}, got {time_embedding!r}.")
         if observation_dim is not None and observation_dim < 1:
             raise ValueError(f"observation_dim must be at least 1 or None, got {observation_dim!r}.")
+        for name, size in (("action_dim", action_dim), ("time_dim", time_dim)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size!r}.")
         self.time_mlp = nn.Sequential(
             embeddings[time_embedding](time_features), *mlp(time_features, (time_dim,), time_dim, Mish)
         )
@@ -238,7 +243,9 @@ class ScoreMLP(nn.Module):
         Returns:
             Predicted noise, shape ``(*B, A)``.
         """
-        return self.mlp(torch.cat([noisy_action, observation, self.time_mlp(t)], -1))
+        inputs = torch.cat([noisy_action, observation, self.time_mlp(t)], -1)
+        check_input_size(self.mlp[0], inputs.shape[-1], observation.shape[-1])
+        return self.mlp(inputs)
 
     def reverse_chain(self, observation: Tensor, timesteps: Tensor) -> Callable[[int, Tensor], Tensor]:
         """Noise prediction along a reverse chain, where only the noisy action changes from step to step.
@@ -258,9 +265,15 @@ class ScoreMLP(nn.Module):
             noisy_action = observation.new_zeros(*observation.shape[:-1], self.action_dim)
             self(noisy_action, observation, observation.new_zeros(observation.shape[:-1]))
         first, rest = self.mlp[0], self.mlp[1:]
-        assert isinstance(first, nn.Linear)
+        if type(first) not in (XavierLinear, OutputLinear) or _has_hooks(self) or _has_hooks(first):
+            # Replaced, parametrised or hooked layers are called as they are.
+            return lambda index, noisy: self(noisy, observation, timesteps[index].expand(noisy.shape[:-1]))
+        assert isinstance(first, XavierLinear)
         time = self.time_mlp(timesteps.to(first.weight.dtype))
         sizes = (self.action_dim, observation.shape[-1], time.shape[-1])
+        check_input_size(first, sum(sizes), observation.shape[-1])
+        if not observation.is_floating_point():
+            observation = observation.to(first.weight.dtype)
         action_weight, observation_weight, time_weight = first.weight.split(sizes, 1)
         of_observation = nn.functional.linear(observation, observation_weight, first.bias)
         of_time = nn.functional.linear(time, time_weight).unbind(0)
@@ -270,6 +283,20 @@ class ScoreMLP(nn.Module):
             return rest(hidden)
 
         return predict
+
+
+def check_input_size(layer: nn.Module, size: int, observation_size: int) -> None:
+    """Raises ValueError where a network's first layer expects another input size, which is then the observation's."""
+    expected = getattr(layer, "in_features", 0)
+    if expected not in (0, size):
+        raise ValueError(
+            f"the network got observations of size {observation_size}, expected {observation_size + expected - size}: "
+            "the sum of the sizes of all in_keys."
+        )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _even(num_features: int) -> None:

@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qsm_rl import functional as F
+from qsm_rl.float32_buffers import Float32Buffers
 
 __all__ = ["NoiseSchedule"]
 
 _TERMINAL_SIGNAL_LIMIT = 0.1
 _LEAST_BETA = 1e-5  # 1 - beta in float32 is off by 6e-8
-
-
-class Float32Buffers(nn.Module):
-    """A module whose float32 buffers stay float32 under ``.to(dtype)``, ``.half()`` and the like."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32Buffers:
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and old.dtype == torch.float32 and new.dtype != torch.float32:
-                self._buffers[name] = old.to(new.device)
-        return self
 
 
 class NoiseSchedule(Float32Buffers):
@@ -38,8 +26,9 @@ class NoiseSchedule(Float32Buffers):
     alphas lose their meaning in half precision. See Ho et al. 2020 (arXiv 2006.11239), section 2.
 
     Args:
-        betas: variance added at each step, every value in (0, 1), shape ``(num_steps,)``. Sampling starts from N(0, I),
-            so the betas should destroy the signal: a warning is given when ``sqrt(alphas_cumprod[-1]) > 0.1``.
+        betas: variance added at each step, every value in (0, 1), rounded to float32 too, the first at least 1e-5,
+            shape ``(num_steps,)``. Sampling starts from N(0, I), so the betas should destroy the signal: a warning is
+            given when ``sqrt(alphas_cumprod[-1]) > 0.1``.
 
     Attributes:
         betas: variance added at each step.
@@ -48,7 +37,7 @@ class NoiseSchedule(Float32Buffers):
         sigmas: ``sqrt(1 - alphas_cumprod)``, the standard deviation of the noise at each step.
 
     Raises:
-        ValueError: if ``betas`` is not one-dimensional, is empty, or holds a value outside (0, 1).
+        ValueError: if ``betas`` is not one-dimensional, is empty, or holds a value out of its range.
 
     Examples:
         >>> schedule = NoiseSchedule.vp(5)
@@ -71,8 +60,9 @@ class NoiseSchedule(Float32Buffers):
             raise ValueError(
                 f"betas must be a one-dimensional tensor with at least one value, got shape {tuple(betas.shape)}."
             )
-        if not bool(((betas > 0) & (betas < 1)).all()):
-            bad = betas[~((betas > 0) & (betas < 1))][0].item()
+        outside = ~((betas.float() > 0) & (betas.float() < 1))
+        if bool(outside.any()):
+            bad = betas[outside][0].item()
             raise ValueError(f"every beta must lie strictly between 0 and 1, got {bad:g}; lower or raise that beta.")
         if betas[0] < _LEAST_BETA:
             raise ValueError(
@@ -137,11 +127,11 @@ class NoiseSchedule(Float32Buffers):
 
         Args:
             num_steps: number of steps T, at least 1.
-            beta_start: first beta, in (0, 1).
+            beta_start: first beta, from 1e-5 to below 1.
             beta_end: last beta, in (0, 1). Larger ends destroy more signal in fewer steps.
 
         Raises:
-            ValueError: if ``num_steps`` is not a positive integer or a beta leaves (0, 1).
+            ValueError: if ``num_steps`` is not a positive integer or a beta lies out of its range.
 
         Examples:
             >>> NoiseSchedule.linear(3, 0.5, 0.99).betas

@@ -6,12 +6,14 @@ predicts it samples the policy that the target stands for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qsm_rl import functional as F
+from qsm_rl.float32_buffers import Float32Buffers
 from qsm_rl.noise_schedule import NoiseSchedule
 
 __all__ = [
@@ -26,7 +28,7 @@ __all__ = [
 QValue = Callable[[Tensor], Tensor]
 
 
-class ScoreTarget(nn.Module):
+class ScoreTarget(Float32Buffers):
     """Base of the score targets. A target of one's own overrides ``forward`` and names what it reports.
 
     Attributes:
@@ -74,8 +76,8 @@ class GradientScoreTarget(ScoreTarget):
 
     def __init__(self, max_norm: float | None) -> None:
         super().__init__()
-        if max_norm is not None and not max_norm > 0:
-            raise ValueError(f"max_norm must be positive or None, got {max_norm!r}.")
+        if max_norm is not None and not 0 < max_norm < math.inf:
+            raise ValueError(f"max_norm must be positive and finite, or None, got {max_norm!r}.")
         self.max_norm = max_norm
 
     def clip(self, q_score: Tensor) -> Tensor:

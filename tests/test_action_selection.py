@@ -5,6 +5,7 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torchrl.collectors import Collector
+from torchrl.data import Bounded
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.objectives import SoftUpdate
 
@@ -182,6 +183,10 @@ def test_acts_in_a_collector_and_follows_there():
     [
         ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
         ({"num_samples": 2, "critics": []}, "critics is empty"),
+        (
+            {"num_samples": 2, "aggregation": "max"},
+            "aggregation must be 'min', 'mean' or a finite number rho, got 'max'",
+        ),
     ],
 )
 def test_bad_input_is_refused(options, message):
@@ -189,11 +194,32 @@ def test_bad_input_is_refused(options, message):
         BestOfN(make_actor(), **{"critics": make_critics(), **options})
 
 
+@pytest.mark.parametrize(
+    ("value_key", "values", "message"),
+    [
+        ("q", 1, "a critic wrote nothing as 'q', expected shape .2, 5, 1."),
+        ("state_action_value", 2, r"wrote shape .2, 5, 2. as 'state_action_value', expected shape .2, 5, 1."),
+    ],
+)
+def test_critics_of_another_shape_or_key_are_refused(value_key, values, message):
+    actor = TensorDictModule(lambda observation: torch.rand(*observation.shape[:-1], 2), ["observation"], ["action"])
+    critic = TensorDictModule(lambda action: action[..., :values], ["action"], ["state_action_value"])
+    with pytest.raises(ValueError, match=message):
+        BestOfN(actor, critic, num_samples=2, value_key=value_key)(TensorDict({"observation": torch.zeros(5, 1)}, [5]))
+
+
+@pytest.mark.parametrize(("action", "found"), [({}, "none"), ({"action": torch.zeros(4, 2)}, r"shape \(4, 2\)")])
+def test_exploration_without_actions_of_its_spec_is_refused(action, found):
+    with pytest.raises(ValueError, match=f"'action' should hold actions of size 1, found {found}"):
+        GaussianExploration(Bounded(-1.0, 1.0, (1,)))(TensorDict(action, [4]))
+
+
 def test_critics_that_share_a_loss_s_statistics_stay_in_evaluation():
-    critic = TensorDictModule(QValueCrossQ(3, 2, (8,)), ["observation", "action"], ["state_action_value"]).eval()
+    critic = TensorDictModule(QValueCrossQ(3, 2, (8,)), ["observation", "action"], ["state_action_value"])
     actor = TensorDictModule(lambda observation: torch.rand(*observation.shape[:-1], 2), ["observation"], ["action"])
     best = BestOfN(actor, critic, num_samples=4)
     before = {name: value.clone() for name, value in critic.named_buffers()}
+    best(TensorDict({"observation": torch.randn(5, 3)}, [5]))
     best.eval()
     best.train()
     best(TensorDict({"observation": torch.randn(5, 3)}, [5]))

@@ -214,6 +214,28 @@ def test_box_maps_bounds_to_one_and_back():
 def test_actor_needs_one_out_key():
     with pytest.raises(ValueError, match="out_keys"):
         make_actor(out_keys=["a", "b"])
+    assert make_actor(in_keys="state", out_keys="motor").in_keys == ["state"]
+    with pytest.raises(TypeError, match=r"in_keys must be a list of entries, got \{'observation'"):
+        make_actor(in_keys={"observation": "obs"})
+
+
+def test_parts_of_the_wrong_kind_are_refused_at_once():
+    options = {"action_spec": SPEC, "noise_schedule": NoiseSchedule.vp(5)}
+    with pytest.raises(ValueError, match="of actions of size 2, but the action_spec's is 3"):
+        DiffusionActor(ScoreMLP(4, 2), **options)
+    with pytest.raises(TypeError, match=r"sampler must be an object such as DDPMSampler\(\), got <class"):
+        DiffusionActor(ScoreMLP(4, 3), sampler=DDPMSampler, **options)
+    with pytest.raises(TypeError, match=r"noise_schedule must be an object such as NoiseSchedule.cosine\(10\), got 5"):
+        DiffusionActor(ScoreMLP(4, 3), action_spec=SPEC, noise_schedule=5)
+
+
+def test_a_chain_of_another_shape_is_refused():
+    class Narrow(ScoreMLP):
+        def reverse_chain(self, observation, timesteps):
+            return lambda index, noisy: noisy[..., :1]
+
+    with pytest.raises(ValueError, match=r"returned shape \(8, 1\) for noised actions of shape \(8, 3\)"):
+        make_actor(network=Narrow(4, 3, (8,))).sample(torch.zeros(8, 4))
 
 
 def test_exploration_noise_is_in_box_units_and_clipped():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from qsm_rl import QValueMLP, ScoreMLP
+from qsm_rl import QValueCrossQ, QValueMLP, QValueSimBa, ScoreMLP
 from qsm_rl.networks import FourierTimeEmbedding, LazyXavierLinear, SinusoidalTimeEmbedding, XavierLinear, mlp
 
 
@@ -74,6 +74,50 @@ def test_chain_equals_forward_at_each_step(observation_dim, layer_norm, shape):
         torch.testing.assert_close(predict(index, noisy), expected, atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda network: nn.utils.parametrizations.weight_norm(network.mlp[0]),
+        lambda network: network.mlp.__setitem__(0, nn.Sequential(network.mlp[0], nn.Dropout(0.0))),
+        lambda network: network.mlp[0].register_forward_hook(lambda module, inputs, output: 2 * output),
+        lambda network: network.register_forward_hook(lambda module, inputs, output: 2 * output),
+    ],
+    ids=["parametrised", "replaced", "hooked", "network hooked"],
+)
+def test_a_chain_calls_what_was_changed_about_the_first_layer(change):
+    torch.manual_seed(0)
+    network = ScoreMLP(4, 2, (16,))
+    change(network)
+    noisy, observation = torch.randn(6, 2), torch.randn(6, 4)
+    expected = network(noisy, observation, torch.full((6,), 3))
+    torch.testing.assert_close(network.reverse_chain(observation, torch.tensor([3]))(0, noisy), expected)
+
+
+def test_observations_in_integers_are_as_those_in_floats():
+    network, noisy, observation = ScoreMLP(4, 2, (16,)), torch.randn(6, 2), torch.randint(5, (6, 4))
+    chains = [network.reverse_chain(x, torch.tensor([3]))(0, noisy) for x in (observation, observation.float())]
+    torch.testing.assert_close(*chains)
+
+
+@pytest.mark.parametrize(
+    "call", [lambda n, o: n(o[:, :2], o, o[:, 0]), lambda n, o: n.reverse_chain(o, torch.arange(5))]
+)
+def test_observations_of_another_size_are_named(call):
+    with pytest.raises(ValueError, match="observations of size 6, expected 4: the sum of the sizes of all in_keys"):
+        call(ScoreMLP(4, 2, (16,)), torch.zeros(8, 6))
+
+
+@pytest.mark.parametrize("kind", [QValueMLP, QValueSimBa, QValueCrossQ])
+def test_a_critic_s_inputs_of_another_size_are_named(kind):
+    with pytest.raises(ValueError, match=r"inputs of sizes \[6, 2\], expected 5 in all"):
+        kind(3, 2)(torch.zeros(8, 6), torch.zeros(8, 2))
+
+
+def test_widths_are_a_sequence():
+    with pytest.raises(TypeError, match=r"a sequence of widths such as \(256, 256\), got 256"):
+        ScoreMLP(4, 2, 256)
+
+
 def test_gradients_flow_through_the_chain():
     network = ScoreMLP(4, 2, (16,))
     network.reverse_chain(torch.randn(3, 4), torch.tensor([1]))(0, torch.randn(3, 2)).square().sum().backward()
@@ -110,7 +154,7 @@ def test_layer_norm_bounds_the_features():
     ("make", "message"),
     [
         (lambda: ScoreMLP(0, 2), "observation_dim"),
-        (lambda: ScoreMLP(4, -1), "out_features|in_features"),
+        (lambda: ScoreMLP(4, -1), "action_dim must be at least 1, got -1"),
         (lambda: ScoreMLP(4, 2, (0,)), "hidden_dims"),
         (lambda: ScoreMLP(4, 2, time_embedding="rff"), "time_embedding must be one of"),
         (lambda: ScoreMLP(4, 2, time_features=7), "even"),

@@ -67,6 +67,7 @@ def test_stays_float32_and_follows_the_device():
         ([], "at least one value"),
         ([[0.1]], "one-dimensional"),
         ([0.5, 1.0], "got 1"),
+        ([0.5, 1 - 1e-9], "got 1"),  # which float32 rounds to 1
         ([0.0], "got 0"),
         ([float("nan")], "nan"),
     ],

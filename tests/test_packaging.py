@@ -30,6 +30,7 @@ RANKS = {
     "observation_norm": 0,
     "version": 0,
     "functional": 0,
+    "float32_buffers": 0,
     "noise_schedule": 0,
     "networks": 0,
     "batch_renorm": 0,

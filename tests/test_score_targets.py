@@ -78,6 +78,12 @@ def test_bad_scales_are_refused(make):
         make()
 
 
+@pytest.mark.parametrize("max_norm", [0.0, -1.0, float("nan"), float("inf")])
+def test_bad_norms_are_refused(max_norm):
+    with pytest.raises(ValueError, match=f"max_norm must be positive and finite, or None, got {max_norm}"):
+        ScaledQScore(max_norm=max_norm)
+
+
 ONE_DIMENSION = {
     "quadratic": lambda a: -2 * (a - 0.3) ** 2,
     "linear": lambda a: 4 * a,

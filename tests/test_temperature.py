@@ -36,6 +36,7 @@ def test_a_collapsed_policy_moves_the_temperature_by_a_bounded_step():
         (lambda: SpreadTuner(ScaledQScore(), 0.2), "no temperature"),
         (lambda: SpreadTuner(BoltzmannQScore(1.0), 0.0), "target_spread"),
         (lambda: SpreadTuner(BoltzmannQScore(1.0), 0.2, rate=2.0), "rate"),
+        (lambda: SpreadTuner(BoltzmannQScore(1.0), 0.2)(torch.zeros(1, 64, 2)), r"2 samples .* got shape \(1, 64, 2\)"),
     ],
 )
 def test_bad_input_is_refused(make, message):

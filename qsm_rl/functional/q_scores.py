@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -35,6 +36,13 @@ def action_gradient(q_value: Callable[[Tensor], Tensor], action: Tensor) -> Tens
     """
     # func.grad rather than autograd.grad: the latter cannot be captured by torch.compile on an intermediate.
     return torch.func.grad(lambda a: q_value(a.unsqueeze(0)).sum())(action.detach())
+
+
+def check_aggregation(name: str, aggregation: object) -> None:
+    """Raises ValueError unless ``aggregate_q_values`` takes it."""
+    finite = isinstance(aggregation, (int, float)) and math.isfinite(aggregation)
+    if not (finite or aggregation in ("min", "mean")):
+        raise ValueError(f"{name} must be 'min', 'mean' or a finite number rho, got {aggregation!r}.")
 
 
 def aggregate_q_values(q_values: Tensor, aggregation: Literal["min", "mean"] | float) -> Tensor:

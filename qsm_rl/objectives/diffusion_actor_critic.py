@@ -18,6 +18,7 @@ from torchrl.objectives.utils import dispatch_value_estimator
 from qsm_rl import functional as F
 from qsm_rl.actor import DiffusionActor
 from qsm_rl.entropy import EntropyBonus
+from qsm_rl.functional.q_scores import check_aggregation
 from qsm_rl.objectives.ensembles import (
     batch_normalizers,
     critic_head,
@@ -31,6 +32,7 @@ from qsm_rl.objectives.inputs import (
     check_actor,
     check_choice,
     check_columns,
+    check_critic_outputs,
     critic_input,
     entry,
     live_entries,
@@ -105,13 +107,15 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
         super().__init__()
         check_choice("loss_function", loss_function, ("l2", "l1", "smooth_l1"))
         check_choice("reduction", reduction, ("mean", "sum", "none"))
-        if not (target_aggregation in ("min", "mean") or isinstance(target_aggregation, (int, float))):
-            raise ValueError(f"target_aggregation must be 'min', 'mean' or a number rho, got {target_aggregation!r}.")
+        check_choice("use_prioritized_weights", use_prioritized_weights, (True, False, "auto"))
+        check_aggregation("target_aggregation", target_aggregation)
+        if entropy_bonus is not None and not isinstance(entropy_bonus, EntropyBonus):
+            raise TypeError(f"entropy_bonus must be an EntropyBonus or None, got {entropy_bonus!r}.")
         if not target_action_noise_std >= 0:
             raise ValueError(f"target_action_noise_std must be at least 0, got {target_action_noise_std!r}.")
         check_actor(actor_network)
         critics = critic_list(qvalue_network, num_qvalue_nets)
-        critic_head(critics, self.tensor_keys.state_action_value)
+        critic_head(critics)
 
         self.convert_to_functional(actor_network, "actor_network", create_target_params=delay_actor)
         self._share_with_actor()
@@ -119,7 +123,7 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
         self._batch_normalizers = (batch_normalizers(self.qvalue_network, delay_qvalue),)  # not a module of the loss
         self.num_qvalue_nets = len(critics)
         # The very head of the module that the critics' weights are put into.
-        own_head = critic_head([self.qvalue_network], self.tensor_keys.state_action_value)
+        own_head = critic_head([self.qvalue_network])
         self.value_head = ScalarHead(loss_function) if own_head is None else own_head
         self.loss_function = loss_function
         self.target_aggregation = target_aggregation
@@ -226,7 +230,7 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
         target = target_value.expand_as(q_value)
         losses = self.value_head.td_loss(outputs, target)
         td_error = (q_value - target).detach().abs().amax(0)
-        tensordict.set(self.tensor_keys.priority, td_error)
+        tensordict.set(self.tensor_keys.priority, td_error if mask is None else td_error.masked_fill(~mask, 0))
         if self.value_head.bounded:
             next_info["target_clipped"] = self.value_head.clipped(target_value)
         live = ... if mask is None else mask
@@ -286,7 +290,7 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
         """
         if isinstance(self.value_head, TwoHotHead):
             rewards = entry(tensordict, ("next", self.tensor_keys.reward))
-            steps = tensordict.get("steps_to_next_obs", torch.ones_like(rewards))
+            steps = tensordict.get("steps_to_next_obs", torch.ones_like(rewards)).reshape(rewards.shape)
             mask = live_mask(tensordict, self._loss_mask_keys())
             live = ... if mask is None else mask
             self.value_head.choose_support(rewards[live], self.value_estimator.gamma ** steps[live])
@@ -329,14 +333,16 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
         keys = self.tensor_keys
         q_values = self.value_head.value(next_outputs)
         next_value = F.aggregate_q_values(q_values, self.target_aggregation).unsqueeze(-1)
-        if self.entropy_bonus is not None:
-            next_value = next_value + next_info["entropy_bonus"].unsqueeze(-1)
         flags = [("next", key) for key in (keys.done, keys.terminated)]
         check_columns(batch, [("next", keys.reward)], flags, next_value.shape)
         # A terminated step has no future: whatever its next observation holds, NaN included, counts for nothing.
         terminated = batch.get(("next", keys.terminated))
         next_value = torch.where(terminated, torch.zeros_like(next_value), next_value)
-        return self.value_estimator.value_estimate(batch.copy(), next_value=next_value).squeeze(-1)
+        if self.entropy_bonus is not None:
+            next_info["entropy_bonus"] = next_info["entropy_bonus"].masked_fill(terminated.squeeze(-1), 0)
+            next_value = next_value + next_info["entropy_bonus"].unsqueeze(-1)
+        target_value = self.value_estimator.value_estimate(batch.copy(), next_value=next_value).squeeze(-1)
+        return target_value.to(q_values.dtype)  # the discount is in float32 or more
 
     def _entropy_bonus(self, bonus: EntropyBonus, observation: Tensor) -> Tensor:
         """The bonus ``(*B,)`` of the actor at observations ``(*B, O)``, from samples of their own."""
@@ -352,7 +358,7 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
         """What the value head reads, of every critic: ``(num_critics, *B, num_outputs)``."""
         inputs, key = self._critic_input(tensordict, action), self.tensor_keys.state_action_value
         outputs = ensemble_outputs(self.qvalue_network, inputs, params, key, self._vmap)
-        self._check_outputs(outputs, tensordict.batch_size)
+        check_critic_outputs(outputs, tensordict.batch_size, self.value_head.num_outputs)
         return outputs
 
     def _both_outputs(
@@ -361,7 +367,7 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
         """The critics' outputs for the TD loss, and those of the target critics for the TD target, without gradient."""
         following, params = batch.get("next"), self.qvalue_network_params
         (layers,) = self._batch_normalizers
-        if not layers:
+        if not (layers and self.training):  # in evaluation the running statistics serve, and stay
             with torch.no_grad():
                 next_outputs = self._critic_outputs(following, next_action, self.target_qvalue_network_params)
             return self._critic_outputs(batch, action, params), next_outputs
@@ -371,7 +377,7 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
         then = torch.where(end, now, then)
         key = self.tensor_keys.state_action_value
         outputs = joint_outputs(self.qvalue_network, layers, (now, then), params, key, mask, self._vmap)
-        self._check_outputs(outputs, (2, *batch.batch_size))
+        check_critic_outputs(outputs, (2, *batch.batch_size), self.value_head.num_outputs)
         return outputs[:, 0], outputs[:, 1].detach()
 
     @property
@@ -381,18 +387,12 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
     def _critic_input(self, tensordict: TensorDictBase, action: Tensor) -> TensorDictBase:
         return critic_input(tensordict, self.qvalue_network.in_keys, self.tensor_keys.action, action)
 
-    def _check_outputs(self, outputs: Tensor, batch_size: Sequence[int]) -> None:
-        expected = (self.num_qvalue_nets, *batch_size, self.value_head.num_outputs)
-        if outputs.shape != expected:
-            raise ValueError(
-                f"a critic returned shape {tuple(outputs.shape[1:])} for batch size {tuple(batch_size)}, "
-                f"expected {tuple(expected[1:])}: one Q-value for each sample, as QValueMLP returns."
-            )
-
     def live_batch(self, tensordict: TensorDictBase) -> tuple[TensorDictBase, Tensor, Tensor | None, Tensor | None]:
         """The batch without what its masks hide, its action, the mask and the priority weights, where there are any."""
         mask = live_mask(tensordict, self._loss_mask_keys())
         batch = live_entries(tensordict, mask, ("next", self.tensor_keys.done))
         action = replayed_action(batch, self.tensor_keys.action, self.actor_network.box.action_dim)
         weights = self._maybe_get_priority_weight(batch)
+        if weights is None and self.use_prioritized_weights is True:
+            entry(batch, self.tensor_keys.priority_weight)  # which says what is there instead
         return batch, action, mask, None if weights is None else weights.reshape(batch.batch_size)

@@ -33,7 +33,16 @@ def critic_list(
 ) -> list[TensorDictModule]:
     """The critics of an ensemble, each with weights of its own; ValueError where they do not fit."""
     copied = False
-    if isinstance(qvalue_network, (list, tuple, nn.ModuleList)):
+    several = isinstance(qvalue_network, (list, tuple, nn.ModuleList))
+    for critic in qvalue_network if several else [qvalue_network]:
+        if not isinstance(critic, TensorDictModuleBase):
+            raise TypeError(
+                f"a critic is a {type(critic).__name__}, expected a TensorDictModule: write TensorDictModule(critic, "
+                '["observation", "action"], ["state_action_value"]), and give several as a list.'
+            )
+    if not (num_qvalue_nets is None or isinstance(num_qvalue_nets, int)):
+        raise TypeError(f"num_qvalue_nets must be an integer or None, got {num_qvalue_nets!r}.")
+    if several:
         critics = list(qvalue_network)
         if num_qvalue_nets not in (None, len(critics)):
             raise ValueError(
@@ -107,14 +116,14 @@ def redrawn_weights(critics: Sequence[TensorDictModule]) -> TensorDictBase:
     return torch.stack([TensorDict.from_module(critic).data for critic in critics])
 
 
-def critic_head(critics: Sequence[TensorDictModule], key: NestedKey) -> ValueHead | None:
+def critic_head(critics: Sequence[TensorDictModule]) -> ValueHead | None:
     """The value head that the critics share, None if they have none; ValueError where it could not be used."""
     for critic in critics:
         inside = [m for m in critic.modules() if own_head(m) is not None]
-        if inside and not (is_plain(critic, key) and inside == [critic.module]):
+        if inside and not (is_plain(critic, critic.out_keys[0]) and inside == [critic.module]):
             raise ValueError(
                 f"a {type(inside[0]).__name__} with a value head must be the one module of a TensorDictModule with a "
-                f"list of in_keys and out_keys=[{key!r}], got it inside a {type(critic).__name__}."
+                f"list of in_keys and one out_key, got it inside a {type(critic).__name__}."
             )
     heads = [own_head(getattr(critic, "module", None)) for critic in critics]
     if any(head is not heads[0] and repr(head) != repr(heads[0]) for head in heads):

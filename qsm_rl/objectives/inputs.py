@@ -15,6 +15,7 @@ __all__ = [
     "check_actor",
     "check_choice",
     "check_columns",
+    "check_critic_outputs",
     "critic_input",
     "entry",
     "live_entries",
@@ -42,6 +43,10 @@ def network_output(network: TensorDictModule, tensordict: TensorDictBase, key: N
     """
     if is_plain(network, key):
         return network.module(*(entry(tensordict, in_key) for in_key in network.in_keys))
+    if key not in network.out_keys:
+        raise KeyError(
+            f"a critic writes {network.out_keys}, not {key!r}; tell the loss by set_keys(state_action_value=...)."
+        )
     return entry(network(tensordict), key)
 
 
@@ -74,7 +79,7 @@ def replayed_action(batch: TensorDictBase, key: NestedKey, action_dim: int) -> T
 def check_columns(batch: TensorDictBase, values: Sequence[NestedKey], flags: Sequence[NestedKey], shape: Any) -> None:
     """Raises ValueError for an entry of another shape, which would broadcast, and for flags that are real numbers."""
     for key in flags:
-        if entry(batch, key).is_floating_point():
+        if entry(batch, key).dtype != torch.bool:
             raise ValueError(f"the batch's {key!r} is of type {batch.get(key).dtype}, expected bool; write .bool().")
     for key in (*values, *flags):
         if (value := entry(batch, key)).shape != shape:
@@ -82,6 +87,16 @@ def check_columns(batch: TensorDictBase, values: Sequence[NestedKey], flags: Seq
                 f"the batch's {key!r} has shape {tuple(value.shape)}, expected {tuple(shape)}: the batch size and a "
                 "last dimension of 1, as the critics return."
             )
+
+
+def check_critic_outputs(outputs: Tensor, batch_size: Sequence[int], num_outputs: int) -> None:
+    """Raises ValueError for critics' outputs of another shape than ``(num_critics, *batch_size, num_outputs)``."""
+    expected = (*batch_size, num_outputs)
+    if outputs.shape[1:] != expected:
+        raise ValueError(
+            f"a critic returned shape {tuple(outputs.shape[1:])} for batch size {tuple(batch_size)}, expected "
+            f"{expected}: one Q-value for each sample, as QValueMLP returns."
+        )
 
 
 def critic_input(
@@ -123,7 +138,7 @@ def live_entries(batch: TensorDictBase, mask: Tensor | None, done_key: NestedKey
     end = ~mask
     if mask.ndim > 0:
         end = end | torch.cat([end[..., 1:], torch.zeros_like(end[..., :1])], -1)
-    return batch.set(done_key, batch.get(done_key) | end.unsqueeze(-1))
+    return batch.set(done_key, entry(batch, done_key) | end.unsqueeze(-1))
 
 
 def dotted(key: NestedKey) -> str:
@@ -131,7 +146,7 @@ def dotted(key: NestedKey) -> str:
     return key if isinstance(key, str) else ".".join(key)
 
 
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     """Raises ValueError unless the option has one of its values."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}.")

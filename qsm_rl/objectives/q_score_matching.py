@@ -159,8 +159,8 @@ class QScoreMatchingLoss(DiffusionActorCriticLoss):
             raise ValueError(f"bc_weight must be at least 0, got {bc_weight!r}.")
         self.register_buffer("bc_weight", torch.tensor(float(bc_weight)) if bc_weight > 0 else None)
         self.score_target = ScaledQScore() if score_target is None else score_target
-        if not hasattr(self.score_target, "info_keys"):
-            raise TypeError(f"score_target is a {type(score_target).__name__}; derive yours from qsm_rl.ScoreTarget.")
+        if isinstance(score_target, type) or not hasattr(self.score_target, "info_keys"):
+            raise TypeError(f"score_target is {score_target!r}, expected an object of a class from qsm_rl.ScoreTarget.")
         self.score_critics = score_critics
         self.score_aggregation = score_aggregation
 

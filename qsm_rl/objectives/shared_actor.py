@@ -7,12 +7,13 @@ from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from typing import Any, Self
 
+import torch
 from tensordict import TensorDictParams
 from torch import Tensor
 from torchrl.objectives import LossModule
 
 from qsm_rl.actor import DiffusionActor
-from qsm_rl.noise_schedule import Float32Buffers
+from qsm_rl.float32_buffers import Float32Buffers
 
 __all__ = ["SharedActorLoss"]
 
@@ -49,15 +50,24 @@ class SharedActorLoss(LossModule):
             if isinstance(module, Float32Buffers)
             for buffer in module.buffers(recurse=False)
         ]
+        # The discount above all: 0.999 in bfloat16 is 1.
+        modules = [self] if self._value_estimator is None else [self, *self._value_estimator.modules()]
+        own = [(module._buffers, name, value) for module in modules for name, value in module._buffers.items()]
         super()._apply(fn)
         for buffer, data in constants:
             buffer.data = data.to(buffer.device)
+        for buffers, name, value in own:
+            moved = buffers[name]
+            if value is not None and moved is not None and moved.is_floating_point() and moved.dtype.itemsize < 4:
+                buffers[name] = value.to(moved.device, torch.float32)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        schedule_prefix = f"{prefix}actor_network_params.module.noise_schedule."
         errors: list[str] = []
-        self.actor_network.noise_schedule._load_from_state_dict(state_dict, schedule_prefix, {}, False, [], [], errors)
+        for name in ("noise_schedule", "box"):
+            constants = getattr(self.actor_network, name)
+            own_prefix = f"{prefix}actor_network_params.module.{name}."
+            constants._load_from_state_dict(state_dict, own_prefix, {}, False, [], [], errors)
         if errors:
             raise RuntimeError(errors[0])
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -87,6 +87,27 @@ def test_one_forward_normalises_both_state_action_pairs_by_the_statistics_of_bot
                 torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-5)
 
 
+def test_in_evaluation_the_running_statistics_serve_and_stay():
+    loss, data = make_loss(), make_transitions((8,))
+    loss.qvalue_loss(data, *chain(8))
+    before, critics = statistics(loss), loss.trained_critics(live=True)
+    with torch.no_grad():
+        _, info = loss.eval().qvalue_loss(data, *chain(8))
+    for name, value in statistics(loss).items():
+        assert torch.equal(value, before[name]), name
+    td = TensorDict({key: data[key] for key in ("observation", "action")}, [8])
+    values = torch.stack([critic(td.clone())["state_action_value"].squeeze(-1) for critic in critics])
+    torch.testing.assert_close(info["q_value"], values)
+    loss.train().qvalue_loss(data, *chain(8))
+    assert any(not torch.equal(value, before[name]) for name, value in statistics(loss).items())
+
+
+def test_critics_of_other_momentum_are_not_alike():
+    critics = [wrap(QValueCrossQ(OBSERVATION_DIM, ACTION_DIM, (8,), momentum=momentum)) for momentum in (0.01, 0.9)]
+    with pytest.raises(ValueError, match=r"(?s)alike but for their weights.*momentum=0\.9"):
+        make_loss(critics)
+
+
 def test_the_score_and_acting_normalise_by_the_running_statistics_and_leave_them():
     loss, data = make_loss(score_target=ScaledQScore(1.0)), make_transitions((8,))
     for _ in range(3):

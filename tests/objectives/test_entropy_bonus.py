@@ -112,7 +112,7 @@ def test_the_bonus_is_reported_and_ends_with_the_episode():
     data = transitions(6)
     data["next", "terminated"][0] = data["next", "done"][0] = True
     _, info = loss.qvalue_loss(data)
-    assert info["entropy_bonus"].shape == (6,)
+    assert info["entropy_bonus"].shape == (6,) and info["entropy_bonus"][0] == 0 and info["entropy_bonus"][1:].all()
     torch.testing.assert_close(info["target_value"][0], data["next", "reward"][0, 0])
     assert "entropy_bonus" in loss.out_keys
     assert list(evaluate(loss, data).keys()) == loss.out_keys

@@ -55,13 +55,22 @@ class TestContract(LossContract):
         ({"score_critics": "both"}, ValueError, "score_critics must be one of .* got 'both'"),
         ({"score_aggregation": "max"}, ValueError, "score_aggregation must be one of .* got 'max'"),
         ({"loss_function": "huber"}, ValueError, "loss_function must be one of .* got 'huber'"),
-        ({"target_aggregation": "max"}, ValueError, "'min', 'mean' or a number rho, got 'max'"),
+        ({"target_aggregation": "max"}, ValueError, "'min', 'mean' or a finite number rho, got 'max'"),
         ({"bc_weight": -1.0}, ValueError, "bc_weight must be at least 0, got -1.0"),
         ({"reduction": "avg"}, ValueError, "reduction must be one of .* got 'avg'"),
         ({"target_action_noise_std": -0.1}, ValueError, "at least 0, got -0.1"),
         ({"target_action_noise_std": float("nan")}, ValueError, "at least 0, got nan"),
         ({"num_qvalue_nets": 3}, ValueError, "num_qvalue_nets is 3, but 2 critics were given"),
         ({"critics": []}, ValueError, "empty list; give at least one critic"),
+        (
+            {"critics": [nn.Linear(5, 1)]},
+            TypeError,
+            r"a critic is a Linear, expected a TensorDictModule: write .*critic, ",
+        ),
+        ({"num_qvalue_nets": 2.0}, TypeError, "num_qvalue_nets must be an integer or None, got 2.0"),
+        ({"target_aggregation": float("nan")}, ValueError, "a finite number rho, got nan"),
+        ({"use_prioritized_weights": "yes"}, ValueError, "use_prioritized_weights must be one of .* got 'yes'"),
+        ({"entropy_bonus": 0.1}, TypeError, "entropy_bonus must be an EntropyBonus or None, got 0.1"),
     )
 
     def make_loss(
@@ -487,8 +496,39 @@ def test_a_batch_that_does_not_fit_is_refused():
 
 
 def test_a_score_target_that_is_a_function_is_refused():
-    with pytest.raises(TypeError, match=r"score_target is a function; derive yours from qsm_rl\.ScoreTarget"):
+    with pytest.raises(TypeError, match=r"score_target is <function .* expected an object of .* qsm_rl\.ScoreTarget"):
         QScoreMatchingLoss(make_actor(), make_critics(), score_target=lambda *args: (args[1], {}))
+    with pytest.raises(TypeError, match="expected an object"):
+        QScoreMatchingLoss(make_actor(), make_critics(), score_target=NormalizedQScore)
+
+
+def test_weights_that_are_asked_for_must_be_there():
+    loss = QScoreMatchingLoss(make_actor(), make_critics(), use_prioritized_weights=True)
+    with pytest.raises(KeyError, match="the batch lacks priority_weight"):
+        loss(make_transitions((4,)))
+
+
+def test_critics_of_another_key_are_told_which():
+    critics = [TensorDictModule(QValueMLP(OBSERVATION_DIM, ACTION_DIM, (8,)), ["observation", "action"], ["q"])]
+    with pytest.raises(KeyError, match=r"a critic writes \['q'\], not 'state_action_value'; .*set_keys"):
+        QScoreMatchingLoss(make_actor(), critics)(make_transitions((4,)))
+
+
+def test_discount_and_temperature_keep_their_precision_in_half():
+    loss = QScoreMatchingLoss(make_actor(), make_critics(), score_target=NormalizedQScore(0.1), bc_weight=0.3)
+    loss.make_value_estimator(gamma=0.999).to(torch.bfloat16)
+    assert loss.value_estimator.gamma.item() == pytest.approx(0.999, rel=1e-6)  # 1 in bfloat16
+    assert loss.bc_weight.item() == pytest.approx(0.3, rel=1e-6)
+    loss.score_target.temperature.mul_(0.999)  # a schedule's step, too small for three digits
+    assert loss.score_target.temperature.item() == pytest.approx(0.0999, rel=1e-6)
+    assert loss.to(torch.float32).value_estimator.gamma.item() == pytest.approx(0.999, rel=1e-6)
+
+
+def test_weights_of_other_action_bounds_are_refused():
+    loss, other = (QScoreMatchingLoss(make_actor(low=low), make_critics()) for low in (-2.0, -1.0))
+    for own, state_dict in ((loss, other.state_dict()), (loss.actor_network, other.actor_network.state_dict())):
+        with pytest.raises(RuntimeError, match=r"box\.low: .* other action bounds \(\[-1\.0.* than these \(\[-2\.0"):
+            own.load_state_dict(state_dict)
 
 
 def test_critics_that_do_not_read_the_action_are_refused():

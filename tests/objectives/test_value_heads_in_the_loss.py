@@ -200,9 +200,12 @@ def test_the_support_is_chosen_once_and_goes_where_the_weights_go():
     with pytest.raises(RuntimeError, match="no value support yet"):
         loss.qvalue_loss(data)
     data["next", "reward"].fill_(1.0)
-    n_step = data.clone().set("steps_to_next_obs", torch.full((8, 1), 2))
+    # As TransitionWriter and TorchRL's MultiStep write it, without a last dimension. A sum of 1.5 over two steps stands
+    # for 1.5 / (1 - 0.5^2) = 2, a last step's reward of 1 for 1 / (1 - 0.5) = 2: paired wrongly they would give 3.
+    n_step = data.clone().set("steps_to_next_obs", torch.tensor([2] * 7 + [1]))
+    n_step["next", "reward"][:7] = 1.5
     early.choose_value_support(n_step)
-    assert early.value_head.high == pytest.approx(4)  # three times 1 / (1 - 0.5^2)
+    assert early.value_head.high == pytest.approx(6)
     assert not loss.value_head.has_support
     loss.choose_value_support(data)
     assert loss.value_head.high == pytest.approx(6)
