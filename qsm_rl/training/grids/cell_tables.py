@@ -12,11 +12,17 @@ __all__ = ["final_rows", "markdown_table"]
 
 
 def final_rows(cells: Sequence[Cell], table: CellTable) -> dict[str, dict[str, list[dict[str, str]]]]:
-    """The last evaluation of every finished cell, by environment and variant, a row for each seed."""
+    """The last evaluation of every finished cell, by environment and variant, a row for each seed.
+
+    Ways of acting that were evaluated beside the policy's own come as ``"VARIANT, WAY"``.
+    """
     rows: dict[str, dict[str, list[dict[str, str]]]] = {}
+    ways = sorted({row["way"] for row in table.rows})
     for cell in cells:
-        if found := table.rows_of(cell):
-            rows.setdefault(cell.env, defaultdict(list))[cell.variant].append(found[-1])
+        for way in ways:
+            if found := table.rows_of(cell, way):
+                name = f"{cell.variant}, {way}" if way else cell.variant
+                rows.setdefault(cell.env, defaultdict(list))[name].append(found[-1])
     return rows
 
 

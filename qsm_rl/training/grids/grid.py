@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -33,7 +34,8 @@ from qsm_rl.training.runs.loggers import read_metrics
 __all__ = ["Cell", "CellTable", "make_cells", "read_grid", "run_cells"]
 
 KEY = ("env", "variant", "seed")
-COLUMNS = (*KEY, "frames", "return_mean", "return_std", "updates_per_second", "elapsed_seconds", "settings")
+COLUMNS = (*KEY, "frames", "return_mean", "return_std", "updates_per_second", "elapsed_seconds", "settings", "way")
+LATER_COLUMNS = {"elapsed_seconds", "way"}  # which older tables lack
 POLL_SECONDS = 1.0
 SECONDS_TO_STOP = 60.0
 OWN = ("env", "seed", "run_dir", "resume")  # flags that are each cell's own
@@ -145,6 +147,9 @@ def _check_flags(path: Path, name: str, entries: Any, refused: Sequence[str]) ->
 class CellTable:
     """The evaluations of finished cells as a CSV file, a row each; written whole and atomically.
 
+    The column ``way`` is empty for the policy as it samples, and names each way of acting evaluated beside it, such as
+    ``best_of_16``.
+
     Args:
         path: the file; made with the first finished cell.
 
@@ -159,14 +164,15 @@ class CellTable:
             with path.open(newline="", encoding="utf-8") as file:
                 reader = csv.DictReader(file)
                 found = set(reader.fieldnames or ())
-                if not set(COLUMNS) - {"elapsed_seconds"} <= found <= set(COLUMNS):  # which older tables lack
+                if not set(COLUMNS) - LATER_COLUMNS <= found <= set(COLUMNS):
                     raise UserError(f"{path} is no table of cells: its columns are not {', '.join(COLUMNS)}.")
                 self.rows = [{name: row.get(name, "") for name in COLUMNS} for row in reader]
 
-    def rows_of(self, cell: Cell) -> list[dict[str, str]]:
-        """The rows of a cell, none if it has not finished with these settings."""
-        key = (cell.env, cell.variant, str(cell.seed), cell.settings)
-        return [row for row in self.rows if tuple(row[name] for name in ("env", "variant", "seed", "settings")) == key]
+    def rows_of(self, cell: Cell, way: str = "") -> list[dict[str, str]]:
+        """The rows of a cell and a way of acting, none if it has not finished with these settings."""
+        key = (cell.env, cell.variant, str(cell.seed), cell.settings, way)
+        names = ("env", "variant", "seed", "settings", "way")
+        return [row for row in self.rows if tuple(row[name] for name in names) == key]
 
     def add(self, cell: Cell) -> None:
         """Takes the results of a finished run over, in place of the same cell with other settings."""
@@ -175,16 +181,18 @@ class CellTable:
         key = (cell.env, cell.variant, str(cell.seed))
         self.rows = [row for row in self.rows if tuple(row[name] for name in ("env", "variant", "seed")) != key]
         clock = _total_elapsed(columns.get("time/elapsed_seconds", []), len(columns["frames"]))
-        points = zip(columns["frames"], columns["eval/return_mean"], columns["eval/return_std"], clock, strict=True)
-        for frames, mean, std, elapsed in points:
-            if mean == mean:  # rows without an evaluation hold NaN
-                values = (
-                    *(*key, str(int(frames)), f"{mean:.2f}", f"{std:.2f}"),
-                    f"{statistics.median_high(rates):.1f}" if rates else "",
-                    *(elapsed, cell.settings),
-                )
-                self.rows.append(dict(zip(COLUMNS, values, strict=True)))
-        self.rows.sort(key=lambda row: (row["env"], row["variant"], int(row["seed"]), int(row["frames"])))
+        prefixes = [found[1] for name in columns if (found := re.fullmatch(r"eval/(\w+/)?return_mean", name))]
+        for prefix in (found or "" for found in prefixes):
+            means, stds = (columns[f"eval/{prefix}return_{name}"] for name in ("mean", "std"))
+            for frames, mean, std, elapsed in zip(columns["frames"], means, stds, clock, strict=True):
+                if mean == mean:  # rows without an evaluation hold NaN
+                    values = (
+                        *(*key, str(int(frames)), f"{mean:.2f}", f"{std:.2f}"),
+                        f"{statistics.median_high(rates):.1f}" if rates else "",
+                        *(elapsed, cell.settings, prefix.removesuffix("/")),
+                    )
+                    self.rows.append(dict(zip(COLUMNS, values, strict=True)))
+        self.rows.sort(key=lambda row: (row["env"], row["variant"], int(row["seed"]), row["way"], int(row["frames"])))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_csv_atomically(self.path, COLUMNS, self.rows)
 

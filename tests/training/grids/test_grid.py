@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from qsm_rl.training import Cell, CellTable, UserError, make_cells, mean_interval, read_grid, run_cells
+from qsm_rl.training import Cell, CellTable, UserError, final_rows, make_cells, mean_interval, read_grid, run_cells
 
 GRID = """
 recipe: fake
@@ -131,6 +131,7 @@ def test_finished_cells_are_kept_and_changed_ones_run_again(grid):
         **{"env": "A-v0", "variant": "slow tau", "seed": "1", "frames": "20", "updates_per_second": "50.0"},
         **{"return_mean": "30.00", "return_std": "0.25", "elapsed_seconds": "16"},
         "settings": '{"tau": 0.3, "total_frames": 20, "widths": [4, 4]}',
+        "way": "",
     }
     run(grid)
     assert len(calls(grid)) == 5
@@ -208,15 +209,32 @@ def test_cells_are_bound_to_cores_only_where_the_grid_has_all_of_them(grid, monk
     assert bound == [{3}, {5}]
 
 
-def test_a_table_from_before_the_clock_was_kept_is_read(grid):
+def test_ways_of_acting_are_rows_of_their_own(grid):
+    cell = make_cells("fake", "best", {"total_frames": 20}, "A-v0", [0], grid / "runs")[0]
+    cell.folder.mkdir(parents=True)
+    header = EVALUATIONS.replace("time", "eval/best_of_4/return_mean,eval/best_of_4/return_std,time", 1)
+    (cell.folder / "metrics.csv").write_text(f"{header}\n10,1,0,3,0.5,40,5\n20,2,0,4,0.5,40,9\n")
+    table = CellTable(grid / "cells.csv")
+    table.add(cell)
+    table = CellTable(grid / "cells.csv")
+    assert [row["return_mean"] for row in table.rows_of(cell)] == ["1.00", "2.00"]
+    assert [row["return_mean"] for row in table.rows_of(cell, "best_of_4")] == ["3.00", "4.00"]
+    finals = final_rows([cell], table)["A-v0"]
+    assert {name: row["return_mean"] for name, (row,) in finals.items()} == {"best": "2.00", "best, best_of_4": "4.00"}
+    table.add(cell)
+    assert len(table.rows) == 4
+
+
+@pytest.mark.parametrize("later", ["elapsed_seconds", "way"])
+def test_a_table_from_before_a_column_was_kept_is_read(grid, later):
     run(grid)
     lines = (grid / "cells.csv").read_text().splitlines()
-    position = lines[0].split(",").index("elapsed_seconds")
+    position = lines[0].split(",").index(later)
     with (grid / "cells.csv").open(newline="") as file:
         old = [row[:position] + row[position + 1 :] for row in csv.reader(file)]
     with (grid / "cells.csv").open("w", newline="") as file:
         csv.writer(file).writerows(old)
-    assert {row["elapsed_seconds"] for row in CellTable(grid / "cells.csv").rows} == {""}
+    assert {row[later] for row in CellTable(grid / "cells.csv").rows} == {""}
     run(grid)
     assert len(calls(grid)) == 5
 
