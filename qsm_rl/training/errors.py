@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from typing import NoReturn, ParamSpec
 __all__ = ["TrainingError", "UserError", "exit_on_error", "full_disk_errors", "user_errors"]
 
 P = ParamSpec("P")
+
+DENIED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT)
 
 
 class UserError(Exception):
@@ -66,8 +69,9 @@ def full_disk_errors(run_folder: Path) -> Iterator[None]:
 def exit_on_error(main: Callable[P, int]) -> Callable[P, NoReturn]:
     """Makes a recipe's ``main`` a command, which exits with the code that ``main`` returns.
 
-    A [`UserError`][qsm_rl.training.UserError] is printed on stderr without a traceback, and the code is 2; so is a
-    [`TrainingError`][qsm_rl.training.TrainingError], with code 1. Ctrl-C before training has begun gives 130.
+    A [`UserError`][qsm_rl.training.UserError] is printed on stderr without a traceback, and the code is 2; so are a
+    [`TrainingError`][qsm_rl.training.TrainingError] and what the file system denies, with code 1. Ctrl-C before
+    training has begun gives 130.
 
     Args:
         main: the recipe's entry point.
@@ -80,6 +84,11 @@ def exit_on_error(main: Callable[P, int]) -> Callable[P, NoReturn]:
         except (UserError, TrainingError) as error:
             print(f"error: {error}", file=sys.stderr)
             code = 2 if isinstance(error, UserError) else 1
+        except OSError as error:
+            if error.errno not in DENIED or error.filename is None:
+                raise
+            print(f"error: {os.fsdecode(error.filename)}: {error.strerror}.", file=sys.stderr)
+            code = 1
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             code = 130

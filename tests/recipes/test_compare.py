@@ -30,7 +30,7 @@ def finish(output: Path, returns: dict[tuple[str, str], list[float]], *arguments
             value = returns[cell.env, cell.variant][cell.seed]
             for frames, share in ((500, 0.5), (1000, 1.0)):
                 key = (cell.env, cell.variant, cell.seed, frames)
-                values = (*key, share * value, 1.0, 40.0, 60 * share, cell.settings, "")
+                values = (*key, share * value, 1.0, 40.0, 60 * share, cell.settings, "", cell.recipe)
                 rows.append(dict(zip(COLUMNS, values, strict=True)))
     output.mkdir()
     with (output / "cells.csv").open("w", newline="") as file:

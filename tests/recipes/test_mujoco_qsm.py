@@ -197,8 +197,21 @@ def test_resumed_run_equals_the_uninterrupted_one_to_the_bit(tmp_path, options, 
 def test_frames_come_in_whole_batches_and_the_run_says_how_many(tmp_path, capsys):
     folder = tmp_path / "run"
     assert run(*SMALL, "--run_dir", folder, "--total_frames", "35", "--frames_per_batch", "20") == 0
-    assert "frames: 35, rounded up to 40 by batches of 20;" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "frames: 35, rounded up to 40 by batches of 20;" in said
+    assert "the full job, 1,000,000 frames at the preset's settings: python" in said
     assert metrics(folder)[-1]["frames"] == "40"
+
+
+def test_a_run_that_lost_its_checkpoints_is_not_begun_anew(finished, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    shutil.rmtree(folder / "checkpoints")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for length in ([], ["--total_frames", "360"]):
+        assert run("--resume", folder, *length) == 2
+        assert "has a log up to frame 180 and no checkpoint to go on from; put its" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_a_disk_that_is_full_at_a_row_of_the_log_is_told_and_the_run_goes_on(finished, tmp_path, capsys, monkeypatch):

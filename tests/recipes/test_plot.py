@@ -46,6 +46,15 @@ def test_table_and_picture_over_seeds(tmp_path, capsys):
     assert ((pixels[..., 2] - pixels[..., 0]) > 0.3).sum() > 300  # the blue curve in its band
 
 
+def test_references_may_be_written_as_people_do_and_must_be_numbers(tmp_path, capsys):
+    run, reference = write_run(tmp_path / "a", 0, {1000: 10.0}), tmp_path / "reference.csv"
+    reference.write_text("env,curve,frames,return_mean\nHopper-v5,elsewhere,1e3,15\n")
+    assert plot(run, "--output", tmp_path / "curves", "--reference", reference) == 0
+    reference.write_text("env,curve,frames,return_mean\nHopper-v5,elsewhere,many,15\n")
+    assert plot(run, "--output", tmp_path / "curves", "--reference", reference) == 2
+    assert "something else than numbers in frames or return_mean" in capsys.readouterr().err
+
+
 def test_runs_of_other_settings_are_named(tmp_path, capsys):
     runs = [write_run(tmp_path / "a", 0, {1000: 10.0}), write_run(tmp_path / "b", 1, {1000: 20.0})]
     for run, line in zip(runs, ("eval_every: 5\n", "eval_every: 7\ntau: 0.1\n"), strict=True):

@@ -38,7 +38,7 @@ def test_table_names_each_run_and_those_that_did_not_get_there(tmp_path):
         for cell in cells:
             if cell.variant.startswith("Q-score"):
                 value = -100.0 if cell.seed == 0 else -300.0
-                values = (cell.env, cell.variant, cell.seed, 1500, value, 1.0, 80.0, 33, cell.settings, "")
+                values = (cell.env, cell.variant, cell.seed, 1500, value, 1.0, 80.0, 33, cell.settings, "", cell.recipe)
                 writer.writerow(dict(zip(COLUMNS, values, strict=True)))
     time_to_return.write_results(cells, rl.CellTable(tmp_path / "cells.csv"), options)
     lines = (tmp_path / "table.md").read_text().splitlines()

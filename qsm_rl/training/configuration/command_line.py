@@ -174,7 +174,8 @@ def _resumed(parser: ArgumentParser, configuration_class: type[Configuration], g
         )
     path = run_dir / CONFIGURATION_FILE
     if not path.is_file() or path.is_symlink():
-        raise UserError(f"--resume {run_dir}: {path} does not exist; give the folder of a run.")
+        several = ", and many seeds go on by the command that began them" if any(run_dir.glob("seed_*")) else ""
+        raise UserError(f"--resume {run_dir}: {path} does not exist; give the folder of a run{several}.")
     check_plain_yaml(path)
     _refuse_own_code(run_dir, yaml.safe_load(path.read_text(encoding="utf-8")))
     try:

@@ -183,6 +183,8 @@ class QSMConfiguration(DiffusionConfiguration):
         self._check(
             "critic_support", -math.inf < low <= 0 <= high < math.inf and low < high, "null, or two ends around 0"
         )
+        without_bins = self.critic_support is None or self.critic_bins is not None
+        self._check("critic_support", without_bins, "null without --critic_bins")
         self._check("bc_weight", self.bc_weight >= 0, "0 or more")
         entropy = self.entropy_temperature
         self._check("entropy_temperature", entropy is None or entropy > 0, "null or above 0")

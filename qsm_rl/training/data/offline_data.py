@@ -115,7 +115,9 @@ def _downloaded(kind: str, identity: str) -> TensorDictBase:
         raise
     except Exception as error:  # the readers let whatever their download or file raises through
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"--dataset {kind}:{identity} cannot be had: {reason}") from error
+        raise UserError(
+            f"--dataset {kind}:{identity} cannot be had; is its name right, and is there a network? ({reason})"
+        ) from error
 
 
 def _from_folder(folder: Path, wanted: dict[str, Any]) -> TensorDictBase:

@@ -66,7 +66,7 @@ def read_reference(path: Path) -> list[dict[str, Any]]:
         path: CSV with ``env``, ``curve``, ``frames`` and ``return_mean``; other columns are kept.
 
     Raises:
-        UserError: if the file or a column is missing.
+        UserError: if the file or a column is missing, or something in them is no number.
     """
     if not path.is_file():
         raise UserError(f"--reference {path} does not exist.")
@@ -74,7 +74,12 @@ def read_reference(path: Path) -> list[dict[str, Any]]:
         rows = list(csv.DictReader(file))
     if not rows or not {"env", "curve", "frames", "return_mean"} <= rows[0].keys():
         raise UserError(f"--reference {path} needs the columns env, curve, frames, return_mean.")
-    return [{**row, "frames": int(row["frames"]), "return_mean": float(row["return_mean"])} for row in rows]
+    try:
+        return [{**row, "frames": int(float(row["frames"])), "return_mean": float(row["return_mean"])} for row in rows]
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"--reference {path} holds something else than numbers in frames or return_mean: {error}."
+        ) from error
 
 
 def plot_curves(curves: Curves, reference: Sequence[Mapping[str, Any]], picture: Path) -> None:

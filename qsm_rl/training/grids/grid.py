@@ -34,8 +34,9 @@ from qsm_rl.training.runs.loggers import read_metrics
 __all__ = ["Cell", "CellTable", "make_cells", "read_grid", "run_cells"]
 
 KEY = ("env", "variant", "seed")
-COLUMNS = (*KEY, "frames", "return_mean", "return_std", "updates_per_second", "elapsed_seconds", "settings", "way")
-LATER_COLUMNS = {"elapsed_seconds", "way"}  # which older tables lack
+NUMBERS = ("frames", "return_mean", "return_std", "updates_per_second", "elapsed_seconds")
+COLUMNS = (*KEY, *NUMBERS, "settings", "way", "recipe")
+LATER_COLUMNS = {"elapsed_seconds", "way", "recipe"}  # which older tables lack
 POLL_SECONDS = 1.0
 SECONDS_TO_STOP = 60.0
 OWN = ("env", "seed", "run_dir", "resume")  # flags that are each cell's own
@@ -117,6 +118,8 @@ def read_grid(path: Path, runs: Path) -> list[Cell]:
             f"the grid file {path} needs exactly the entries {sorted(expected)}; "
             f"missing {sorted(expected - found)}, unknown {sorted(found - expected)}."
         )
+    if not isinstance(grid["recipe"], str):
+        raise UserError(f"{path}: recipe must be a recipe's name such as mujoco_qsm, got {grid['recipe']!r}.")
     cells = []
     _check_flags(path, "tasks", grid["tasks"], OWN)
     _check_flags(path, "variants", grid["variants"], (*OWN, *OF_TASKS))
@@ -124,7 +127,10 @@ def read_grid(path: Path, runs: Path) -> list[Cell]:
     for env, task in grid["tasks"].items():
         task = dict(task or {})
         variants, seeds = task.pop("variants", list(grid["variants"])), task.pop("seeds", grid["seeds"])
-        if not isinstance(seeds, list) or len(set(seeds)) < len(seeds):
+        if not isinstance(variants, list):
+            raise UserError(f"{path}: variants of the task {env} must be a list, got {variants!r}.")
+        whole = isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds)
+        if not whole or len(set(seeds)) < len(seeds):
             raise UserError(f"{path}: seeds must be a list such as [0, 1, 2], each once, got {seeds!r}.")
         if unknown := sorted(set(variants) - set(grid["variants"])):
             raise UserError(f"{path}: the task {env} names unknown variants {unknown}.")
@@ -140,6 +146,8 @@ def _check_flags(path: Path, name: str, entries: Any, refused: Sequence[str]) ->
     if not isinstance(entries, dict) or not all(isinstance(flags or {}, dict) for flags in entries.values()):
         raise UserError(f"{path}: {name} must hold flags with their values, such as {{tau: 0.1}}.")
     for entry, flags in entries.items():
+        if not isinstance(entry, str):  # a number, or one of YAML's words for yes and no
+            raise UserError(f"{path}: the name {entry!r} among {name} is no text to YAML; put it in quotes.")
         if found := sorted({*(flags or {})} & {*refused}):
             raise UserError(f"{path}: {entry} sets {', '.join(found)}, which the grid gives each of its cells.")
 
@@ -171,8 +179,9 @@ class CellTable:
     def rows_of(self, cell: Cell, way: str = "") -> list[dict[str, str]]:
         """The rows of a cell and a way of acting, none if it has not finished with these settings."""
         key = (cell.env, cell.variant, str(cell.seed), cell.settings, way)
-        names = ("env", "variant", "seed", "settings", "way")
-        return [row for row in self.rows if tuple(row[name] for name in names) == key]
+        names, recipes = ("env", "variant", "seed", "settings", "way"), ("", cell.recipe)
+        rows = [row for row in self.rows if tuple(row[name] for name in names) == key]
+        return [row for row in rows if row["recipe"] in recipes]
 
     def add(self, cell: Cell) -> None:
         """Takes the results of a finished run over, in place of the same cell with other settings."""
@@ -189,7 +198,7 @@ class CellTable:
                     values = (
                         *(*key, str(int(frames)), f"{mean:.2f}", f"{std:.2f}"),
                         f"{statistics.median_high(rates):.1f}" if rates else "",
-                        *(elapsed, cell.settings, prefix.removesuffix("/")),
+                        *(elapsed, cell.settings, prefix.removesuffix("/"), cell.recipe),
                     )
                     self.rows.append(dict(zip(COLUMNS, values, strict=True)))
         self.rows.sort(key=lambda row: (row["env"], row["variant"], int(row["seed"]), row["way"], int(row["frames"])))

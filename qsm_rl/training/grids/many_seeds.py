@@ -37,8 +37,13 @@ def run_seeds(config: TrainingConfiguration, script: Path) -> int:
         The exit code: 1 if a run failed, else 0.
 
     Raises:
-        UserError: if ``run_dir`` holds something else, or runs with other settings.
+        UserError: if ``run_dir`` holds something else, or runs with other settings, or a single run was to be resumed.
     """
+    if config.resume is not None:
+        raise UserError(
+            f"{config.resume} is one run, but its config.yaml says seeds: {config.seeds}; put 1 back. Many seeds go on "
+            "by the command that began them, with their folder as --run_dir."
+        )
     default = Path("runs") / script.stem / config.env / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.seeds}-seeds"
     folder = default if config.run_dir is None else Path(config.run_dir)
     left_out = {*NOT_SAVED, "env", "seed", "seeds"}
@@ -53,7 +58,11 @@ def run_seeds(config: TrainingConfiguration, script: Path) -> int:
     print(f"{len(cells)} seeds, {workers} at a time; runs in {folder}, what they print in seed_N.log", flush=True)
     with exclusive(folder):
         table = CellTable(folder / "cells.csv")
-        failures = run_cells(cells, table, script.parent, workers=workers)
+        try:
+            failures = run_cells(cells, table, script.parent, workers=workers)
+        except KeyboardInterrupt:
+            print(f"go on: the same command with --run_dir {shlex.quote(str(folder))}", file=sys.stderr)
+            raise
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
     finished = [float(rows[-1]["return_mean"]) for cell in cells if (rows := table.rows_of(cell))]

@@ -37,7 +37,15 @@ from qsm_rl.training.runs.progress import Progress
 from qsm_rl.training.runs.resuming import run_identity
 from qsm_rl.training.runs.run_folder import RunFolder
 
-__all__ = ["check_unfinished", "finish_run", "make_callbacks", "make_loggers", "print_summary", "quiet_libraries"]
+__all__ = [
+    "check_never_stored",
+    "check_unfinished",
+    "finish_run",
+    "make_callbacks",
+    "make_loggers",
+    "print_summary",
+    "quiet_libraries",
+]
 
 CallbackType = TypeVar("CallbackType", bound=Callback)
 
@@ -98,6 +106,28 @@ def print_summary(
         print(begun if first_frame else "there is no checkpoint yet, so the run begins anew", flush=True)
     else:
         print("stop with Ctrl-C at any time; the run can be resumed", flush=True)
+
+
+def check_never_stored(config: TrainingConfiguration, folder: RunFolder) -> None:
+    """Refuses to begin a run anew that has had checkpoints: its log and its actor would be lost.
+
+    Args:
+        config: the run's settings.
+        folder: its folder, in which there is no checkpoint.
+
+    Raises:
+        UserError: naming how far its log reaches.
+    """
+    columns = read_metrics(folder.metrics) if folder.metrics.exists() else {}
+    last = max(columns.get("frames", []), default=0)
+    evaluated = not math.isnan(columns.get("eval/return_mean", [math.nan])[-1])
+    ended = bool(folder.published) and last >= config.total_frames and evaluated
+    # Rows of the frame of the first checkpoint are written before it, so a killed process may leave them.
+    if ended or last > config.checkpoint_every:
+        raise UserError(
+            f"{folder.path} has a log up to frame {last:,.0f} and no checkpoint to go on from; put its checkpoints "
+            f"back, or start a new run with --config {folder.path / CONFIGURATION_FILE} and another --run_dir."
+        )
 
 
 def check_unfinished(config: TrainingConfiguration, folder: RunFolder, first_frame: int) -> None:
@@ -239,12 +269,14 @@ def finish_run(
     if target.reached is not None:
         print(
             f"stopped at frame {module.env_frames:,}: the evaluation's return of {target.reached:.1f} is at least "
-            f"--stop_at_return {target.target:g}; go on: {resume}{longer} --stop_at_return null",
-            flush=True,
+            f"--stop_at_return {target.target:g}"
         )
+        where = "begin anew" if last_checkpoint is None else f"go on from the checkpoint at frame {last_checkpoint:,}"
+        print(f"{where}: {resume}{longer} --stop_at_return null", flush=True)
         return 0
     if module.env_frames < usual_frames:
-        print(f"the full job, {usual_frames:,} frames: {script} --env {module.env}")
+        preset = f" --preset {saved['preset']}" if saved["preset"] != "default" else ""
+        print(f"the full job, {usual_frames:,} frames at the preset's settings: {script} --env {module.env}{preset}")
     print(f"go on for longer: {resume} --total_frames {2 * module.env_frames}", flush=True)
     return 0
 

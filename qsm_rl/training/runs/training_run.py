@@ -41,6 +41,7 @@ from qsm_rl.training.runs.preflight import check_space, row_bytes
 from qsm_rl.training.runs.resuming import check_identity, restore_checkpoint, run_identity
 from qsm_rl.training.runs.run_folder import RunFolder
 from qsm_rl.training.runs.running import (
+    check_never_stored,
     check_unfinished,
     finish_run,
     make_callbacks,
@@ -125,6 +126,8 @@ class TrainingRun(Generic[Configuration]):
         if rank() > 0:
             return run
         if folder.resumed:
+            if checkpoint is None:
+                check_never_stored(config, folder)
             check_unfinished(config, folder, run.first_frame)
         print_summary(config, folder, environment, device, first_frame=run.first_frame)
         return run

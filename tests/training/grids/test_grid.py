@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -110,8 +111,12 @@ def test_cells_come_seed_by_seed_with_the_nearest_setting_winning(grid):
     [
         ("seeds: [0, 1]\n", "seed: 0\n", ["missing ['seeds']", "unknown ['seed']"]),
         ("variants: [plain]", "variants: [fast]", ["dm_control/b-c", "fast"]),
+        ("variants: [plain]", "variants: plain", ["dm_control/b-c must be a list", "'plain'"]),
         ("total_frames: 20, ", "", ["A-v0", "total_frames"]),
         ("recipe: fake", "recipe: [", ["cannot be read"]),
+        ("recipe: fake", "recipe: [fake]", ["recipe must be a recipe's name", "['fake']"]),
+        ("seeds: [0, 1]", "seeds: [0.5, 1]", ["seeds must be a list", "[0.5, 1]"]),
+        ("plain:", "off:", ["the name False among variants", "in quotes"]),
     ],
 )
 def test_a_wrong_grid_file_is_named(grid, old, new, words):
@@ -131,7 +136,7 @@ def test_finished_cells_are_kept_and_changed_ones_run_again(grid):
         **{"env": "A-v0", "variant": "slow tau", "seed": "1", "frames": "20", "updates_per_second": "50.0"},
         **{"return_mean": "30.00", "return_std": "0.25", "elapsed_seconds": "16"},
         "settings": '{"tau": 0.3, "total_frames": 20, "widths": [4, 4]}',
-        "way": "",
+        **{"way": "", "recipe": "fake"},
     }
     run(grid)
     assert len(calls(grid)) == 5
@@ -225,7 +230,15 @@ def test_ways_of_acting_are_rows_of_their_own(grid):
     assert len(table.rows) == 4
 
 
-@pytest.mark.parametrize("later", ["elapsed_seconds", "way"])
+def test_cells_of_another_recipe_are_none_of_these(grid):
+    run(grid)
+    table = CellTable(grid / "cells.csv")
+    cells = read_grid(grid / "grid.yaml", grid / "runs")
+    assert all(table.rows_of(cell) for cell in cells)
+    assert not any(table.rows_of(replace(cell, recipe="other")) for cell in cells)
+
+
+@pytest.mark.parametrize("later", ["elapsed_seconds", "way", "recipe"])
 def test_a_table_from_before_a_column_was_kept_is_read(grid, later):
     run(grid)
     lines = (grid / "cells.csv").read_text().splitlines()

@@ -80,3 +80,19 @@ def test_finished_runs_are_not_reported_as_those_of_other_settings(tmp_path, scr
         run_seeds(configuration(folder, actor_learning_rate=5e-3), script)
     assert rows(folder) == before
     assert len(calls(tmp_path)) == 3
+
+
+def test_one_run_s_settings_are_not_taken_for_many_seeds(tmp_path, script):
+    with pytest.raises(UserError, match=r"is one run, but its config.yaml says seeds: 3; put 1 back"):
+        run_seeds(configuration(None, resume=tmp_path / "run"), script)
+    assert list(tmp_path.iterdir()) == [script]
+
+
+def test_a_stop_says_how_the_seeds_go_on(tmp_path, script, capsys, monkeypatch):
+    def stopped(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qsm_rl.training.grids.many_seeds.run_cells", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run_seeds(configuration(tmp_path / "my runs"), script)
+    assert f"go on: the same command with --run_dir '{tmp_path / 'my runs'}'" in capsys.readouterr().err
