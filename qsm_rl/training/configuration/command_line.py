@@ -53,8 +53,13 @@ def parse_configuration(
         UserError: for an unknown flag or YAML key, a value of the wrong type or range, or a run that cannot be resumed.
     """
     parser = _parser(configuration_class, description)
-    given = _parse(parser, list(sys.argv[1:] if arguments is None else arguments))
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for path in _config_files(arguments):
+        _check_names(path, parser)
+    given = _parse(parser, arguments)
     if given.get("resume") is not None:
+        if _config_files(arguments):
+            raise UserError("--resume takes every setting from the run; remove --config.")
         return _resumed(parser, configuration_class, given)
     preset = given.get("preset", _default(configuration_class, "preset"))
     env = given.get("env", _default(configuration_class, "env"))
@@ -87,22 +92,45 @@ def _parser(configuration_class: type[TrainingConfiguration], description: str |
 
 def _parse(parser: ArgumentParser, arguments: list[str]) -> dict[str, Any]:
     """What was given on the command line and in the YAML file, without defaults."""
-    arguments = _config_first(arguments)
-    files = [
-        Path(option.partition("=")[2] or value)
-        for option, value in zip(arguments, [*arguments[1:], ""], strict=False)
-        if option == "--config" or option.startswith("--config=")
-    ]
+    files = _config_files(arguments)
     for path in files:
         check_plain_yaml(path)
     try:
-        given = parser.parse_args(arguments, defaults=False).as_dict()
+        given = parser.parse_args(_config_first(arguments), defaults=False).as_dict()
     except ArgumentError as error:
         raise UserError(_readable(str(error), parser)) from error
     given.pop("config", None)
     for path in files:
         _check_preset(path, given.get("preset"))
     return given
+
+
+def _config_files(arguments: list[str]) -> list[Path]:
+    return [
+        Path(option.partition("=")[2] or value)
+        for option, value in zip(arguments, [*arguments[1:], ""], strict=False)
+        if option == "--config" or option.startswith("--config=")
+    ]
+
+
+def _check_names(path: Path, parser: ArgumentParser) -> None:
+    """Refuses a file of settings with a name that there is not; passes one that is missing, which the parser reports.
+
+    Raises:
+        UserError: naming the file, who wrote it, and the setting.
+    """
+    check_plain_yaml(path)
+    if not path.is_file():
+        return
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no settings; write lines such as total_frames: 30000.")
+    known = [action.dest for action in parser._actions]
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "--help lists them."
+            raise UserError(f"{path}{_written_by(path)}: there is no setting {name}; {hint}")
 
 
 def _check_preset(path: Path, preset: str | None) -> None:

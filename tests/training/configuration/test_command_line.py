@@ -43,11 +43,31 @@ def test_a_value_equal_to_the_default_still_counts_as_given():
     assert parse("--preset", "paper", "--schedule", default).schedule == default
 
 
-def test_unknown_yaml_key_is_named_with_the_nearest(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("bach_size: 3\n", r"some\.yaml: there is no setting bach_size; did you mean batch_size\?"),
+        (
+            "# python recipes/mujoco_sac.py --x\ntarget_entropy: 1\n",
+            r"some\.yaml, written by recipes/mujoco_sac\.py: there",
+        ),
+        ("", r"some\.yaml holds no settings; write lines such as total_frames: 30000"),
+        ("- a\n", r"some\.yaml holds no settings"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_named_with_the_nearest(tmp_path, content, message):
     path = tmp_path / "some.yaml"
-    path.write_text("bach_size: 3\n")
-    with pytest.raises(UserError, match=r"bach_size.*--batch_size"):
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
         parse("--config", str(path))
+    with pytest.raises(UserError, match=message):
+        parse(f"--config={path}")
+
+
+def test_a_run_is_resumed_with_its_own_settings(tmp_path):
+    (tmp_path / "config.yaml").write_text("batch_size: 3\n")
+    with pytest.raises(UserError, match="--resume takes every setting from the run; remove --config"):
+        parse("--resume", str(tmp_path), "--config", str(tmp_path / "config.yaml"))
 
 
 def test_saved_configuration_reads_back_the_same_and_names_no_folder(tmp_path):
