@@ -177,6 +177,14 @@ def _readable(message: str, parser: ArgumentParser) -> str:
         return (
             f"--logger: {logger.group(1)}; give the path of a Lightning logger; --logger.help PATH lists its arguments."
         )
+    several = re.search(
+        r"Does not validate against any of the Union .*?\[(.*)\] Errors: .* Given value: (.*)$", message
+    )
+    if several is not None:
+        kinds = re.findall(r"typing\.Literal\[(.*?)\]|(tuple)\[.*?\]|(\w+)", several.group(1))
+        words = {"NoneType": "null", "tuple": 'two numbers such as "[-10, 10]"'}
+        choices = [words.get(kind, kind) for kind in map("".join, kinds)]
+        message = f"{message[: several.start()]}expected {' or '.join(choices)}, got {several.group(2)}"
     unknown = re.search(r"unrecognized arguments: (--[\w-]+)|Option '(\w+)' is not accepted", message)
     if unknown is not None:
         name = (unknown.group(1) or unknown.group(2)).lstrip("-").replace("-", "_")

@@ -64,6 +64,22 @@ def test_a_file_that_does_not_fit_is_named_with_the_nearest(tmp_path, content, m
         parse(f"--config={path}")
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "expected"),
+    [
+        ("--compile", "maybe", "bool or 'auto'"),
+        ("--target_aggregation", "median", "'min', 'mean' or float"),
+        ("--actor_ema", "nan", "float or null"),
+        ("--critic_support", "0,10", 'two numbers such as "[-10, 10]" or null'),
+        ("--gamma", "high", "float"),
+    ],
+)
+def test_what_a_flag_takes_is_said_in_words(flag, value, expected):
+    with pytest.raises(UserError) as caught:
+        parse(flag, value)
+    assert str(caught.value) == f"{flag}: expected {expected}, got {value}"
+
+
 def test_a_run_is_resumed_with_its_own_settings(tmp_path):
     (tmp_path / "config.yaml").write_text("batch_size: 3\n")
     with pytest.raises(UserError, match="--resume takes every setting from the run; remove --config"):
