@@ -40,8 +40,8 @@ class TrainingConfiguration:
 
     seeds: int = 1
     """Independent runs with the seeds seed, seed + 1, ..., in folders seed_N of run_dir: on a CPU each a process of its
-    own with one thread, and the same command goes on with what was stopped; on a GPU, where the recipe can, all in one
-    process with stacked networks, to be resumed as one run."""
+    own with one thread, and the same command with their folder as --run_dir goes on with what was stopped; on a GPU,
+    where the recipe can, all in one process with stacked networks, to be resumed as one run."""
 
     device: str = "auto"
     """Where the networks and the replay buffer live: auto (a GPU when there is one), cpu, cuda, cuda:1."""
