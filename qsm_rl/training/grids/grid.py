@@ -180,8 +180,7 @@ class CellTable:
         """The rows of a cell and a way of acting, none if it has not finished with these settings."""
         key = (cell.env, cell.variant, str(cell.seed), cell.settings, way)
         names, recipes = ("env", "variant", "seed", "settings", "way"), ("", cell.recipe)
-        rows = [row for row in self.rows if tuple(row[name] for name in names) == key]
-        return [row for row in rows if row["recipe"] in recipes]
+        return [row for row in self.rows if row["recipe"] in recipes and tuple(row[name] for name in names) == key]
 
     def add(self, cell: Cell) -> None:
         """Takes the results of a finished run over, in place of the same cell with other settings."""
@@ -190,8 +189,8 @@ class CellTable:
         key = (cell.env, cell.variant, str(cell.seed))
         self.rows = [row for row in self.rows if tuple(row[name] for name in ("env", "variant", "seed")) != key]
         clock = _total_elapsed(columns.get("time/elapsed_seconds", []), len(columns["frames"]))
-        prefixes = [found[1] for name in columns if (found := re.fullmatch(r"eval/(\w+/)?return_mean", name))]
-        for prefix in (found or "" for found in prefixes):
+        prefixes = [found[1] for name in columns if (found := re.fullmatch(r"eval/((?:\w+/)?)return_mean", name))]
+        for prefix in prefixes:
             means, stds = (columns[f"eval/{prefix}return_{name}"] for name in ("mean", "std"))
             for frames, mean, std, elapsed in zip(columns["frames"], means, stds, clock, strict=True):
                 if mean == mean:  # rows without an evaluation hold NaN
