@@ -50,6 +50,7 @@ def parse_configuration(
         The checked configuration.
 
     Raises:
+        SystemExit: with ``--print_config``, after it is printed.
         UserError: for an unknown flag or YAML key, a value of the wrong type or range, or a run that cannot be resumed.
     """
     parser = _parser(configuration_class, description)
@@ -57,13 +58,19 @@ def parse_configuration(
     for path in _config_files(arguments):
         _check_names(path, parser)
     given = _parse(parser, arguments)
+    print_config = given.pop("print_config", False)
     if given.get("resume") is not None:
         if _config_files(arguments):
             raise UserError("--resume takes every setting from the run; remove --config.")
-        return _resumed(parser, configuration_class, given)
-    preset = given.get("preset", _default(configuration_class, "preset"))
-    env = given.get("env", _default(configuration_class, "env"))
-    return configuration_class(**{**configuration_class.preset_values(preset, env), **given})
+        configuration = _resumed(parser, configuration_class, given)
+    else:
+        preset = given.get("preset", _default(configuration_class, "preset"))
+        env = given.get("env", _default(configuration_class, "env"))
+        configuration = configuration_class(**{**configuration_class.preset_values(preset, env), **given})
+    if print_config:
+        print(saved_text(configuration), end="")
+        sys.exit(0)
+    return configuration
 
 
 def saved_text(configuration: TrainingConfiguration) -> str:
@@ -74,9 +81,12 @@ def saved_text(configuration: TrainingConfiguration) -> str:
 
 def _parser(configuration_class: type[TrainingConfiguration], description: str | None) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, description=description)
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, description=description, print_config=None)
     parser.add_argument(
         "--config", action="config", help="YAML file with any of the settings below; flags override it."
+    )
+    parser.add_argument(  # jsonargparse's own prints without the preset's values
+        "--print_config", action="store_true", help="Print every setting that results, as YAML for --config, and exit."
     )
     parser.add_class_arguments(configuration_class, skip={"logger"})
     parser.add_subclass_arguments(

@@ -43,6 +43,18 @@ def test_a_value_equal_to_the_default_still_counts_as_given():
     assert parse("--preset", "paper", "--schedule", default).schedule == default
 
 
+def test_print_config_prints_what_another_run_reads_back(tmp_path, capsys):
+    given = ("--preset", "paper", "--env", "dm_control/cheetah-run-v0", "--num_steps", "7")
+    with pytest.raises(SystemExit) as stop:
+        parse("--print_config", *given)
+    assert stop.value.code == 0
+    path = tmp_path / "printed.yaml"
+    path.write_text(capsys.readouterr().out)
+    assert parse("--config", str(path)) == parse(*given)
+    with pytest.raises(UserError, match="batch_size must"):  # what does not fit is said, not printed
+        parse("--print_config", "--batch_size", "0")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
