@@ -187,22 +187,39 @@ def main() -> None:
         nargs="+",
         default=list(TARGETS),
         choices=list(TARGETS),
-        help="score targets to train",
+        help="score targets to train; default all",
     )
-    parser.add_argument("--schedule", default="cosine", choices=["vp", "cosine"], help="noise schedule")
-    parser.add_argument("--num_steps", type=int, default=20, help="denoising steps T")
-    parser.add_argument("--clip", default="clean", choices=["sample", "clean", "none"], help="what the sampler clips")
     parser.add_argument(
-        "--action_dim", type=int, default=2, help="action dimensions, at least 2; the modes lie in two of them"
+        "--schedule", default="cosine", choices=["vp", "cosine"], help="noise schedule; default %(default)s"
     )
-    parser.add_argument("--particles", type=int, default=PARTICLES, help="particles of the posterior targets")
-    parser.add_argument("--updates", type=int, default=4_000, help="updates for each target")
+    parser.add_argument("--num_steps", type=int, default=20, help="denoising steps T; default %(default)s")
     parser.add_argument(
-        "--precision", default="float32", choices=["float32", "bfloat16"], help="arithmetic of the matrix products"
+        "--clip",
+        default="clean",
+        choices=["sample", "clean", "none"],
+        help="what the sampler clips; default %(default)s",
+    )
+    parser.add_argument(
+        "--action_dim",
+        type=int,
+        default=2,
+        help="action dimensions, at least 2; the modes lie in two of them; default %(default)s",
+    )
+    parser.add_argument(
+        "--particles", type=int, default=PARTICLES, help="particles of the posterior targets; default %(default)s"
+    )
+    parser.add_argument("--updates", type=int, default=4_000, help="updates for each target; default %(default)s")
+    parser.add_argument(
+        "--precision",
+        default="float32",
+        choices=["float32", "bfloat16"],
+        help="arithmetic of the matrix products; default %(default)s",
     )
     parser.add_argument("--compile", action="store_true", help="compile the loss, as the recipes do on a CPU")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
-    parser.add_argument("--output", type=Path, default=Path("bandit_boltzmann"), help="folder of table and figure")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random; default %(default)s")
+    parser.add_argument(
+        "--output", type=Path, default=Path("bandit_boltzmann"), help="folder of table and figure; default %(default)s"
+    )
     arguments = parser.parse_args()
     if arguments.action_dim < 2 or min(arguments.num_steps, arguments.updates, arguments.particles) < 1:
         parser.error("--action_dim must be at least 2, --num_steps, --updates and --particles at least 1")

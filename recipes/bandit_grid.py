@@ -144,9 +144,11 @@ def run(options: argparse.Namespace) -> None:
 @rl.exit_on_error
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=1, help="seeds of every cell")
+    parser.add_argument("--seeds", type=int, default=1, help="seeds of every cell; default %(default)s")
     parser.add_argument("--most", type=int, default=None, help="cells to run at most in this call")
-    parser.add_argument("--output", type=Path, default=Path("bandit_grid"), help="folder of the tables")
+    parser.add_argument(
+        "--output", type=Path, default=Path("bandit_grid"), help="folder of the tables; default %(default)s"
+    )
     options = parser.parse_args(arguments)
     if options.seeds < 1:
         raise rl.UserError(f"--seeds must be at least 1, got {options.seeds}.")

@@ -312,11 +312,20 @@ def write_report(rows: Sequence[Row], about: Row, output: Path) -> None:
 @rl.exit_on_error
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
-    parser.add_argument("--seconds", type=float, default=5.0, help="for each contender or point")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda; growth and start are measured on the CPU")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure; default all")
+    parser.add_argument("--seconds", type=float, default=5.0, help="for each contender or point; default %(default)s")
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="auto, cpu, cuda; growth and start are measured on the CPU; default %(default)s",
+    )
     parser.add_argument("--jax_python", help="a Python with jax and optax, to compare with")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmark"), help="files to write, without ending")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs/benchmark"),
+        help="files to write, without ending; default %(default)s",
+    )
     parser.add_argument("--point", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     device = rl.choose_device(options.device)

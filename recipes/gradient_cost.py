@@ -115,12 +115,23 @@ def draw_figure(rows: Sequence[dict[str, float | str]], picture: Path) -> None:
 @rl.exit_on_error
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--algorithms", nargs="+", choices=LOSSES, default=list(LOSSES), help="what to measure")
-    parser.add_argument("--steps", nargs="+", type=int, default=[2, 5, 10, 20, 50], help="chain lengths T")
-    parser.add_argument("--batch", type=int, default=256, help="transitions of an update")
-    parser.add_argument("--hidden", type=int, default=256, help="width of the two hidden layers")
-    parser.add_argument("--updates", type=int, default=10, help="updates measured for each point, after two others")
-    parser.add_argument("--output", type=Path, default=Path("runs/gradient_cost"), help="files, without their endings")
+    parser.add_argument(
+        "--algorithms", nargs="+", choices=LOSSES, default=list(LOSSES), help="what to measure; default all"
+    )
+    parser.add_argument(
+        "--steps", nargs="+", type=int, default=[2, 5, 10, 20, 50], help="chain lengths T; default 2 5 10 20 50"
+    )
+    parser.add_argument("--batch", type=int, default=256, help="transitions of an update; default %(default)s")
+    parser.add_argument("--hidden", type=int, default=256, help="width of the two hidden layers; default %(default)s")
+    parser.add_argument(
+        "--updates", type=int, default=10, help="updates measured for each point, after two others; default %(default)s"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs/gradient_cost"),
+        help="files, without their endings; default %(default)s",
+    )
     parser.add_argument("--point", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.point:

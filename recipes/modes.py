@@ -210,11 +210,20 @@ def draw_figure(actions: dict[str, Tensor], critic: TwoPeaks, picture: Path) -> 
 @rl.exit_on_error
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES), help="what to train")
-    parser.add_argument("--updates", type=int, default=2_500, help="updates for each policy")
-    parser.add_argument("--learning_rate", type=float, default=3e-3, help="Adam's first step size; it falls to zero")
+    parser.add_argument(
+        "--policies", nargs="+", choices=POLICIES, default=list(POLICIES), help="what to train; default all"
+    )
+    parser.add_argument("--updates", type=int, default=2_500, help="updates for each policy; default %(default)s")
+    parser.add_argument(
+        "--learning_rate",
+        type=float,
+        default=3e-3,
+        help="Adam's first step size; it falls to zero; default %(default)s",
+    )
     parser.add_argument("--seeds", type=int, default=1, help="runs of each with the seeds 0, 1, ...; default 1")
-    parser.add_argument("--output", type=Path, default=Path("runs/modes"), help="folder of table and figure")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/modes"), help="folder of table and figure; default %(default)s"
+    )
     options = parser.parse_args(arguments)
     for name in ("updates", "learning_rate", "seeds"):
         if not getattr(options, name) > 0:

@@ -302,10 +302,12 @@ def draw(episodes: dict[str, np.ndarray], picture: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [*TARGETS, "sac"]
-    parser.add_argument("--policies", nargs="+", choices=names, default=names, help="what to train")
-    parser.add_argument("--frames", type=int, default=6_000, help="frames for each")
+    parser.add_argument("--policies", nargs="+", choices=names, default=names, help="what to train; default all")
+    parser.add_argument("--frames", type=int, default=6_000, help="frames for each; default %(default)s")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each with the seeds 0, 1, ...; default 1")
-    parser.add_argument("--output", type=Path, default=Path("multigoal"), help="folder of table and figure")
+    parser.add_argument(
+        "--output", type=Path, default=Path("multigoal"), help="folder of table and figure; default %(default)s"
+    )
     options = parser.parse_args(arguments)
     if options.frames < 100:
         raise rl.UserError(f"--frames must be at least 100, got {options.frames}.")

@@ -82,9 +82,13 @@ def measure(updates: dict[str, tuple[rl.QSMUpdate, float]], turns: int, compile:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("grid", type=Path, help="YAML file of the grid")
-    parser.add_argument("--turns", type=int, default=10, help="turns of six updates for each variant")
+    parser.add_argument(
+        "--turns", type=int, default=10, help="turns of six updates for each variant; default %(default)s"
+    )
     parser.add_argument("--compile", action="store_true", help="compile every update, a minute or two each")
-    parser.add_argument("--output", type=Path, default=Path("parts_cost"), help="folder of the table")
+    parser.add_argument(
+        "--output", type=Path, default=Path("parts_cost"), help="folder of the table; default %(default)s"
+    )
     options = parser.parse_args(arguments)
     if options.turns < 1:
         raise rl.UserError(f"--turns must be at least 1, got {options.turns}.")

@@ -93,13 +93,18 @@ def table(curves: Curves) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run_dirs", nargs="+", type=Path, help="folders of runs")
-    parser.add_argument("--output", type=Path, default=Path("curves"), help="picture and CSV, without ending")
+    parser.add_argument(
+        "--output", type=Path, default=Path("curves"), help="picture and CSV, without ending; default %(default)s"
+    )
     parser.add_argument(
         "--reference", type=Path, help="CSV of curves from elsewhere (env, curve, frames, return_mean), dashed"
     )
     parser.add_argument("--curve", help="name of the curve in place of recipe and preset, for settings of your own")
     parser.add_argument(
-        "--ways", nargs="+", default=[SAMPLING], help="ways of acting, a curve each: sampling deterministic best_of_N"
+        "--ways",
+        nargs="+",
+        default=[SAMPLING],
+        help="ways of acting, a curve each: sampling deterministic best_of_N; default sampling",
     )
     parser.add_argument("--last_frame", type=int, help="leave out what lies beyond this frame count")
     given = parser.parse_args(arguments)

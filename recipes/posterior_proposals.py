@@ -147,9 +147,14 @@ def markdown(rows: list[dict[str, str]]) -> str:
 @rl.exit_on_error
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--particles", type=int, default=64, help="particles of every estimate")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
-    parser.add_argument("--output", type=Path, default=Path("posterior_proposals"), help="folder of tables and figure")
+    parser.add_argument("--particles", type=int, default=64, help="particles of every estimate; default %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random; default %(default)s")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("posterior_proposals"),
+        help="folder of tables and figure; default %(default)s",
+    )
     options = parser.parse_args(arguments)
     if options.particles < 2:
         raise rl.UserError(f"--particles must be at least 2, got {options.particles}.")

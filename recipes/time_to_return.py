@@ -112,9 +112,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", default="Pendulum-v1", help="environment id; default Pendulum-v1")
     parser.add_argument("--value", type=float, default=-200.0, help="the return that ends a run; default -200")
-    parser.add_argument("--steps", nargs="+", type=int, default=[2, 5, 10, 20, 50], help="chain lengths T")
+    parser.add_argument(
+        "--steps", nargs="+", type=int, default=[2, 5, 10, 20, 50], help="chain lengths T; default 2 5 10 20 50"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each with the seeds 0, 1, ...; default 3")
-    parser.add_argument("--total_frames", type=int, default=15_000, help="frames of a run that does not get there")
+    parser.add_argument(
+        "--total_frames", type=int, default=15_000, help="frames of a run that does not get there; default %(default)s"
+    )
     rl.add_grid_arguments(parser, runs="runs/time_to_return")
     options = parser.parse_args(arguments)
     if wrong := [steps for steps in options.steps if steps < 1]:
