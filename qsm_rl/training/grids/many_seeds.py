@@ -13,12 +13,14 @@ from typing import Any
 
 from qsm_rl.atomic_files import write_atomically
 from qsm_rl.training.configuration.command_line import NOT_SAVED
-from qsm_rl.training.configuration.hardware import available_cores
+from qsm_rl.training.configuration.hardware import available_cores, choose_device
 from qsm_rl.training.configuration.training_configuration import TrainingConfiguration
-from qsm_rl.training.errors import UserError
+from qsm_rl.training.environments.make_environment import check_registered, make_environment
+from qsm_rl.training.errors import UserError, user_errors
 from qsm_rl.training.folders import exclusive
 from qsm_rl.training.grids.grid import Cell, CellTable, run_cells
 from qsm_rl.training.grids.statistics import mean_interval
+from qsm_rl.training.runs.loggers import check_logger
 
 __all__ = ["run_seeds"]
 
@@ -37,7 +39,8 @@ def run_seeds(config: TrainingConfiguration, script: Path) -> int:
         The exit code: 1 if a run failed, else 0.
 
     Raises:
-        UserError: if ``run_dir`` holds something else, or runs with other settings, or a single run was to be resumed.
+        UserError: if ``run_dir`` holds something else, or runs with other settings, if a single run was to be resumed,
+            or there is no such device, logger or environment.
     """
     if config.resume is not None:
         raise UserError(
@@ -49,6 +52,7 @@ def run_seeds(config: TrainingConfiguration, script: Path) -> int:
     left_out = {*NOT_SAVED, "env", "seed", "seeds"}
     settings = {name: value for name, value in asdict(config).items() if name not in left_out}
     text = json.dumps(settings, sort_keys=True)
+    _check(config)
     _claim(folder, {"recipe": script.stem, "env": config.env, **json.loads(text)})
     cells = [
         Cell(script.stem, config.preset, text, config.env, seed, folder / f"seed_{seed}")
@@ -77,6 +81,21 @@ def run_seeds(config: TrainingConfiguration, script: Path) -> int:
         plot, runs = shlex.quote(str(_near(script.with_name("plot.py")))), shlex.quote(str(folder))
         print(f"curves: python {plot} {runs}/seed_*[0-9] --output {shlex.quote(f'{folder}-curves')}")
     return 1 if failures else 0
+
+
+def _check(config: TrainingConfiguration) -> None:
+    """Says what every run would say, once, and before there is a folder."""
+    choose_device(config.device)
+    check_logger(config.logger)
+    with user_errors(ValueError, ImportError):
+        check_registered(config.env)
+        make_environment(
+            config.env,
+            action_repeat=config.action_repeat,
+            normalize_observation=config.normalize_observation,
+            num_envs=1,
+            seed=config.seed,
+        ).close()
 
 
 def _near(path: Path) -> Path:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -17,7 +18,7 @@ def script(tmp_path):
 
 
 def configuration(folder, **values):
-    return QSMConfiguration(env="A-v0", seed=3, seeds=3, total_frames=20, run_dir=folder, **values)
+    return QSMConfiguration(env="Pendulum-v1", seed=3, seeds=3, total_frames=20, run_dir=folder, **values)
 
 
 def test_every_seed_runs_with_the_given_settings_and_the_interval_is_told(tmp_path, script, capsys):
@@ -96,3 +97,17 @@ def test_a_stop_says_how_the_seeds_go_on(tmp_path, script, capsys, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run_seeds(configuration(tmp_path / "my runs"), script)
     assert f"go on: the same command with --run_dir '{tmp_path / 'my runs'}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"env": "Pendulun-v1"}, "Pendulun"),
+        ({"device": "cuda:9"}, "cuda:9"),
+    ],
+)
+def test_what_every_seed_would_refuse_is_refused_before_there_is_a_folder(tmp_path, script, values, message):
+    folder = tmp_path / "runs"
+    with pytest.raises(UserError, match=message):
+        run_seeds(replace(configuration(folder), **values), script)
+    assert not folder.exists()
