@@ -58,7 +58,9 @@ def two_hot(values: Tensor, support: Tensor) -> Tensor:
     return nn.functional.pad(share, (1, 0), value=1.0) - nn.functional.pad(share, (0, 1))
 
 
-SUPPORT_HEADROOM = 3.0
+# A policy earns more than the random actions that the support is chosen from: with 3 a fifth of the targets of
+# cartpole-swingup was clipped in the end, and the return after 30,000 frames was 527 where it is 650 with 10.
+SUPPORT_HEADROOM = 10.0
 
 
 def return_bound(rewards: Tensor, discounts: Tensor) -> float:

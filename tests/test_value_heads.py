@@ -130,11 +130,11 @@ def test_a_head_waits_for_its_support_and_keeps_it():
         head.td_loss(torch.zeros(5), torch.tensor(0.0))
     before = head.initial_outputs()
     head.choose_support(torch.tensor([1.0]), torch.tensor(0.5))
-    assert (head.low, head.high) == (-6, 6)  # three times 1 / (1 - 0.5)
+    assert (head.low, head.high) == (-20, 20)  # ten times 1 / (1 - 0.5)
     torch.testing.assert_close(head.initial_outputs(), before)  # a new critic is the same on every symmetric support
     head.choose_support(torch.tensor([100.0]), torch.tensor(0.5))
-    assert head.high == 6
-    assert head.clipped(torch.tensor([-7.0, -6.0, 0.0, 6.5])).tolist() == [True, False, False, True]
+    assert head.high == 20
+    assert head.clipped(torch.tensor([-21.0, -20.0, 0.0, 20.5])).tolist() == [True, False, False, True]
     fresh = TwoHotHead(num_bins=5)
     fresh.load_state_dict(TwoHotHead(num_bins=5).state_dict())
     assert not fresh.has_support

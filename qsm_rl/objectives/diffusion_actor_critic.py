@@ -282,8 +282,8 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
     def choose_value_support(self, tensordict: TensorDictBase) -> None:
         """Chooses the support of a two-hot head made without one; any other head stays as it is.
 
-        Its ends lie, on both sides of 0, at three times the largest discounted return that the rewards seen could add
-        up to. Call it before the first update.
+        Its ends lie, on both sides of 0, at ten times the largest discounted return that the rewards seen could add
+        up to, since a policy earns more than the random actions of a warm-up. Call it before the first update.
 
         Args:
             tensordict: transitions, say those of the warm-up: rewards and, of n-step returns, ``steps_to_next_obs``.

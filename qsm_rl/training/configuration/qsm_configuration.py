@@ -115,7 +115,7 @@ class QSMConfiguration(DiffusionConfiguration):
 
     critic_support: tuple[float, float] | None = None
     """Ends of the value support; targets beyond are clipped to them, and train/target_clipped tells their share. Wide
-    is safe, narrow is finer: all discounted returns have to fit. null takes three times the largest return that the
+    is safe, narrow is finer: all discounted returns have to fit. null takes ten times the largest return that the
     rewards of the warm-up could add up to, abs(reward) / (1 - gamma), on both sides of 0."""
 
     critic_symlog: bool = True
