@@ -15,12 +15,13 @@ from qsm_rl.atomic_files import write_atomically
 from qsm_rl.training.configuration.command_line import NOT_SAVED
 from qsm_rl.training.configuration.hardware import available_cores, choose_device
 from qsm_rl.training.configuration.training_configuration import TrainingConfiguration
-from qsm_rl.training.environments.make_environment import check_registered, make_environment
+from qsm_rl.training.environments.make_environment import check_registered
 from qsm_rl.training.errors import UserError, user_errors
 from qsm_rl.training.folders import exclusive
 from qsm_rl.training.grids.grid import Cell, CellTable, run_cells
 from qsm_rl.training.grids.statistics import mean_interval
 from qsm_rl.training.runs.loggers import check_logger
+from qsm_rl.training.runs.training_run import environment_maker
 
 __all__ = ["run_seeds"]
 
@@ -89,13 +90,7 @@ def _check(config: TrainingConfiguration) -> None:
     check_logger(config.logger)
     with user_errors(ValueError, ImportError):
         check_registered(config.env)
-        make_environment(
-            config.env,
-            action_repeat=config.action_repeat,
-            normalize_observation=config.normalize_observation,
-            num_envs=1,
-            seed=config.seed,
-        ).close()
+        environment_maker(config)(seed=config.seed).close()
 
 
 def _near(path: Path) -> Path:

@@ -52,9 +52,19 @@ from qsm_rl.training.runs.running import (
 from qsm_rl.training.runs.stacked_run import split_seeds
 from qsm_rl.training.updates.update import Update
 
-__all__ = ["TrainingRun"]
+__all__ = ["TrainingRun", "environment_maker"]
 
 Configuration = TypeVar("Configuration", bound=TrainingConfiguration)
+
+
+def environment_maker(config: TrainingConfiguration) -> Callable[..., EnvBase]:
+    """Makes a run's environments, called with ``seed`` and ``num_envs``, as evaluations and collection need them."""
+    return partial(
+        make_environment,
+        config.env,
+        action_repeat=config.action_repeat,
+        normalize_observation=config.normalize_observation,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,12 +106,7 @@ class TrainingRun(Generic[Configuration]):
         set_products(config.precision, device)
         limit_threads(device, config.num_workers if config.worker_backend == "process" else 0)
         seed_everything(config.seed)
-        make = partial(
-            make_environment,
-            config.env,
-            action_repeat=config.action_repeat,
-            normalize_observation=config.normalize_observation,
-        )
+        make = environment_maker(config)
         check_logger(config.logger)
         check_workers(config)
         with user_errors(ValueError, ImportError):
