@@ -38,6 +38,8 @@ def parse_configuration(
 ) -> Configuration:
     """Reads the configuration: flags override ``--config FILE``, which overrides the preset.
 
+    A flag that changes nothing beside the other settings is named in a line on stderr.
+
     With ``--resume RUN_DIR`` everything comes from that run's config.yaml. Only ``--total_frames`` may be given beside
     it, not smaller than before, and ``--stop_at_return``.
 
@@ -67,6 +69,10 @@ def parse_configuration(
         preset = given.get("preset", _default(configuration_class, "preset"))
         env = given.get("env", _default(configuration_class, "env"))
         configuration = configuration_class(**{**configuration_class.preset_values(preset, env), **given})
+        for name, flag in configuration.without_effect().items():
+            # A file may hold every setting there is, as those of --print_config do; a flag was meant.
+            if any(argument.partition("=")[0] == f"--{name}" for argument in arguments):
+                print(f"warning: --{name} changes nothing without {flag}", file=sys.stderr)
     if print_config:
         print(saved_text(configuration), end="")
         sys.exit(0)

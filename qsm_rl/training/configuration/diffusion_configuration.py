@@ -108,6 +108,15 @@ class DiffusionConfiguration(TrainingConfiguration):
             )
         self._check("actor_ema", self.actor_ema is None or 0 < self.actor_ema < 1, "null or between 0 and 1")
 
+    def without_effect(self) -> dict[str, str]:
+        """See the base class."""
+        idle = super().without_effect()
+        if self.critic != "mlp":
+            idle["critic_layer_norm"] = "--critic mlp"
+        if self.critic == "crossq":
+            idle["tau"] = "--critic mlp or simba"
+        return idle
+
 
 @dataclass(kw_only=True)
 class DiffusionQLConfiguration(DiffusionConfiguration):
@@ -135,6 +144,11 @@ class DiffusionQLConfiguration(DiffusionConfiguration):
         for name in ("eta", "bc_weight"):
             self._check(name, getattr(self, name) >= 0, "0 or more")
         self._check("eta", self.eta > 0 or self.bc_weight > 0, "above 0 without --bc_weight, or nothing is learned")
+
+    def without_effect(self) -> dict[str, str]:
+        """See the base class; the copy of the actor follows by tau, too."""
+        idle = super().without_effect()
+        return {name: flag for name, flag in idle.items() if name != "tau" or not self.delay_actor}
 
 
 @dataclass(kw_only=True)

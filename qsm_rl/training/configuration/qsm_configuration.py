@@ -193,3 +193,21 @@ class QSMConfiguration(DiffusionConfiguration):
         self._check("actor_learning_rate_decay", decay is None or decay >= 1, "null or at least 1")
         if self.actor_ema is None:
             self._check("actor_ema_acts", not self.actor_ema_acts, "false without --actor_ema")
+
+    def without_effect(self) -> dict[str, str]:
+        """See the base class."""
+        idle = super().without_effect()
+        of_targets = {
+            "score_scale": ("scaled",),
+            "score_temperature": ("boltzmann", "normalized", "posterior"),
+            "score_sigma": ("normalized",),
+            "score_particles": ("posterior",),
+        }
+        for name, targets in of_targets.items():
+            if self.score_target not in targets:
+                idle[name] = f"--score_target {' or '.join(targets)}"
+        if self.critic_bins is None:
+            idle["critic_symlog"] = "--critic_bins"
+        if self.entropy_temperature is None:
+            idle["entropy_samples"] = "--entropy_temperature"
+        return idle

@@ -230,6 +230,10 @@ class TrainingConfiguration:
         """
         return dict(cls.presets.get(preset, {}))
 
+    def without_effect(self) -> dict[str, str]:
+        """Settings that change nothing beside the others, each with the flag that would let it count."""
+        return {}
+
     def _check(self, name: str, valid: bool, expected: str) -> None:
         if not valid:
             raise UserError(f"--{name} must be {expected}, got {getattr(self, name)!r}.")

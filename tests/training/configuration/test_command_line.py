@@ -6,6 +6,7 @@ import pytest
 
 from qsm_rl.training import (
     PRESETS,
+    DiffusionQLConfiguration,
     QSMConfiguration,
     RunFolder,
     UserError,
@@ -53,6 +54,43 @@ def test_print_config_prints_what_another_run_reads_back(tmp_path, capsys):
     assert parse("--config", str(path)) == parse(*given)
     with pytest.raises(UserError, match="batch_size must"):  # what does not fit is said, not printed
         parse("--print_config", "--batch_size", "0")
+
+
+@pytest.mark.parametrize(
+    ("given", "warning"),
+    [
+        ("--score_scale 60", "--score_scale changes nothing without --score_target scaled"),
+        ("--score_scale=60 --score_target scaled", ""),
+        ("--score_scale 60 --preset paper", ""),
+        ("--preset paper --score_target boltzmann", ""),  # the preset's scale was not asked for
+        (
+            "--score_temperature 1 --preset paper",
+            "--score_temperature changes nothing without --score_target boltzmann or normalized or posterior",
+        ),
+        ("--score_particles 8 --score_target posterior --score_temperature 1", ""),
+        ("--score_sigma false --score_target posterior", "--score_sigma changes nothing without"),
+        ("--critic_symlog false", "--critic_symlog changes nothing without --critic_bins"),
+        ("--critic_symlog false --critic_bins 51", ""),
+        ("--entropy_samples 4", "--entropy_samples changes nothing without --entropy_temperature"),
+        ("--critic_layer_norm false", "--critic_layer_norm changes nothing without --critic mlp"),
+        ("--tau 0.01", "--tau changes nothing without --critic mlp or simba"),
+        ("--tau 0.01 --critic simba", ""),
+    ],
+)
+def test_a_flag_without_effect_is_named(capsys, given, warning):
+    parse(*given.split())
+    printed = capsys.readouterr().err
+    assert warning in printed and bool(printed) == bool(warning)
+
+
+def test_tau_counts_for_a_delayed_actor_and_a_file_may_hold_everything(tmp_path, capsys):
+    parse_configuration(DiffusionQLConfiguration, ["--tau", "0.01", "--delay_actor", "true"])
+    path = tmp_path / "all.yaml"
+    path.write_text(saved_text(QSMConfiguration()))
+    parse("--config", str(path))
+    assert capsys.readouterr().err == ""
+    parse_configuration(DiffusionQLConfiguration, ["--tau", "0.01"])
+    assert "--tau changes nothing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
