@@ -42,7 +42,8 @@ class ActionBox(Float32Buffers):
     def __init__(self, low: Tensor, high: Tensor) -> None:
         super().__init__()
         low, high = _rounded_inwards(low, math.inf), _rounded_inwards(high, -math.inf)
-        if not bool((torch.isfinite(low) & torch.isfinite(high) & (low < high)).all()):
+        finite = torch.isfinite(high - low) & torch.isfinite(high + low)  # the largest number means unbounded, too
+        if not bool((finite & (low < high)).all()):
             raise ValueError(
                 f"the action space must be bounded with low < high in every dimension, got low={low.tolist()}, "
                 f"high={high.tolist()}; give the environment finite action bounds (a rescaling wrapper, say)."

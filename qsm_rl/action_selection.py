@@ -32,7 +32,7 @@ class BestOfN(TensorDictModuleBase):
     place: ``TensorDictSequential(BestOfN(actor, critics, num_samples=8), GaussianExploration(spec))``.
 
     Args:
-        actor: reads observations and writes one action entry, for example [`DiffusionActor`][qsm_rl.DiffusionActor].
+        actor: reads observations and writes the action, for example [`DiffusionActor`][qsm_rl.DiffusionActor].
             Under exploration types that make its samples equal, so is their best.
         critics: one or more critics that read the action in environment units.
         num_samples: N, at least 1; 1 is the actor itself. Usual range 4 to 64; its cost is that of a batch N times as
@@ -40,9 +40,11 @@ class BestOfN(TensorDictModuleBase):
         aggregation: how the critics are joined, as in [`aggregate_q_values`][qsm_rl.functional.aggregate_q_values].
             ``"min"`` is wary of actions on which they differ.
         value_key: entry that the critics write, ``(*B, 1)``.
+        action_key: entry that the actor writes its action to; its only out_key when not given.
 
     Raises:
-        ValueError: if ``num_samples`` is below 1, there is no critic, or ``aggregation`` is unknown.
+        ValueError: if ``num_samples`` is below 1, there is no critic, ``aggregation`` is unknown, or it is not told
+            which of the actor's entries is the action.
 
     Examples:
         >>> from tensordict import TensorDict
@@ -62,6 +64,7 @@ class BestOfN(TensorDictModuleBase):
         num_samples: int,
         aggregation: Literal["min", "mean"] | float = "mean",
         value_key: NestedKey = "state_action_value",
+        action_key: NestedKey | None = None,
     ) -> None:
         super().__init__()
         check_aggregation("aggregation", aggregation)
@@ -75,9 +78,14 @@ class BestOfN(TensorDictModuleBase):
         self.num_samples = num_samples
         self.aggregation = aggregation
         self.value_key = value_key
-        self.action_key = actor.out_keys[0]
+        written = list(map(unravel_key, actor.out_keys))
+        if action_key is None and len(written) == 1:
+            action_key = written[0]
+        if action_key is None or unravel_key(action_key) not in written:
+            raise ValueError(f"the actor writes {written}, and the action is {action_key!r}; name it by action_key.")
+        self.action_key = unravel_key(action_key)
         read = [*actor.in_keys, *(key for critic in critics for key in critic.in_keys)]
-        self.in_keys = list(dict.fromkeys(key for key in map(unravel_key, read) if key != unravel_key(self.action_key)))
+        self.in_keys = [key for key in dict.fromkeys(map(unravel_key, read)) if key not in written]
         self.out_keys = [self.action_key]
 
     def train(self, mode: bool = True) -> BestOfN:

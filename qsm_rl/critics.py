@@ -21,14 +21,14 @@ class HeadLinear(OutputLinear):
     """
 
     def __init__(self, in_features: int, head: ValueHead) -> None:
-        self.initial = head.initial_outputs()
+        self._head = (head,)  # asked anew at each reset, since it may get its support later; the critic registers it
         super().__init__(in_features, head.num_outputs)
 
     def reset_parameters(self) -> None:
         """Zeroes the weights and sets the biases to the head's initial outputs."""
         nn.init.zeros_(self.weight)
         with torch.no_grad():
-            self.bias.copy_(self.initial)
+            self.bias.copy_(self._head[0].initial_outputs())
 
 
 class Critic(nn.Module):

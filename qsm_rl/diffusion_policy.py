@@ -96,6 +96,8 @@ class DiffusionPolicy(nn.Module):
         steps = self.steps
         if min_std > 0:
             steps = [step._replace(noise_std=max(step.noise_std, min_std)) for step in steps]
+        if step_noise is not None and len(step_noise) != len(steps):
+            raise ValueError(f"step_noise is for {len(step_noise)} steps, expected one for each of {len(steps)}.")
         predict_noise = self.chain(observation)
         states, samples = [noisy], []
         for index, step in enumerate(steps):

@@ -265,7 +265,8 @@ class ScoreMLP(nn.Module):
             noisy_action = observation.new_zeros(*observation.shape[:-1], self.action_dim)
             self(noisy_action, observation, observation.new_zeros(observation.shape[:-1]))
         first, rest = self.mlp[0], self.mlp[1:]
-        if type(first) not in (XavierLinear, OutputLinear) or _has_hooks(self) or _has_hooks(first):
+        hooked = any(map(_has_hooks, (self, self.mlp, self.time_mlp, first)))
+        if hooked or type(first) not in (XavierLinear, OutputLinear):
             # Replaced, parametrised or hooked layers are called as they are.
             return lambda index, noisy: self(noisy, observation, timesteps[index].expand(noisy.shape[:-1]))
         assert isinstance(first, XavierLinear)

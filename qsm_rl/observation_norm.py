@@ -22,7 +22,8 @@ def normalize(observation: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         variance: variance of each feature, shape ``(O,)``.
 
     Returns:
-        Normalised observations in the precision of ``observation``, shape ``(*B, O)``.
+        Normalised observations in the precision of ``observation``, of integers in that of the statistics, shape
+        ``(*B, O)``.
 
     Examples:
         >>> import torch
@@ -30,7 +31,8 @@ def normalize(observation: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         tensor([ 2., 10.])
     """
     normalized = (observation - mean) / (variance + EPSILON).sqrt()
-    return normalized.clamp(-CLIP, CLIP).to(observation.dtype)
+    dtype = observation.dtype if observation.is_floating_point() else normalized.dtype
+    return normalized.clamp(-CLIP, CLIP).to(dtype)
 
 
 class NormalizedObservations(nn.Module):

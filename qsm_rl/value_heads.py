@@ -198,6 +198,9 @@ class TwoHotHead(ValueHead, nn.Module):
     def set_support(self, low: float | None, high: float | None) -> None:
         """Sets the ends of the support; what a critic has learned on another one counts on this one.
 
+        A new critic's Q is near 0 only where 0 lies in the middle, as ``choose_support`` has it. Behind another support
+        call ``loss.reset_parameters_recursive()``, or give the ends at once.
+
         Raises:
             ValueError: if the support is empty or without 0.
         """

@@ -40,6 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.episodes < 1:
         raise rl.UserError(f"--episodes must be at least 1, got {given.episodes}.")
+    if given.video is not None and given.video.suffix != ".mp4":
+        raise rl.UserError(f"--video must end in .mp4, got {given.video}.")
 
     # The actor, and the environment that its files name.
     folder = actor_folder(given.run_dir)

@@ -40,13 +40,13 @@ def evaluations(run_dir: Path, curve: str | None, ways: list[str]) -> list[dict[
     rows = []
     for way in ways:
         prefix = "eval/" if way == SAMPLING else f"eval/{way}/"
-        if f"{prefix}return_mean" not in columns:
+        if all(math.isnan(mean) for mean in columns.get(f"{prefix}return_mean", [])):
             there = [name.split("/")[1] for name in columns if re.fullmatch(r"eval/\w+/return_mean", name)]
             raise rl.UserError(
                 f"{run_dir} has no {prefix}return_mean: "
                 + (
                     "it has no evaluation yet; wait for one, or set a smaller --eval_every."
-                    if "eval/return_mean" not in columns
+                    if all(math.isnan(mean) for mean in columns.get("eval/return_mean", []))
                     else f"--ways are here {', '.join([SAMPLING, *there])}."
                 )
             )

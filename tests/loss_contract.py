@@ -430,6 +430,9 @@ class LossContract:
         flat(data), nested(nested_data)
         assert nested_data[NESTED_KEYS.priority].shape == data["td_error"].shape
         assert "td_error" not in nested_data
+        data["priority_weight"] = nested_data["agent", "weight"] = torch.linspace(0.1, 2.0, 8).reshape(2, 4)
+        nested.set_keys(priority_weight=("agent", "weight"))
+        assert_same(evaluate(nested, nested_data), evaluate(flat, data))
         assert set(nested.in_keys) >= {NESTED_KEYS.observation, ("next", "agent", "reward")}
 
     # 12. calls by keyword
@@ -571,6 +574,20 @@ class LossContract:
             for name, parameter in critic.named_parameters():
                 stacked = loss.qvalue_network_params[tuple(name.split("."))]
                 torch.testing.assert_close(stacked[index].data, parameter.data, rtol=0, atol=0)
+
+    @pytest.mark.parametrize("count", [1, 3])
+    def test_what_is_frozen_in_the_critics_stays_frozen(self, count):
+        critics = make_critics(count=count)
+        for critic in critics:
+            critic.module.mlp[0].requires_grad_(False)
+        loss = self.make_loss(critics=critics)
+        frozen = {name for name, weight in critics[0].named_parameters() if not weight.requires_grad}
+        assert len(frozen) == 2
+        for copy, live in itertools.product(loss.trained_critics(), loss.trained_critics(live=True)):
+            assert {name for name, weight in copy.named_parameters() if not weight.requires_grad} == frozen
+            assert not any(weight.requires_grad for weight in live.parameters())
+        for name, _ in critics[0].named_parameters():
+            assert loss.qvalue_network_params.get(tuple(name.split("."))).requires_grad == (name not in frozen)
 
     # 16. types, devices, copies, layouts, bad input
 

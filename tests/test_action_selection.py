@@ -114,6 +114,19 @@ def test_keys_are_the_actors_and_the_critics():
     assert best(td)[keys.action].shape == (4, ACTION_DIM)
 
 
+def test_an_encoder_before_the_actor_is_part_of_what_acts():
+    encoder = TensorDictModule(lambda pixels: 2 * pixels, ["pixels"], ["observation"])
+    actor = TensorDictSequential(encoder, make_actor())
+    with pytest.raises(ValueError, match=r"the actor writes \['observation', 'action'\], .* name it by action_key"):
+        BestOfN(actor, make_critics(), num_samples=4)
+    with pytest.raises(ValueError, match="the action is 'motor'"):
+        BestOfN(actor, make_critics(), num_samples=4, action_key="motor")
+    best = BestOfN(actor, make_critics(), num_samples=4, action_key="action")
+    assert (best.in_keys, best.out_keys) == (["pixels"], ["action"])
+    acted = best(TensorDict({"pixels": torch.randn(5, OBSERVATION_DIM)}, [5]))
+    assert acted["action"].shape == (5, ACTION_DIM) and set(acted.keys()) == {"pixels", "action"}
+
+
 def test_a_deterministic_actor_stays_what_it_is():
     actor, td = make_actor(), observations(5)
     with set_exploration_type(ExplorationType.DETERMINISTIC):

@@ -104,6 +104,13 @@ def test_chain_is_the_samplers_steps_on_the_given_noise():
     torch.testing.assert_close(actor.sample(observation, start, noise), expected)
 
 
+@pytest.mark.parametrize("steps", [0, 4, 6])
+def test_noise_for_another_number_of_steps_is_refused(steps):
+    actor = make_actor()
+    with pytest.raises(ValueError, match=f"step_noise is for {steps} steps, expected one for each of 5"):
+        actor.sample(torch.zeros(4, 4), torch.zeros(4, 3), torch.zeros(steps, 4, 3))
+
+
 def test_exploration_types():
     actor = make_actor()
     td = TensorDict({"observation": torch.randn(6, 4)}, [6])
@@ -185,6 +192,7 @@ def test_half_precision_network_keeps_the_chain_in_float32():
         (Bounded(0, 5, (2,), dtype=torch.int64), "bounded continuous"),
         (Bounded(torch.tensor([-1.0, -float("inf")]), torch.ones(2)), "low < high"),
         (Bounded(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])), "low < high"),
+        (Bounded(-torch.finfo(torch.float32).max, torch.finfo(torch.float32).max, (2,)), "low < high"),
         (Composite(a=SPEC, b=SPEC), "one leaf"),
         (Bounded(torch.tensor([[-1.0], [-2.0]]), torch.ones(2, 1)), "differ between the environments"),
     ],

@@ -81,10 +81,13 @@ def test_chain_equals_forward_at_each_step(observation_dim, layer_norm, shape):
         lambda network: network.mlp.__setitem__(0, nn.Sequential(network.mlp[0], nn.Dropout(0.0))),
         lambda network: network.mlp[0].register_forward_hook(lambda module, inputs, output: 2 * output),
         lambda network: network.register_forward_hook(lambda module, inputs, output: 2 * output),
+        lambda network: network.mlp.register_forward_hook(lambda module, inputs, output: 2 * output),
+        lambda network: network.mlp[-1].register_forward_hook(lambda module, inputs, output: 2 * output),
+        lambda network: network.time_mlp.register_forward_hook(lambda module, inputs, output: 2 * output),
     ],
-    ids=["parametrised", "replaced", "hooked", "network hooked"],
+    ids=["parametrised", "replaced", "hooked", "network hooked", "mlp hooked", "last hooked", "time hooked"],
 )
-def test_a_chain_calls_what_was_changed_about_the_first_layer(change):
+def test_a_chain_calls_what_was_changed_about_the_layers(change):
     torch.manual_seed(0)
     network = ScoreMLP(4, 2, (16,))
     change(network)

@@ -11,6 +11,7 @@ from torchrl.data import Bounded
 
 from qsm_rl import DDIMSampler, DiffusionActor, NoiseSchedule, ScoreMLP
 from qsm_rl.networks import SinusoidalTimeEmbedding
+from qsm_rl.observation_norm import NormalizedObservations
 
 
 def new_actor(network: nn.Module, **options) -> DiffusionActor:
@@ -40,6 +41,16 @@ def test_every_setting_of_network_and_actor_comes_back(tmp_path, settings):
     assert torch.equal(again.sample(torch.ones(16, 3), *noise), actor.sample(torch.ones(16, 3), *noise))
     assert torch.equal(again.box.low, actor.box.low) and torch.equal(again.box.high, actor.box.high)
     assert json.loads((tmp_path / "config.json").read_text())["env"] == "Mine-v0"
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
+def test_a_saved_actor_normalises_integers_as_the_same_numbers(tmp_path, dtype):
+    network = NormalizedObservations(ScoreMLP(3, 2, (8,)), torch.full((3,), 100.0), torch.full((3,), 400.0))
+    new_actor(network).save_pretrained(tmp_path)
+    actor = DiffusionActor.from_pretrained(tmp_path)
+    observation, noise = torch.tensor([[80, 95, 103], [110, 100, 124]]), (torch.randn(2, 2), torch.randn(4, 2, 2))
+    expected = actor.sample(observation.float(), *noise)
+    torch.testing.assert_close(actor.sample(observation.to(dtype), *noise), expected)
 
 
 def test_an_actor_in_bfloat16_is_saved_too(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -27,6 +26,7 @@ from qsm_rl.objectives.ensembles import (
     joint_outputs,
     redrawn_weights,
     stack_critics,
+    unstack_critics,
 )
 from qsm_rl.objectives.inputs import (
     check_actor,
@@ -269,14 +269,10 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
         Returns:
             One module for each critic, in the given order.
         """
-        stacked = self.qvalue_network_params.data
-        critics = []
-        for params in (stacked if live else stacked.clone()).unbind(0):
-            critic = deepcopy(self.qvalue_network)
-            params.to_module(critic, preserve_module_state=True)
-            if live and isinstance(self.value_head, nn.Module):
+        critics = unstack_critics(self.qvalue_network, self.qvalue_network_params, live)
+        if live and isinstance(self.value_head, nn.Module):
+            for critic in critics:
                 critic.module.head = self.value_head  # its support may still be chosen
-            critics.append(critic.requires_grad_(not live))
         return critics
 
     def choose_value_support(self, tensordict: TensorDictBase) -> None:
@@ -348,7 +344,7 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
         """The bonus ``(*B,)`` of the actor at observations ``(*B, O)``, from samples of their own."""
         many = observation.expand(bonus.num_samples, *observation.shape)
         with self._target_actor():
-            return bonus(self.actor_network.sample(many)).to(observation.dtype)
+            return bonus(self.actor_network.sample(many))
 
     def _q_values(self, tensordict: TensorDictBase, action: Tensor, params: TensorDictBase) -> Tensor:
         """Q-values of every critic, ``(num_critics, *B)``, for actions in environment units."""
@@ -374,7 +370,7 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
         now, then = self._critic_input(batch, action), self._critic_input(following, next_action)
         # What follows a terminated step counts for nothing, and must not reach the statistics.
         end = entry(batch, ("next", self.tensor_keys.terminated)).squeeze(-1)
-        then = torch.where(end, now, then)
+        then = torch.where(end, now, then).detach()  # an encoder before the loss is trained by replayed features alone
         key = self.tensor_keys.state_action_value
         outputs = joint_outputs(self.qvalue_network, layers, (now, then), params, key, mask, self._vmap)
         check_critic_outputs(outputs, (2, *batch.batch_size), self.value_head.num_outputs)
@@ -392,7 +388,9 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
         mask = live_mask(tensordict, self._loss_mask_keys())
         batch = live_entries(tensordict, mask, ("next", self.tensor_keys.done))
         action = replayed_action(batch, self.tensor_keys.action, self.actor_network.box.action_dim)
-        weights = self._maybe_get_priority_weight(batch)
-        if weights is None and self.use_prioritized_weights is True:
-            entry(batch, self.tensor_keys.priority_weight)  # which says what is there instead
+        key, weights = self.tensor_keys.priority_weight, None
+        if self.use_prioritized_weights is True:
+            weights = entry(batch, key)
+        elif self.use_prioritized_weights == "auto":
+            weights = batch.get(key, None)
         return batch, action, mask, None if weights is None else weights.reshape(batch.batch_size)

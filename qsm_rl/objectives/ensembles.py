@@ -25,6 +25,7 @@ __all__ = [
     "joint_outputs",
     "redrawn_weights",
     "stack_critics",
+    "unstack_critics",
 ]
 
 
@@ -100,10 +101,28 @@ def stack_critics(loss: LossModule, critics: list[TensorDictModule], delay_qvalu
     # TorchRL expands a list of one where it stacks a longer one, which leaves no parameter to train. A single module
     # gets parameters, but with weights drawn anew: it gets its own back.
     weights = TensorDict.from_module(critics[0]).data.clone().unsqueeze(0)
+    frozen = [tuple(path.split(".")) for path, weight in first.named_parameters() if not weight.requires_grad]
     loss.convert_to_functional(critics[0], "qvalue_network", **options)
     loss.qvalue_network_params.data.update_(weights)
+    for path in frozen:
+        loss.qvalue_network_params.get(path).requires_grad_(False)
     if delay_qvalue:
         loss._modules["target_qvalue_network_params"].data.update_(weights)
+
+
+def unstack_critics(critic: TensorDictModule, params: TensorDictBase, live: bool) -> list[TensorDictModule]:
+    """Modules like ``critic`` with one part each of stacked parameters, on their memory or on copies of it.
+
+    Live ones ask for no gradient; of copies those parameters do that are trained where they come from.
+    """
+    critics = []
+    for weights in (params.data if live else params.data.clone()).unbind(0):
+        module = deepcopy(critic)
+        weights.to_module(module, preserve_module_state=True)
+        for path, parameter in module.named_parameters():
+            parameter.requires_grad_(not live and params.get(tuple(path.split("."))).requires_grad)
+        critics.append(module)
+    return critics
 
 
 def redrawn_weights(critics: Sequence[TensorDictModule]) -> TensorDictBase:

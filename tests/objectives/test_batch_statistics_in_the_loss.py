@@ -87,6 +87,14 @@ def test_one_forward_normalises_both_state_action_pairs_by_the_statistics_of_bot
                 torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-5)
 
 
+def test_an_encoder_gets_its_gradient_from_replayed_features_alone():
+    loss, data = make_loss(), make_transitions((8,))
+    replayed = data["observation"].requires_grad_()
+    following = data["next", "observation"].requires_grad_()
+    loss.qvalue_loss(data)[0].backward()
+    assert replayed.grad.abs().sum() > 0 and following.grad is None
+
+
 def test_in_evaluation_the_running_statistics_serve_and_stay():
     loss, data = make_loss(), make_transitions((8,))
     loss.qvalue_loss(data, *chain(8))

@@ -118,6 +118,21 @@ def test_the_bonus_is_reported_and_ends_with_the_episode():
     assert list(evaluate(loss, data).keys()) == loss.out_keys
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
+def test_the_bonus_is_no_integer_where_observations_are(dtype):
+    torch.manual_seed(0)
+    loss = QScoreMatchingLoss(make_actor(), make_critics(), delay_qvalue=False, entropy_bonus=EntropyBonus(0.5))
+    integers, floats = make_transitions((8,)), make_transitions((8,))
+    for part in ((), ("next",)):
+        states = torch.randint(2, (8, 3))
+        integers[(*part, "observation")], floats[(*part, "observation")] = states.to(dtype), states.float()
+    bonuses = []
+    for data in (integers, floats):
+        torch.manual_seed(1)
+        bonuses.append(loss.qvalue_loss(data)[1]["entropy_bonus"])
+    torch.testing.assert_close(*bonuses, rtol=1e-4, atol=1e-4)
+
+
 def test_off_by_default_and_without_a_trace():
     loss, data = QScoreMatchingLoss(make_actor(), make_critics(), delay_qvalue=False), make_transitions((4,))
     assert loss.entropy_bonus is None and "entropy_bonus" not in loss.out_keys

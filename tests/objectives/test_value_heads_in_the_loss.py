@@ -226,6 +226,15 @@ def test_the_support_is_chosen_once_and_goes_where_the_weights_go():
     assert_same(evaluate(fresh, data), out, rtol=0, atol=0)
 
 
+def test_critics_begin_near_zero_on_a_support_set_later():
+    loss = QScoreMatchingLoss(make_actor(), head_critics(2, TwoHotHead(num_bins=101)), delay_qvalue=False)
+    loss.value_head.set_support(0.0, 100.0)
+    loss.reset_parameters_recursive()
+    _, info = loss.qvalue_loss(make_transitions((8,)))
+    # 99 % on 0 and 1 % on all points, whose mean is 50
+    torch.testing.assert_close(info["q_value"], torch.full((2, 8), 0.5), rtol=1e-4, atol=0)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:Using lock_")  # TorchRL's own, while it is compiled
 @pytest.mark.parametrize("half", ["qvalue_loss", "actor_loss"])

@@ -74,6 +74,7 @@ def test_what_stands_in_the_way_is_said(run_dir, tmp_path_factory, capsys, monke
     for arguments, words in (
         ([tmp_path_factory.mktemp("empty")], "holds no actor"),
         ([run_dir, "--episodes", "0"], "--episodes must be at least 1, got 0"),
+        ([run_dir, "--video", "film"], "--video must end in .mp4, got film"),
     ):
         assert run(*arguments) == 2
         assert words in capsys.readouterr().err

@@ -88,7 +88,8 @@ def test_what_cannot_be_drawn_is_refused_in_a_line(tmp_path, monkeypatch, capsys
         ([first, other], "were never evaluated at the same frame"),
         ([first, "--ways", "deterministic"], "--ways are here sampling, best_of_2"),
         ([first, "--last_frame", "600"], "no evaluation up to frame 600"),
+        ([write_run(tmp_path / "d", 2, {}), "--last_frame", "600"], "it has no evaluation yet; wait for one"),
     ):
         assert plot(*arguments) == 2
         assert words in capsys.readouterr().err
-    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "c"}
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "c", "d"}

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -68,11 +69,13 @@ def parse_configuration(
     else:
         preset = given.get("preset", _default(configuration_class, "preset"))
         env = given.get("env", _default(configuration_class, "env"))
-        configuration = configuration_class(**{**configuration_class.preset_values(preset, env), **given})
+        values = configuration_class.preset_values(preset, env)
+        configuration = configuration_class(**{**values, **given})
         for name, flag in configuration.without_effect().items():
-            # A file may hold every setting there is, as those of --print_config do; a flag was meant.
-            if any(argument.partition("=")[0] == f"--{name}" for argument in arguments):
-                print(f"warning: --{name} changes nothing without {flag}", file=sys.stderr)
+            # Files and the runs of a grid have every setting there is; a flag with a value of its own was meant.
+            by_itself = values.get(name, _default(configuration_class, name))
+            if getattr(configuration, name) != by_itself and _is_flag(name, arguments):
+                _warn(f"--{name} changes nothing without {flag}")
     if print_config:
         print(saved_text(configuration), end="")
         sys.exit(0)
@@ -119,6 +122,16 @@ def _parse(parser: ArgumentParser, arguments: list[str]) -> dict[str, Any]:
     for path in files:
         _check_preset(path, given.get("preset"))
     return given
+
+
+def _is_flag(name: str, arguments: list[str]) -> bool:
+    return any(argument.partition("=")[0] == f"--{name}" for argument in arguments)
+
+
+@cache
+def _warn(text: str) -> None:
+    """Once in a process: a grid reads the flags of each of its cells before it runs."""
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def _config_files(arguments: list[str]) -> list[Path]:

@@ -15,6 +15,7 @@ import numpy as np
 from torchrl.envs import EnvBase
 
 from qsm_rl.training.errors import UserError
+from qsm_rl.training.folders import make_folder
 
 __all__ = ["Film", "check_filming"]
 
@@ -48,11 +49,15 @@ class Film:
         pictures: how many the video has so far.
 
     Raises:
-        UserError: if the packages that write videos are missing.
+        UserError: if the packages that write videos are missing, the path ends in something else, or its folder cannot
+            be made.
     """
 
     def __init__(self, path: Path, environment: EnvBase) -> None:
         check_packages()
+        if path.suffix != ".mp4":
+            raise UserError(f"a video is an mp4 file, got {path}; give a path that ends in .mp4.")
+        make_folder(path.parent)
         self.path = path
         self.environment = environment
         self.pictures = 0
@@ -88,7 +93,6 @@ class Film:
     def _begin(self) -> None:
         import imageio
 
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         # The codec wants even sizes; imageio's own 16 would rescale the picture.
         self._writer = imageio.get_writer(self._unfinished, fps=self._pictures_per_second, macro_block_size=2)
         self._writer.append_data(self._first)

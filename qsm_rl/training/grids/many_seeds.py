@@ -15,9 +15,11 @@ from qsm_rl.atomic_files import write_atomically
 from qsm_rl.training.configuration.command_line import NOT_SAVED
 from qsm_rl.training.configuration.hardware import available_cores, choose_device
 from qsm_rl.training.configuration.training_configuration import TrainingConfiguration
+from qsm_rl.training.data.collection import check_workers
 from qsm_rl.training.environments.make_environment import check_registered
 from qsm_rl.training.errors import UserError, user_errors
-from qsm_rl.training.folders import exclusive
+from qsm_rl.training.evaluation.videos import check_filming
+from qsm_rl.training.folders import exclusive, make_folder
 from qsm_rl.training.grids.grid import Cell, CellTable, run_cells
 from qsm_rl.training.grids.statistics import mean_interval
 from qsm_rl.training.runs.loggers import check_logger
@@ -88,9 +90,13 @@ def _check(config: TrainingConfiguration) -> None:
     """Says what every run would say, once, and before there is a folder."""
     choose_device(config.device)
     check_logger(config.logger)
+    check_workers(config)
+    make = environment_maker(config)
     with user_errors(ValueError, ImportError):
+        if config.eval_video:
+            check_filming(config.env, make)
         check_registered(config.env)
-        environment_maker(config)(seed=config.seed).close()
+        make(seed=config.seed).close()
 
 
 def _near(path: Path) -> Path:
@@ -102,11 +108,10 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
     """Writes down what the runs in the folder are, or checks that they are the same."""
     path = folder / "settings.json"
     if not path.exists():
-        if folder.exists() and any(folder.iterdir()):
+        if any(make_folder(folder).iterdir()):
             raise UserError(
                 f"{folder} holds something other than runs of many seeds; choose a new folder as --run_dir."
             )
-        folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(settings, indent=2)
         write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
         return

@@ -58,6 +58,8 @@ class MetricsTable(Logger):
         if path.exists():
             self._columns, rows = _read(path)
             self._rows = [row for row in rows if int(row[STEP]) <= last_frame]
+            if not self._rows:  # columns without a row would look as if there had been an evaluation, say
+                self._columns = [STEP]
             self._rewrite()
 
     @property

@@ -62,7 +62,7 @@ class Progress(Callback):
         now = time.perf_counter()
         self._frame_speed, self._update_speed = Speed(module.env_frames, now), Speed(module.grad_steps, now)
         self._next = now + (0.0 if self._terminal else LINE_INTERVAL)
-        columns = shutil.get_terminal_size().columns  # 80 where a terminal says that it has none
+        columns, lines = shutil.get_terminal_size()  # 80 and 24 where a terminal says that it has none
         self._wide = columns >= WIDE or not self._terminal
         self._bar = tqdm(
             total=self.frames.total_frames,
@@ -71,6 +71,7 @@ class Progress(Callback):
             + "{postfix}",
             unit_scale=not self._wide,
             ncols=columns,
+            nrows=lines,
             mininterval=0,
             file=self.stream,
             disable=not self._terminal,

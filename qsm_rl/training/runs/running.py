@@ -120,7 +120,7 @@ def check_never_stored(config: TrainingConfiguration, folder: RunFolder) -> None
     """
     columns = read_metrics(folder.metrics) if folder.metrics.exists() else {}
     last = max(columns.get("frames", []), default=0)
-    evaluated = not math.isnan(columns.get("eval/return_mean", [math.nan])[-1])
+    evaluated = not math.isnan((columns.get("eval/return_mean") or [math.nan])[-1])
     ended = bool(folder.published) and last >= config.total_frames and evaluated
     # Rows of the frame of the first checkpoint are written before it, so a killed process may leave them.
     if ended or last > config.checkpoint_every:

@@ -83,6 +83,13 @@ def test_finished_runs_are_not_reported_as_those_of_other_settings(tmp_path, scr
     assert len(calls(tmp_path)) == 3
 
 
+@pytest.mark.parametrize("below", [False, True])
+def test_a_file_in_the_folder_s_place_is_named(tmp_path, script, below):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be made"):
+        run_seeds(configuration(tmp_path / "file" / "runs" if below else tmp_path / "file"), script)
+
+
 def test_one_run_s_settings_are_not_taken_for_many_seeds(tmp_path, script):
     with pytest.raises(UserError, match=r"is one run, but its config.yaml says seeds: 3; put 1 back"):
         run_seeds(configuration(None, resume=tmp_path / "run"), script)
@@ -104,9 +111,16 @@ def test_a_stop_says_how_the_seeds_go_on(tmp_path, script, capsys, monkeypatch):
     [
         ({"env": "Pendulun-v1"}, "Pendulun"),
         ({"device": "cuda:9"}, "cuda:9"),
+        ({"eval_video": True}, "no video can be made"),
     ],
 )
-def test_what_every_seed_would_refuse_is_refused_before_there_is_a_folder(tmp_path, script, values, message):
+def test_what_every_seed_would_refuse_is_refused_before_there_is_a_folder(
+    tmp_path, script, values, message, monkeypatch
+):
+    def no_video(*arguments):
+        raise UserError("no video can be made")
+
+    monkeypatch.setattr("qsm_rl.training.grids.many_seeds.check_filming", no_video)
     folder = tmp_path / "runs"
     with pytest.raises(UserError, match=message):
         run_seeds(replace(configuration(folder), **values), script)

@@ -38,6 +38,13 @@ def test_continued_table_drops_what_lies_beyond_and_what_was_torn(tmp_path):
     assert read_metrics(path)["a"] == [10, 20, 7]
 
 
+def test_a_table_that_begins_anew_keeps_no_columns(tmp_path):
+    path = tmp_path / "metrics.csv"
+    MetricsTable(path).log_metrics({"eval/return_mean": 1.0}, step=200)
+    MetricsTable(path)
+    assert read_metrics(path) == {"frames": []}
+
+
 class Recorder(DummyLogger):
     """A logger as of another library: keeps what it is given in a list."""
 

@@ -51,6 +51,12 @@ def test_a_terminal_gets_a_bar_that_ends_full(monkeypatch):
     assert 40 <= text.count("\r") <= 60  # twice a second of 25
 
 
+def test_a_terminal_without_a_size_gets_a_bar_too(monkeypatch):
+    monkeypatch.setattr(progress.shutil, "get_terminal_size", lambda: (80, 24))  # as for a size of 0 by 0
+    monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda stream: (0, 0))
+    assert "100/100" in shown(Terminal(), monkeypatch, seconds_per_frame=0.25)
+
+
 def test_nothing_is_cut_off_in_a_narrow_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     text = shown(Terminal(), monkeypatch, seconds_per_frame=70.0, scale=10_000)
