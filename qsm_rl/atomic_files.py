@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["read_bounded", "sweep_temporaries", "write_atomically", "write_csv_atomically"]
+__all__ = ["TEMPORARY", "read_bounded", "sweep_temporaries", "write_atomically", "write_csv_atomically"]
 
-SUFFIX = ".incomplete"
+TEMPORARY = ".incomplete"
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -24,7 +24,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         OSError: if the disk is full or not writable; the target is as it was, and nothing is left behind.
     """
-    temporary = path.with_name(path.name + SUFFIX)
+    temporary = path.with_name(path.name + TEMPORARY)
     try:
         write(temporary)
         descriptor = os.open(temporary, os.O_RDONLY)
@@ -57,7 +57,7 @@ def write_csv_atomically(path: Path, columns: Sequence[str], rows: Iterable[Mapp
 
 def sweep_temporaries(folder: Path) -> None:
     """Removes what killed processes left half written in a folder and below it."""
-    for temporary in folder.rglob(f"*{SUFFIX}"):
+    for temporary in folder.rglob(f"*{TEMPORARY}"):
         temporary.unlink(missing_ok=True)
 
 

@@ -27,6 +27,7 @@ UNEQUAL = (
     *("seed", "total_frames", "stop_at_return", "eval_", "log", "checkpoint_every"),
     *("device", "compile", "precision", "replay_storage"),
 )
+OF_ALL = "devices"  # which multiplies the frames of a batch
 
 
 def evaluations(run_dir: Path, curve: str | None, ways: list[str]) -> list[dict[str, object]]:
@@ -66,7 +67,7 @@ def warn_of_differences(curves: Mapping[Path, str]) -> None:
     first: dict[str, dict[str, object]] = {}
     for run_dir, curve in curves.items():
         config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-        settings = {name: value for name, value in config.items() if not name.startswith(UNEQUAL)}
+        settings = {name: value for name, value in config.items() if name == OF_ALL or not name.startswith(UNEQUAL)}
         known = first.setdefault(curve, settings)
         if different := sorted(name for name in {*known, *settings} if known.get(name) != settings.get(name)):
             print(

@@ -83,9 +83,10 @@ def write_results(cells: Sequence[rl.Cell], table: rl.CellTable, options: argpar
             times = [seconds_to(options.value, rows) for rows in runs]
             reached = [time for time in times if time is not None]
             frames = ", ".join(f"{int(rows[-1]['frames']):,}" for rows in runs)
-            rate = statistics.mean(float(rows[0]["updates_per_second"]) for rows in runs)
+            rates = [float(rows[0]["updates_per_second"]) for rows in runs if rows[0]["updates_per_second"]]
+            rate = f"{statistics.mean(rates):.0f}" if rates else "none"  # solved by the warm-up's end
             texts = ", ".join("not reached" if time is None else f"{time:.0f}" for time in times)
-            lines.append((steps, f"| {steps} | {name} | {texts} | {frames} | {rate:.0f} |"))
+            lines.append((steps, f"| {steps} | {name} | {texts} | {frames} | {rate} |"))
             ever |= bool(reached)
             axes.plot([steps] * len(reached), reached, "o", color=f"C{color}", alpha=0.5)
             if len(reached) == len(runs):

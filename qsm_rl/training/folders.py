@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import fcntl
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from qsm_rl.training.errors import UserError
 
-__all__ = ["exclusive", "in_use", "make_folder"]
+__all__ = ["exclusive", "in_use", "is_locked", "make_folder"]
 
 
 def make_folder(folder: Path) -> Path:
@@ -37,24 +39,38 @@ def exclusive(folder: Path) -> Iterator[None]:
         UserError: if another process is in one, or the folder cannot be made.
     """
     descriptor = os.open(make_folder(folder), os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    if not is_locked(descriptor, folder):
         os.close(descriptor)
-        raise UserError(f"{folder} is in use by another process; wait for it, or choose another folder.") from error
+        raise UserError(f"{folder} is in use by another process; wait for it, or choose another folder.")
     try:
         yield
     finally:
         os.close(descriptor)
 
 
+def is_locked(file: TextIO | int, path: Path) -> bool:
+    """Takes the lock of an open file or folder; False if another process holds it.
+
+    NFS locks a file only where it is open for writing, and no folder. Where there are no locks, a line on stderr says
+    so, and it counts as taken.
+
+    Args:
+        file: the file, or a descriptor.
+        path: its path, for the line.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        print(f"warning: {path} cannot be locked ({error.strerror}); let no other process use it", file=sys.stderr)
+    return True
+
+
 def in_use(path: Path) -> bool:
     """Whether another process holds the lock of a file."""
     try:
-        with path.open(encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with path.open("r+", encoding="utf-8") as file:
+            return not is_locked(file, path)
     except FileNotFoundError:
         return False
-    except OSError:
-        return True
-    return False

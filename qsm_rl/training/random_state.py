@@ -48,6 +48,7 @@ def isolated_random_state(seed: int) -> Iterator[None]:
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    apple_state = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     with torch.random.fork_rng(devices=devices):
         seed_everything(seed)
         try:
@@ -55,3 +56,5 @@ def isolated_random_state(seed: int) -> Iterator[None]:
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
+            if apple_state is not None:
+                torch.mps.set_rng_state(apple_state)

@@ -185,6 +185,8 @@ class QSMConfiguration(DiffusionConfiguration):
         )
         without_bins = self.critic_support is None or self.critic_bins is not None
         self._check("critic_support", without_bins, "null without --critic_bins")
+        bounded = self.gamma < 1 or self.critic_bins is None or self.critic_support is not None
+        self._check("critic_support", bounded, "given with --gamma 1, for which rewards bound no return")
         self._check("bc_weight", self.bc_weight >= 0, "0 or more")
         entropy = self.entropy_temperature
         self._check("entropy_temperature", entropy is None or entropy > 0, "null or above 0")

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from qsm_rl.atomic_files import read_bounded, sweep_temporaries, write_atomically
+from qsm_rl.atomic_files import TEMPORARY, read_bounded, write_atomically
 from qsm_rl.training.errors import UserError
-from qsm_rl.training.ranks import rank
 from qsm_rl.version import __version__
 
 __all__ = ["CheckpointFolder"]
@@ -29,7 +28,7 @@ class CheckpointFolder:
     """The checkpoints of one run, ``frames-<frames>.pt``.
 
     Args:
-        path: the folder; half-written files of killed processes in it are removed.
+        path: the folder. What killed processes left half written in it is passed over, as a living one's is.
 
     Raises:
         UserError: if it holds anything else than checkpoints and the replay buffer's folder.
@@ -38,10 +37,9 @@ class CheckpointFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         if path.exists():
-            if rank() == 0:
-                sweep_temporaries(path)
             for found in sorted(path.iterdir()):
-                if not (_frames_of(found) is not None or (REPLAY.fullmatch(found.name) and found.is_dir())):
+                of_a_run = _frames_of(found) is not None or (REPLAY.fullmatch(found.name) and found.is_dir())
+                if not (of_a_run or found.suffix == TEMPORARY):
                     raise UserError(f"{found} is no file of a run, and is not read; move it elsewhere.")
 
     def save(self, frames: int, state: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import os
 import shutil
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from tensordict import TensorDictBase
@@ -18,6 +18,9 @@ from qsm_rl.training.errors import TrainingError, UserError
 from qsm_rl.training.ranks import rank
 
 __all__ = ["AgentsReplayBuffer", "ReservedMemmapStorage", "check_replay_space", "make_storage", "replay_bytes"]
+
+
+CHUNK = 1 << 24  # bytes written at a time
 
 
 class AgentsReplayBuffer(TensorDictReplayBuffer):
@@ -63,7 +66,7 @@ class ReservedMemmapStorage(LazyMemmapStorage):
         for path in self.folder.rglob("*.memmap"):
             with path.open("r+b") as file:
                 try:
-                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+                    _reserve(file, path.stat().st_size)
                 except OSError as error:
                     raise TrainingError(
                         f"the replay buffer of {self.max_size:,} rows does not fit into {self.folder}: "
@@ -73,6 +76,16 @@ class ReservedMemmapStorage(LazyMemmapStorage):
     def remove(self) -> None:
         """Removes the files; the storage is of no more use."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _reserve(file: BinaryIO, size: int) -> None:
+    """Takes the space of a new file on the disk."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+        return
+    for start in range(0, size, CHUNK):  # macOS has no such call
+        file.write(bytes(min(CHUNK, size - start)))
+    file.flush()
 
 
 def make_storage(config: TrainingConfiguration, run_folder: Path, device: torch.device) -> LazyTensorStorage:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import time
 from dataclasses import dataclass, field, replace
@@ -14,7 +13,9 @@ from qsm_rl.atomic_files import sweep_temporaries
 from qsm_rl.training.configuration.command_line import CONFIGURATION_FILE, saved_text
 from qsm_rl.training.configuration.training_configuration import TrainingConfiguration, capped_warmup
 from qsm_rl.training.errors import UserError
+from qsm_rl.training.folders import is_locked
 from qsm_rl.training.ranks import rank, run_folder_of_rank_zero
+from qsm_rl.training.runs.loggers import RUN_ID
 from qsm_rl.version import __version__
 
 __all__ = ["RunFolder"]
@@ -130,6 +131,7 @@ class RunFolder:
     def _refuse_links(self) -> None:
         """A link in a run folder from somebody else could lead any file of the reader's away."""
         own = [self.path / CONFIGURATION_FILE, self.metrics, self.checkpoints, self.actor, self.learning_curve]
+        own += [self.videos, self.faults, self.path / RUN_ID, self.path / "tensorboard", *self.path.glob("seed_*")]
         inside = [path for folder in (self.checkpoints, self.actor) for path in folder.rglob("*")]
         for path in (*own, *inside):
             if path.is_symlink():
@@ -137,11 +139,14 @@ class RunFolder:
 
     def _locked(self) -> RunFolder:
         # The lock belongs to the open file, so it ends with the process however that ends.
-        file = (self.path / CONFIGURATION_FILE).open(encoding="utf-8")
+        path = self.path / CONFIGURATION_FILE
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file = path.open("r+", encoding="utf-8")
         except OSError as error:
-            raise UserError(f"{self.path} is in use by another process; stop that run first.") from error
+            raise UserError(f"{path} cannot be written: {error.strerror}; a run needs a folder of its own.") from error
+        if not is_locked(file, path):
+            file.close()
+            raise UserError(f"{self.path} is in use by another process; stop that run first.")
         object.__setattr__(self, "_lock", file)
         run_folder_of_rank_zero(str(self.path))
         return self

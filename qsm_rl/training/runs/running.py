@@ -122,8 +122,10 @@ def check_never_stored(config: TrainingConfiguration, folder: RunFolder) -> None
     last = max(columns.get("frames", []), default=0)
     evaluated = not math.isnan((columns.get("eval/return_mean") or [math.nan])[-1])
     ended = bool(folder.published) and last >= config.total_frames and evaluated
-    # Rows of the frame of the first checkpoint are written before it, so a killed process may leave them.
-    if ended or last > config.checkpoint_every:
+    # Rows of the frame of the first checkpoint are written before it, so a killed process may leave them. It comes with
+    # the end of a batch.
+    batch = config.frames_per_batch * config.devices
+    if ended or last > batch * math.ceil(config.checkpoint_every / batch):
         raise UserError(
             f"{folder.path} has a log up to frame {last:,.0f} and no checkpoint to go on from; put its checkpoints "
             f"back, or start a new run with --config {folder.path / CONFIGURATION_FILE} and another --run_dir."

@@ -38,7 +38,7 @@ def stacks_seeds(config: QSMConfiguration) -> bool:
     for name, single in (
         *(("devices", 1), ("num_envs", 1), ("num_workers", 0), ("best_of", 1), ("eval_best_of", 1)),
         *(("normalize_observation", False), ("eval_deterministic", False), ("eval_video", False)),
-        *(("actor_ema", None), ("score_spread", None)),
+        *(("actor_ema", None), ("score_spread", None), ("replay_storage", "memory")),
     ):
         if getattr(config, name, single) != single:
             raise UserError(

@@ -26,7 +26,7 @@ def plain_pickle(path, trap):
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_a_process_killed_around_the_rename_leaves_the_old_checkpoint_and_a_leftover_that_is_swept(
+def test_a_process_killed_around_the_rename_leaves_the_old_checkpoint_and_a_leftover_that_is_passed_over(
     tmp_path, monkeypatch, step
 ):
     folder = CheckpointFolder(tmp_path)
@@ -41,9 +41,9 @@ def test_a_process_killed_around_the_rename_leaves_the_old_checkpoint_and_a_left
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert [path for path in tmp_path.iterdir() if path.suffix == ".incomplete"]
 
-    folder = CheckpointFolder(tmp_path)
-    assert not [path for path in tmp_path.iterdir() if path.suffix == ".incomplete"]
-    assert folder.newest()["value"].tolist() == [1, 1, 1]
+    # Whoever reads the folder leaves it alone, since its process may be alive.
+    assert CheckpointFolder(tmp_path).newest()["value"].tolist() == [1, 1, 1]
+    assert [path for path in tmp_path.iterdir() if path.suffix == ".incomplete"]
 
 
 def test_full_disk_leaves_the_last_good_checkpoint(tmp_path):

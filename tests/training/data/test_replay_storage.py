@@ -53,7 +53,10 @@ def test_a_buffer_on_the_disk_holds_samples_and_restores_the_same_rows_as_one_in
     assert again.write_count == replay.write_count == 70
 
 
-def test_all_space_is_taken_before_the_first_row_and_given_back_at_the_end(tmp_path):
+@pytest.mark.parametrize("with_fallocate", [True, False])
+def test_all_space_is_taken_before_the_first_row_and_given_back_at_the_end(tmp_path, monkeypatch, with_fallocate):
+    if not with_fallocate:  # as on macOS
+        monkeypatch.delattr(os, "posix_fallocate")
     stale = tmp_path / "map" / "left by a process that was killed"
     stale.mkdir(parents=True)
     storage = ReservedMemmapStorage(1000, tmp_path / "map")

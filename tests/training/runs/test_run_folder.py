@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fcntl
+import os
 
 import pytest
 
@@ -10,6 +13,8 @@ from qsm_rl.training import (
     UserError,
     parse_configuration,
 )
+from qsm_rl.training.folders import in_use
+from qsm_rl.training.runs.running import check_never_stored
 
 
 def parse(*arguments: str) -> QSMConfiguration:
@@ -27,6 +32,11 @@ def test_run_folder_is_made_once_and_used_by_one_process(tmp_path, monkeypatch):
         RunFolder.open(again, "some_recipe")
     with pytest.raises(UserError, match="in use by another process"):
         RunFolder.open(dataclasses.replace(config, resume=folder.path), "some_recipe")
+    folder.close()
+    (folder.checkpoints / "replay").mkdir(parents=True)
+    (folder.checkpoints / "replay" / "rows.incomplete").touch()  # of a killed process
+    RunFolder.open(dataclasses.replace(config, resume=folder.path), "some_recipe").close()
+    assert not list(folder.checkpoints.rglob("*.incomplete"))
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.tex").write_text("")
@@ -34,3 +44,57 @@ def test_run_folder_is_made_once_and_used_by_one_process(tmp_path, monkeypatch):
         RunFolder.open(dataclasses.replace(config, run_dir=other), "some_recipe")
     with pytest.raises(UserError, match="cannot be made"):
         RunFolder.open(dataclasses.replace(config, run_dir=other / "thesis.tex" / "run"), "some_recipe")
+
+
+def test_a_file_system_without_locks_is_named_and_used(tmp_path, monkeypatch, capsys):
+    def refused(file, operation):
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    folder = RunFolder.open(parse("--run_dir", str(tmp_path / "run")), "some_recipe")
+    assert "config.yaml cannot be locked (Bad file descriptor)" in capsys.readouterr().err
+    assert not in_use(folder.path / "config.yaml")
+
+
+def test_locks_are_asked_for_where_nfs_gives_them(tmp_path, monkeypatch):
+    """An exclusive lock of a file that is open for reading alone is EBADF there."""
+
+    def flock(file, operation):
+        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        given(file, operation)
+
+    given = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", flock)
+    folder = RunFolder.open(parse("--run_dir", str(tmp_path / "run")), "some_recipe")
+    assert in_use(folder.path / "config.yaml")
+    folder.close()
+    assert not in_use(folder.path / "config.yaml")
+
+
+@pytest.mark.parametrize("name", ["logger_id.txt", "videos", "seed_0", "tensorboard", "metrics.csv"])
+def test_links_in_a_resumed_run_are_refused(tmp_path, name):
+    RunFolder.open(parse("--run_dir", str(tmp_path / "run")), "some_recipe").close()
+    (tmp_path / "run" / name).symlink_to(tmp_path)
+    with pytest.raises(UserError, match=f"{name} is a symbolic link"):
+        RunFolder.open(dataclasses.replace(parse(), resume=tmp_path / "run"), "some_recipe")
+
+
+@pytest.mark.parametrize(("frame", "refused"), [(100, False), (112, False), (128, True)])
+def test_rows_up_to_the_first_checkpoint_s_batch_are_no_lost_checkpoints(tmp_path, frame, refused):
+    """With batches of 16 the checkpoint of every 100 frames comes at 112, and a row of that frame before it."""
+    config = parse("--num_envs", "16", "--checkpoint_every", "100", "--run_dir", str(tmp_path / "run"))
+    folder = RunFolder.open(config, "some_recipe")
+    folder.metrics.write_text(f"frames,eval/return_mean\n{frame},1.0\n")
+    if refused:
+        with pytest.raises(UserError, match="has a log up to frame 128 and no checkpoint"):
+            check_never_stored(config, folder)
+    else:
+        check_never_stored(config, folder)
+
+
+def test_a_log_without_a_row_is_no_lost_checkpoint(tmp_path):
+    config = parse("--run_dir", str(tmp_path / "run"))
+    folder = RunFolder.open(config, "some_recipe")
+    folder.metrics.write_text("frames,eval/return_mean\n")  # killed again before its first row
+    check_never_stored(config, folder)

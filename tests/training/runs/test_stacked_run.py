@@ -101,6 +101,7 @@ def test_a_stopped_run_goes_on_to_the_bit(on_a_gpu, tmp_path):
         ({"actor_ema": 0.99}, ["actor_ema 0.99"]),
         ({"score_spread": 0.1}, ["score_spread 0.1"]),
         ({"eval_best_of": 4}, ["eval_best_of 4"]),
+        ({"replay_storage": "disk"}, ["replay_storage disk"]),
         ({"compile": True}, ["not compiled", "--compile false"]),
         ({"precision": "bfloat16"}, ["--precision auto"]),
         ({"critic": "simba", "critic_bins": 51}, ["--critic_support LOW HIGH"]),
