@@ -241,7 +241,7 @@ def _make_gymnasium_env(
     if not (np.isfinite(actions.low).all() and np.isfinite(actions.high).all() and (actions.low < actions.high).all()):
         raise ValueError(
             f"{name} has the unbounded or empty action space {actions}; finite bounds low < high are needed: "
-            "choose another environment, or bound it with gymnasium.wrappers.RescaleAction before registering it."
+            "choose another environment, or bound it with gymnasium.wrappers.TransformAction before registering it."
         )
     if not (isinstance(observations, Box) and len(observations.shape) == 1):
         raise ValueError(
