@@ -12,7 +12,7 @@ from typing import TextIO
 
 from qsm_rl.training.errors import UserError
 
-__all__ = ["exclusive", "in_use", "is_locked", "make_folder"]
+__all__ = ["exclusive", "in_use", "make_folder", "take_lock"]
 
 
 def make_folder(folder: Path) -> Path:
@@ -39,7 +39,7 @@ def exclusive(folder: Path) -> Iterator[None]:
         UserError: if another process is in one, or the folder cannot be made.
     """
     descriptor = os.open(make_folder(folder), os.O_RDONLY | os.O_DIRECTORY)
-    if not is_locked(descriptor, folder):
+    if not take_lock(descriptor, folder):
         os.close(descriptor)
         raise UserError(f"{folder} is in use by another process; wait for it, or choose another folder.")
     try:
@@ -48,7 +48,7 @@ def exclusive(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def is_locked(file: TextIO | int, path: Path) -> bool:
+def take_lock(file: TextIO | int, path: Path) -> bool:
     """Takes the lock of an open file or folder; False if another process holds it.
 
     NFS locks a file only where it is open for writing, and no folder. Where there are no locks, a line on stderr says
@@ -71,6 +71,6 @@ def in_use(path: Path) -> bool:
     """Whether another process holds the lock of a file."""
     try:
         with path.open("r+", encoding="utf-8") as file:
-            return not is_locked(file, path)
+            return not take_lock(file, path)
     except FileNotFoundError:
         return False

@@ -13,7 +13,7 @@ from qsm_rl.atomic_files import sweep_temporaries
 from qsm_rl.training.configuration.command_line import CONFIGURATION_FILE, saved_text
 from qsm_rl.training.configuration.training_configuration import TrainingConfiguration, capped_warmup
 from qsm_rl.training.errors import UserError
-from qsm_rl.training.folders import is_locked
+from qsm_rl.training.folders import take_lock
 from qsm_rl.training.ranks import rank, run_folder_of_rank_zero
 from qsm_rl.training.runs.loggers import RUN_ID
 from qsm_rl.version import __version__
@@ -144,7 +144,7 @@ class RunFolder:
             file = path.open("r+", encoding="utf-8")
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}; a run needs a folder of its own.") from error
-        if not is_locked(file, path):
+        if not take_lock(file, path):
             file.close()
             raise UserError(f"{self.path} is in use by another process; stop that run first.")
         object.__setattr__(self, "_lock", file)
