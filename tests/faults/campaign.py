@@ -318,7 +318,8 @@ def finish(path: Path, reference: Path, row: dict[str, Any], reached: int, log: 
         # The clock apart.
         *({**torch.load(run / newest, weights_only=True), "elapsed_seconds": 0.0} for run in (path, reference))
     )
-    lost = reached - row["resumed_at"] >= PERIOD
+    # Killed at the frame of a checkpoint, before it is there, a run loses all of a period.
+    lost = reached - row["resumed_at"] > PERIOD
     row["recovered"] = int(code == 0 and same and not lost)
     row["note"] = "" if row["recovered"] else report.get("error", f"exit code {code}, equal: {same}")
 
