@@ -22,12 +22,12 @@ from qsm_rl.training.grids.curves import Curves
 
 COLUMNS = ("env", "curve", "seed", "frames", "return_mean", "return_std")
 SAMPLING = "sampling"
-# Beginnings of settings in which the seeds of one curve may differ.
+# Settings in which the seeds of one curve may differ, and beginnings of others.
 UNEQUAL = (
-    *("seed", "total_frames", "stop_at_return", "eval_", "log", "checkpoint_every"),
+    *("seed", "seeds", "total_frames", "stop_at_return", "checkpoint_every"),
     *("device", "compile", "precision", "replay_storage"),
 )
-OF_ALL = "devices"  # which multiplies the frames of a batch
+UNEQUAL_PREFIXES = ("eval_", "log")
 
 
 def evaluations(run_dir: Path, curve: str | None, ways: list[str]) -> list[dict[str, object]]:
@@ -38,16 +38,20 @@ def evaluations(run_dir: Path, curve: str | None, ways: list[str]) -> list[dict[
     config = yaml.safe_load(text)
     recipe = re.match(r"# python recipes/(?:mujoco_)?(\w+)\.py", text)
     columns = rl.read_metrics(run_dir / "metrics.csv")
+
+    def evaluated(column: str) -> bool:
+        return not all(map(math.isnan, columns.get(column, [])))
+
     rows = []
     for way in ways:
         prefix = "eval/" if way == SAMPLING else f"eval/{way}/"
-        if all(math.isnan(mean) for mean in columns.get(f"{prefix}return_mean", [])):
+        if not evaluated(f"{prefix}return_mean"):
             there = [name.split("/")[1] for name in columns if re.fullmatch(r"eval/\w+/return_mean", name)]
             raise rl.UserError(
                 f"{run_dir} has no {prefix}return_mean: "
                 + (
                     "it has no evaluation yet; wait for one, or set a smaller --eval_every."
-                    if all(math.isnan(mean) for mean in columns.get("eval/return_mean", []))
+                    if not evaluated("eval/return_mean")
                     else f"--ways are here {', '.join([SAMPLING, *there])}."
                 )
             )
@@ -67,7 +71,9 @@ def warn_of_differences(curves: Mapping[Path, str]) -> None:
     first: dict[str, dict[str, object]] = {}
     for run_dir, curve in curves.items():
         config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-        settings = {name: value for name, value in config.items() if name == OF_ALL or not name.startswith(UNEQUAL)}
+        settings = {
+            name: value for name, value in config.items() if not (name in UNEQUAL or name.startswith(UNEQUAL_PREFIXES))
+        }
         known = first.setdefault(curve, settings)
         if different := sorted(name for name in {*known, *settings} if known.get(name) != settings.get(name)):
             print(

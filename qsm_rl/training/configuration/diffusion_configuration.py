@@ -148,7 +148,9 @@ class DiffusionQLConfiguration(DiffusionConfiguration):
     def without_effect(self) -> dict[str, str]:
         """See the base class; the copy of the actor follows by tau, too."""
         idle = super().without_effect()
-        return {name: flag for name, flag in idle.items() if name != "tau" or not self.delay_actor}
+        if self.delay_actor:
+            idle.pop("tau", None)
+        return idle
 
 
 @dataclass(kw_only=True)

@@ -15,15 +15,11 @@ from qsm_rl.atomic_files import write_atomically
 from qsm_rl.training.configuration.command_line import NOT_SAVED
 from qsm_rl.training.configuration.hardware import available_cores, choose_device
 from qsm_rl.training.configuration.training_configuration import TrainingConfiguration
-from qsm_rl.training.data.collection import check_workers
-from qsm_rl.training.environments.make_environment import check_registered
-from qsm_rl.training.errors import UserError, user_errors
-from qsm_rl.training.evaluation.videos import check_filming
+from qsm_rl.training.errors import UserError
 from qsm_rl.training.folders import exclusive, make_folder
 from qsm_rl.training.grids.grid import Cell, CellTable, run_cells
 from qsm_rl.training.grids.statistics import mean_interval
-from qsm_rl.training.runs.loggers import check_logger
-from qsm_rl.training.runs.training_run import environment_maker
+from qsm_rl.training.runs.training_run import checked_environment
 
 __all__ = ["run_seeds"]
 
@@ -89,14 +85,8 @@ def run_seeds(config: TrainingConfiguration, script: Path) -> int:
 def _check(config: TrainingConfiguration) -> None:
     """Says what every run would say, once, and before there is a folder."""
     choose_device(config.device)
-    check_logger(config.logger)
-    check_workers(config)
-    make = environment_maker(config)
-    with user_errors(ValueError, ImportError):
-        if config.eval_video:
-            check_filming(config.env, make)
-        check_registered(config.env)
-        make(seed=config.seed).close()
+    _, environment = checked_environment(config, num_envs=1)
+    environment.close()
 
 
 def _near(path: Path) -> Path:

@@ -52,19 +52,30 @@ from qsm_rl.training.runs.running import (
 from qsm_rl.training.runs.stacked_run import split_seeds
 from qsm_rl.training.updates.update import Update
 
-__all__ = ["TrainingRun", "environment_maker"]
+__all__ = ["TrainingRun", "checked_environment"]
 
 Configuration = TypeVar("Configuration", bound=TrainingConfiguration)
 
 
-def environment_maker(config: TrainingConfiguration) -> Callable[..., EnvBase]:
-    """Makes a run's environments, called with ``seed`` and ``num_envs``, as evaluations and collection need them."""
-    return partial(
+def checked_environment(config: TrainingConfiguration, num_envs: int) -> tuple[Callable[..., EnvBase], EnvBase]:
+    """What makes a run's environments, called with ``seed`` and ``num_envs``, and the first that it made.
+
+    Raises:
+        UserError: if there is no such environment, or its logger, workers or videos cannot be had.
+    """
+    make = partial(
         make_environment,
         config.env,
         action_repeat=config.action_repeat,
         normalize_observation=config.normalize_observation,
     )
+    check_logger(config.logger)
+    check_workers(config)
+    with user_errors(ValueError, ImportError):
+        if config.eval_video:
+            check_filming(config.env, make)
+        check_registered(config.env)
+        return make, make(num_envs=num_envs, seed=config.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,14 +117,7 @@ class TrainingRun(Generic[Configuration]):
         set_products(config.precision, device)
         limit_threads(device, config.num_workers if config.worker_backend == "process" else 0)
         seed_everything(config.seed)
-        make = environment_maker(config)
-        check_logger(config.logger)
-        check_workers(config)
-        with user_errors(ValueError, ImportError):
-            if config.eval_video:
-                check_filming(config.env, make)
-            check_registered(config.env)
-            environment = make(num_envs=config.num_envs * config.seeds, seed=config.seed)
+        make, environment = checked_environment(config, config.num_envs * config.seeds)
         check_replay_space(config, environment)
         folder = RunFolder.open(config, recipe=Path(recipe).stem)
         checkpoints, checkpoint = CheckpointFolder(folder.checkpoints), None

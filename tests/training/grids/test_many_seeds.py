@@ -120,7 +120,7 @@ def test_what_every_seed_would_refuse_is_refused_before_there_is_a_folder(
     def no_video(*arguments):
         raise UserError("no video can be made")
 
-    monkeypatch.setattr("qsm_rl.training.grids.many_seeds.check_filming", no_video)
+    monkeypatch.setattr("qsm_rl.training.runs.training_run.check_filming", no_video)
     folder = tmp_path / "runs"
     with pytest.raises(UserError, match=message):
         run_seeds(replace(configuration(folder), **values), script)
