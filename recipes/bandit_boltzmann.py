@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
@@ -134,7 +133,6 @@ def draw_figure(critic: MixtureCritic, samples: dict[str, Tensor], picture: Path
     columns = min(3, len(samples) + 1)
     rows = -(-(len(samples) + 1) // columns)
     figure = Figure(figsize=(3.1 * columns, 3.3 * rows), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     grid = torch.linspace(-1, 1, 201)
     points = torch.cartesian_prod(grid, grid)
@@ -169,7 +167,6 @@ def draw_score_field(critic: MixtureCritic, before: DiffusionActor, after: Diffu
             noise = actor.predict_noise(actions, observation, torch.full((len(points),), t))
         panels[title] = -noise / actor.noise_schedule.sigmas[t]
     figure = Figure(figsize=(3.2 * len(panels), 3.4), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     for axes, (title, arrows) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         size = arrows[:, :2].norm(dim=-1, keepdim=True)
         direction = (arrows[:, :2] / size.clamp_min(1e-9)).numpy()

@@ -28,7 +28,6 @@ if __name__ == "__main__":
 
 import gymnasium
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, ScalarFormatter
 from tensordict import TensorDict
@@ -292,7 +291,6 @@ def write_report(rows: Sequence[Row], about: Row, output: Path) -> None:
     if not growth:
         return
     figure = Figure(figsize=(9, 5.4), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(2, 3, sharey=True).flatten()
     for axes in panels[len(GROWTH) :]:
         axes.remove()

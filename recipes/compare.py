@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from qsm_rl import training as rl
@@ -81,7 +80,6 @@ def write_intervals(scores: Scores, path: Path) -> None:
 def draw_profiles(scores: Scores, picture: Path) -> None:
     """For each score the share of runs above it."""
     figure = Figure(figsize=(6.4, 4.2), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     for color, (name, (share, low, high)) in enumerate(rl.performance_profiles(scores, THRESHOLDS).items()):
         axes.fill_between(THRESHOLDS, low, high, color=f"C{color}", alpha=0.2)

@@ -22,7 +22,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
@@ -96,7 +95,6 @@ def measure(algorithm: str, steps: int, batch: int, hidden: int, updates: int) -
 
 def draw_figure(rows: Sequence[dict[str, float | str]], picture: Path) -> None:
     figure = Figure(figsize=(8, 3.2), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     for algorithm in dict.fromkeys(row["algorithm"] for row in rows):
         own = [row for row in rows if row["algorithm"] == algorithm]

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
@@ -188,7 +187,6 @@ def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
 def draw_figure(actions: dict[str, Tensor], critic: TwoPeaks, picture: Path) -> None:
     """A row for each policy, a column for each state."""
     figure = Figure(figsize=(2.6 * len(STATES), 1.5 * len(actions)), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(len(actions), len(STATES), squeeze=False, sharex=True)
     grid = torch.linspace(-1, 1, 401).unsqueeze(-1)
     for index, (name, action) in enumerate(actions.items()):

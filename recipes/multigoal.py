@@ -24,7 +24,6 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium.spaces import Box
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 from tensordict import TensorDictBase
@@ -287,7 +286,6 @@ def markdown_table(measured: dict[str, list[dict[str, float]]]) -> str:
 
 def draw(episodes: dict[str, np.ndarray], picture: Path) -> None:
     figure = Figure(figsize=(3.2 * len(episodes), 3.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     for axes, (name, places) in zip(figure.subplots(1, len(episodes), squeeze=False)[0], episodes.items(), strict=True):
         for episode in places[:100]:
             axes.plot(episode[:, 0], episode[:, 1], color="C0", alpha=0.25, linewidth=0.8)

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -126,7 +125,6 @@ def faces() -> list[dict[str, str]]:
 def draw(picture: Path) -> None:
     """The two forms over the noised action: where the policy leans on a face, the gradient form goes astray."""
     figure = Figure(figsize=(9.6, 3.2), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     for axes, (critic, q) in zip(figure.subplots(1, len(CRITICS)), CRITICS.items(), strict=True):
         for color, cumprod in (("C0", 0.5), ("C1", 0.1)):
             noisy = torch.linspace(-2, 2, 200)

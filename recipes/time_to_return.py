@@ -15,7 +15,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, StrMethodFormatter
 
@@ -71,7 +70,6 @@ def write_results(cells: Sequence[rl.Cell], table: rl.CellTable, options: argpar
     lines: list[tuple[int, str]] = []
     ever = False  # whether any run reached the return
     figure = Figure(figsize=(5.4, 3.8), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     for color, name in enumerate(ALGORITHMS):
         points = []

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torchrl.data import Bounded
@@ -81,7 +80,6 @@ def samples_of(target: ScoreTarget, schedule: NoiseSchedule | None = None) -> Te
 
 def new_figure(width: float, height: float, columns: int, rows: int = 1) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(width, height), dpi=130, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
     panels = list(figure.subplots(rows, columns, squeeze=False).flatten())
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)

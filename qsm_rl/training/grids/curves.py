@@ -95,7 +95,6 @@ def plot_curves(curves: Curves, reference: Sequence[Mapping[str, Any]], picture:
     Raises:
         UserError: if rliable is not installed.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     envs = sorted({env for env, _ in curves})
@@ -103,7 +102,6 @@ def plot_curves(curves: Curves, reference: Sequence[Mapping[str, Any]], picture:
     columns = min(2, len(envs))
     rows = math.ceil(len(envs) / columns)
     figure = Figure(figsize=(5.6 * columns, 4.2 * rows), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for panel in panels[len(envs) :]:
         panel.remove()

@@ -21,12 +21,10 @@ def plot_learning_curve(metrics: Path, picture: Path, *, title: str) -> None:
         title: what stands above the axes.
     """
     # The figure's own canvas draws without a display, and pyplot's global state is left alone.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     columns = read_metrics(metrics)
     figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     frames, returns = _points(columns, "train/return_mean")
     if frames:
