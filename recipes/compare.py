@@ -11,7 +11,6 @@ same command to go on. OUTPUT gets table.md, intervals.csv, curves.png and profi
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from qsm_rl import training as rl
+from qsm_rl.atomic_files import write_csv_atomically
 
 PUBLISHED = Path(__file__).with_name("published_returns.csv")
 THRESHOLDS = [step / 50 for step in range(51)]
@@ -69,12 +69,13 @@ def normalized_scores(cells: Sequence[rl.Cell], table: rl.CellTable) -> tuple[Sc
 
 def write_intervals(scores: Scores, path: Path) -> None:
     """rliable's aggregates over environments with their intervals, a row each."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("algorithm", "aggregate", "value", "low", "high"))
-        for name, aggregates in rl.interval_estimates(scores).items():
-            for aggregate, values in aggregates.items():
-                writer.writerow((name, aggregate, *(f"{value:.4f}" for value in values)))
+    columns = ("algorithm", "aggregate", "value", "low", "high")
+    rows = [
+        dict(zip(columns, (name, aggregate, *(f"{value:.4f}" for value in values)), strict=True))
+        for name, aggregates in rl.interval_estimates(scores).items()
+        for aggregate, values in aggregates.items()
+    ]
+    write_csv_atomically(path, columns, rows)
 
 
 def draw_profiles(scores: Scores, picture: Path) -> None:

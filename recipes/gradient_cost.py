@@ -10,7 +10,6 @@ python recipes/gradient_cost.py --steps 2 10 50 --updates 10
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import resource
@@ -38,6 +37,7 @@ from qsm_rl import (
     ScoreMLP,
 )
 from qsm_rl import training as rl
+from qsm_rl.atomic_files import write_csv_atomically
 
 OBSERVATION, ACTION = 24, 6
 LOSSES = {
@@ -149,10 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rate, added = rows[-1]["updates_per_second"], rows[-1]["added_mib"]
             print(f"{algorithm}, T = {steps}: {rate:.1f} updates/s, {added:.0f} MiB added", flush=True)
     rl.make_folder(options.output.parent)
-    with options.output.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv_atomically(options.output.with_suffix(".csv"), list(rows[0]), rows)
     draw_figure(rows, options.output.with_suffix(".png"))
     print(f"wrote {options.output.with_suffix('.csv')} and {options.output.with_suffix('.png')}")
     return 0

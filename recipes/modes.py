@@ -10,7 +10,6 @@ python recipes/modes.py --seeds 3 --output docs/results/modes
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import sys
 from collections.abc import Callable, Sequence
@@ -38,6 +37,7 @@ from qsm_rl import (
     ScoreMLP,
 )
 from qsm_rl import training as rl
+from qsm_rl.atomic_files import write_csv_atomically
 
 STD = 0.15
 SPEC = Bounded(-1.0, 1.0, (1,))
@@ -238,10 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for state, own in zip(STATES, action.unbind(1), strict=True):
             rows.append({"policy": name, "seed": seed, "state": state.item(), **measure(critic, state, own)})
             print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
-    with (options.output / "table.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv_atomically(options.output / "table.csv", list(rows[0]), rows)
     (options.output / "table.md").write_text(markdown_table(rows), encoding="utf-8")
     draw_figure(actions, critic, options.output / "actions.png")
     print(f"wrote table.csv, table.md and actions.png in {options.output}")

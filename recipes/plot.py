@@ -8,7 +8,6 @@ all seeds of a curve have in common.
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import re
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 import yaml
 
 from qsm_rl import training as rl
+from qsm_rl.atomic_files import write_csv_atomically
 from qsm_rl.training.grids.curves import Curves
 
 COLUMNS = ("env", "curve", "seed", "frames", "return_mean", "return_std")
@@ -130,10 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
     reference = rl.read_reference(given.reference) if given.reference else []
     rl.make_folder(output.parent)
     rl.plot_curves(curves, reference, Path(f"{output}.png"))
-    with Path(f"{output}.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv_atomically(Path(f"{output}.csv"), COLUMNS, rows)
     print(f"{text}\nwrote {output}.png and {output}.csv")
     return 0
 
