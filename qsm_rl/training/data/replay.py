@@ -19,7 +19,7 @@ from qsm_rl.atomic_files import read_bounded, write_atomically
 from qsm_rl.comparison import first_difference, first_non_finite
 from qsm_rl.training.errors import UserError
 
-__all__ = ["ReplayArchive", "TransitionWriter"]
+__all__ = ["ReplayArchive", "TransitionWriter", "row_bytes"]
 
 LARGEST_HEADER = 1 << 16  # bytes of a segment beside its rows
 NEXT = ("observation", "reward", "done", "terminated")
@@ -122,6 +122,20 @@ def _join_steps(frames: Frames, count: int, n_step: int, gamma: float) -> tuple[
     for key in (("next", "observation"), ("next", "done"), ("next", "terminated")):
         joined[key] = frames[key].gather(1, end.expand(-1, -1, frames[key].shape[-1]))
     return {**joined, ("next", "reward"): total}, steps.squeeze(-1)
+
+
+def row_bytes(entries: dict[str, Any]) -> int:
+    """Bytes of one transition.
+
+    Args:
+        entries: dtype and shape of each entry, see ``TransitionWriter.entries``.
+
+    Examples:
+        >>> row_bytes({"observation": ["torch.float32", [17]], "done": ["torch.bool", [1]]})
+        69
+    """
+    sizes = ((getattr(torch, dtype.removeprefix("torch.")).itemsize, shape) for dtype, shape in entries.values())
+    return sum(size * math.prod(shape) for size, shape in sizes)
 
 
 class Segment(NamedTuple):
@@ -239,12 +253,8 @@ class ReplayArchive:
     def _read(self, segment: Segment, entries: dict[str, Any]) -> TensorDict:
         path = self.folder / segment.name
         count = segment.last - segment.first
-        row = sum(
-            getattr(torch, dtype.removeprefix("torch.")).itemsize * math.prod(shape)
-            for dtype, shape in entries.values()
-        )
         try:
-            content = read_bounded(path, LARGEST_HEADER + count * row)
+            content = read_bounded(path, LARGEST_HEADER + count * row_bytes(entries))
             if zlib.crc32(content) != segment.checksum:
                 raise ValueError("it was cut short or changed since it was written")
             tensors = load(content)

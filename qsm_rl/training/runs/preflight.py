@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from qsm_rl.training.errors import UserError
 
-__all__ = ["available_memory", "check_space", "row_bytes"]
+__all__ = ["available_memory", "check_space"]
 
 KEPT_CHECKPOINTS = 3  # two, and the one that is being written
 CGROUP = Path("/sys/fs/cgroup")
 SMALL_FILES = 64 << 20  # bytes of logs, pictures and the actor
-
-
-def row_bytes(entries: dict[str, Any]) -> int:
-    """Bytes of one transition.
-
-    Args:
-        entries: dtype and shape of each entry, see ``TransitionWriter.entries``.
-
-    Examples:
-        >>> row_bytes({"observation": ["torch.float32", [17]], "done": ["torch.bool", [1]]})
-        69
-    """
-    sizes = ((getattr(torch, dtype.removeprefix("torch.")).itemsize, shape) for dtype, shape in entries.values())
-    return sum(size * math.prod(shape) for size, shape in sizes)
 
 
 def available_memory(device: torch.device) -> int | None:

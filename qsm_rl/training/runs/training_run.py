@@ -22,7 +22,7 @@ from qsm_rl.training.data.checkpoints import CheckpointFolder
 from qsm_rl.training.data.collection import check_workers, make_collector
 from qsm_rl.training.data.frames import FramesDataset
 from qsm_rl.training.data.offline_data import DatasetCollector, OfflineWriter
-from qsm_rl.training.data.replay import ReplayArchive, TransitionWriter
+from qsm_rl.training.data.replay import ReplayArchive, TransitionWriter, row_bytes
 from qsm_rl.training.data.replay_storage import (
     AgentsReplayBuffer,
     ReservedMemmapStorage,
@@ -37,7 +37,7 @@ from qsm_rl.training.ranks import rank
 from qsm_rl.training.runs.actor_files import publish_actor
 from qsm_rl.training.runs.loggers import check_logger
 from qsm_rl.training.runs.module import OffPolicyModule
-from qsm_rl.training.runs.preflight import check_space, row_bytes
+from qsm_rl.training.runs.preflight import check_space
 from qsm_rl.training.runs.resuming import check_identity, restore_checkpoint, run_identity
 from qsm_rl.training.runs.run_folder import RunFolder
 from qsm_rl.training.runs.running import (

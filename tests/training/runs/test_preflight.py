@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from qsm_rl.training import UserError
+from qsm_rl.training.data.replay import row_bytes
 from qsm_rl.training.runs import preflight
-from qsm_rl.training.runs.preflight import check_space, row_bytes
+from qsm_rl.training.runs.preflight import check_space
 
 ROW = row_bytes({"observation": ["torch.float32", [17]], "action": ["torch.float32", [6]], "done": ["torch.bool", [1]]})
 Usage = namedtuple("Usage", "total used free")
