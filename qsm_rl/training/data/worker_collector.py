@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from functools import partial
@@ -205,11 +205,8 @@ class WorkerCollector:
         random = self._ordered_frames < self._warmup_frames
         self._ordered_frames += self.requested_frames_per_batch
         self._version += 1
-        weights = {} if random else {name: value.to("cpu", copy=True) for name, value in self._weights()}
-        return Order(self._version, random, weights)
-
-    def _weights(self) -> Iterable[tuple[str, Tensor]]:
-        return self._policy.state_dict().items()
+        state: dict[str, Tensor] = {} if random else self._policy.state_dict()
+        return Order(self._version, random, {name: value.to("cpu", copy=True) for name, value in state.items()})
 
     # What follows runs in the collector's thread, which alone speaks to the workers.
 
@@ -252,22 +249,21 @@ class WorkerCollector:
         return None
 
     def _start(self) -> None:
-        policy: WorkerPolicy | None = WorkerPolicy(
-            deepcopy(self._policy).to("cpu").requires_grad_(False), self._action_spec
-        )
+        policy = WorkerPolicy(deepcopy(self._policy).to("cpu").requires_grad_(False), self._action_spec)
         options: dict[str, Any] = {"weight_sync_schemes": {}}
-        cpu = dict.fromkeys(("env_device", "policy_device", "storing_device"), "cpu")
+        options |= dict.fromkeys(("env_device", "policy_device", "storing_device"), "cpu")
+        # A factory, since given a policy TorchRL makes a weight synchronisation of its own, which hangs where the
+        # process ends.
         if self._backend == "ray":
             import ray
 
             # Ray forgets large arguments of a constructor, and could then not restart the actor: it gets a reference.
             self._policy_reference = ray.put(policy)
-            options["policy_factory"], policy = partial(ray.get, self._policy_reference), None
+            options["policy_factory"] = partial(ray.get, self._policy_reference)
             options["remote_configs"] = REMOTE_CONFIGURATION
             options["collector_kwargs"] = {"auto_register_policy_transforms": False}
         else:
-            # Given a policy, TorchRL makes a weight synchronisation of its own, which hangs where the process ends.
-            options["policy_factory"], policy = partial(_itself, policy), None
+            options["policy_factory"] = partial(_itself, policy)
             # Without num_threads TorchRL takes the learner's threads away.
             options |= {"num_threads": torch.get_num_threads(), "num_sub_threads": 1}
             options |= {"auto_register_policy_transforms": False, "cat_results": "stack"}
@@ -275,13 +271,11 @@ class WorkerCollector:
             warnings.simplefilter("ignore")
             self._workers = Collector(
                 [self._make_worker_environment] * self._num_workers,
-                policy,
                 backend=self._backend,
                 num_collectors=self._num_workers,
                 sync=True,
                 frames_per_batch=self.requested_frames_per_batch,
                 total_frames=WITHOUT_END,
-                **cpu,
                 **options,
             )
         warnings.filterwarnings("ignore", message="RayCollector iteration started before weight synchronization")
@@ -339,7 +333,7 @@ class WorkerCollector:
             workers.shutdown()
 
 
-def _itself(policy: WorkerPolicy | None) -> WorkerPolicy | None:
+def _itself(policy: WorkerPolicy) -> WorkerPolicy:
     return policy
 
 
