@@ -110,16 +110,13 @@ def _parser(configuration_class: type[TrainingConfiguration], description: str |
 
 
 def _parse(parser: ArgumentParser, arguments: list[str]) -> dict[str, Any]:
-    """What was given on the command line and in the YAML file, without defaults."""
-    files = _config_files(arguments)
-    for path in files:
-        check_plain_yaml(path)
+    """What was given on the command line and in the YAML file, which was checked to be plain, without defaults."""
     try:
         given = parser.parse_args(_config_first(arguments), defaults=False).as_dict()
     except ArgumentError as error:
         raise UserError(_readable(str(error), parser)) from error
     given.pop("config", None)
-    for path in files:
+    for path in _config_files(arguments):
         _check_preset(path, given.get("preset"))
     return given
 
