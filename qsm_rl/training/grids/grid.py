@@ -179,26 +179,24 @@ class CellTable:
     def rows_of(self, cell: Cell, way: str = "") -> list[dict[str, str]]:
         """The rows of a cell and a way of acting, none if it has not finished with these settings."""
         key = (cell.env, cell.variant, str(cell.seed), cell.settings, way)
-        names, recipes = ("env", "variant", "seed", "settings", "way"), ("", cell.recipe)
+        names, recipes = (*KEY, "settings", "way"), ("", cell.recipe)
         return [row for row in self.rows if row["recipe"] in recipes and tuple(row[name] for name in names) == key]
 
     def add(self, cell: Cell) -> None:
         """Takes the results of a finished run over, in place of the same cell with other settings."""
         columns = read_metrics(cell.folder / "metrics.csv")
         rates = [rate for rate in columns["time/updates_per_second"] if rate > 0]
+        rate = f"{statistics.median_high(rates):.1f}" if rates else ""
         key = (cell.env, cell.variant, str(cell.seed))
-        self.rows = [row for row in self.rows if tuple(row[name] for name in ("env", "variant", "seed")) != key]
+        self.rows = [row for row in self.rows if tuple(row[name] for name in KEY) != key]
         clock = _total_elapsed(columns.get("time/elapsed_seconds", []), len(columns["frames"]))
         prefixes = [found[1] for name in columns if (found := re.fullmatch(r"eval/((?:\w+/)?)return_mean", name))]
         for prefix in prefixes:
             means, stds = (columns[f"eval/{prefix}return_{name}"] for name in ("mean", "std"))
             for frames, mean, std, elapsed in zip(columns["frames"], means, stds, clock, strict=True):
                 if mean == mean:  # rows without an evaluation hold NaN
-                    values = (
-                        *(*key, str(int(frames)), f"{mean:.2f}", f"{std:.2f}"),
-                        f"{statistics.median_high(rates):.1f}" if rates else "",
-                        *(elapsed, cell.settings, prefix.removesuffix("/"), cell.recipe),
-                    )
+                    numbers = (str(int(frames)), f"{mean:.2f}", f"{std:.2f}", rate, elapsed)
+                    values = (*key, *numbers, cell.settings, prefix.removesuffix("/"), cell.recipe)
                     self.rows.append(dict(zip(COLUMNS, values, strict=True)))
         self.rows.sort(key=lambda row: (row["env"], row["variant"], int(row["seed"]), row["way"], int(row["frames"])))
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -51,7 +51,9 @@ def run_seeds(config: TrainingConfiguration, script: Path) -> int:
     left_out = {*NOT_SAVED, "env", "seed", "seeds"}
     settings = {name: value for name, value in asdict(config).items() if name not in left_out}
     text = json.dumps(settings, sort_keys=True)
-    _check(config)
+    # What every run would say, once, and before there is a folder.
+    choose_device(config.device)
+    checked_environment(config, num_envs=1)[1].close()
     _claim(folder, {"recipe": script.stem, "env": config.env, **json.loads(text)})
     cells = [
         Cell(script.stem, config.preset, text, config.env, seed, folder / f"seed_{seed}")
@@ -80,13 +82,6 @@ def run_seeds(config: TrainingConfiguration, script: Path) -> int:
         plot, runs = shlex.quote(str(_near(script.with_name("plot.py")))), shlex.quote(str(folder))
         print(f"curves: python {plot} {runs}/seed_*[0-9] --output {shlex.quote(f'{folder}-curves')}")
     return 1 if failures else 0
-
-
-def _check(config: TrainingConfiguration) -> None:
-    """Says what every run would say, once, and before there is a folder."""
-    choose_device(config.device)
-    _, environment = checked_environment(config, num_envs=1)
-    environment.close()
 
 
 def _near(path: Path) -> Path:
