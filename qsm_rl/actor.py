@@ -34,8 +34,6 @@ __all__ = ["DiffusionActor"]
 NETWORK, BOX, SCHEDULE = "module.score_network.network.", "module.box.", "module.noise_schedule."
 NORM = "observation_norm."
 
-EXAMPLES = {"noise_schedule": "NoiseSchedule.cosine(10)", "sampler": "DDPMSampler()"}
-
 
 class DiffusionActor(TensorDictModule):
     """A diffusion policy: turns Gaussian noise into an action by the reverse chain of a learned noise prediction.
@@ -86,13 +84,16 @@ class DiffusionActor(TensorDictModule):
         in_keys: Sequence[NestedKey] = ("observation",),
         out_keys: Sequence[NestedKey] = ("action",),
     ) -> None:
-        in_keys, out_keys = (_list_of_keys(name, keys) for name, keys in (("in_keys", in_keys), ("out_keys", out_keys)))
+        in_keys, out_keys = _list_of_keys("in_keys", in_keys), _list_of_keys("out_keys", out_keys)
         if len(out_keys) != 1:
             raise ValueError(f"out_keys must name one entry, the action, got {out_keys!r}.")
         sampler = DDPMSampler() if sampler is None else sampler
-        for name, given, needed in (("noise_schedule", noise_schedule, "betas"), ("sampler", sampler, "steps")):
+        for name, given, needed, example in (
+            ("noise_schedule", noise_schedule, "betas", "NoiseSchedule.cosine(10)"),
+            ("sampler", sampler, "steps", "DDPMSampler()"),
+        ):
             if isinstance(given, type) or not hasattr(given, needed):
-                raise TypeError(f"{name} must be an object such as {EXAMPLES[name]}, got {given!r}.")
+                raise TypeError(f"{name} must be an object such as {example}, got {given!r}.")
         box = ActionBox.from_spec(action_spec)
         action_dim = getattr(score_network, "action_dim", box.action_dim)
         if action_dim != box.action_dim:

@@ -22,7 +22,7 @@ from qsm_rl.noise_schedule import NoiseSchedule
 
 __all__ = ["DDIMSampler", "DDPMSampler", "ReverseChain", "ReverseStep", "Sampler"]
 
-Clip = Literal["sample", "clean"] | None
+Clip = Literal["sample", "clean", None]
 
 
 class ReverseStep(NamedTuple):
@@ -67,9 +67,8 @@ class Sampler:
     clip: Clip
 
     def __post_init__(self) -> None:
-        choices = (*get_args(get_args(Clip)[0]), None)
-        if self.clip not in choices:
-            raise ValueError(f"clip must be one of {choices}, got {self.clip!r}.")
+        if self.clip not in get_args(Clip):
+            raise ValueError(f"clip must be one of {get_args(Clip)}, got {self.clip!r}.")
 
     def steps(self, noise_schedule: NoiseSchedule) -> list[ReverseStep]:
         """The reverse steps in order of use, from the most to the least noise."""

@@ -34,9 +34,9 @@ from qsm_rl import (
     ScoreTarget,
 )
 from qsm_rl.atomic_files import write_csv_atomically
+from qsm_rl.samplers import Clip
 from qsm_rl.training import accelerated
 
-Clip = Literal["sample", "clean"] | None
 Precision = Literal["float32", "bfloat16"]
 
 WEIGHTS = torch.tensor([0.4, 0.3, 0.2, 0.1])

@@ -30,7 +30,7 @@ PARTICLES = (bandit.PARTICLES, 512)
 UPDATES = 3_000
 KEY = ("target", "schedule", "num_steps", "action_dim", "particles", "updates", "seed")
 COLUMNS = (*KEY, "clip", "energy_distance", "mode_weights", "mean_q", "ess_least", "ess_most", "seconds")
-CLIPS: tuple[bandit.Clip, ...] = ("clean", "sample", None)
+CLIPS = ("clean", "sample", None)
 
 
 def cells(seeds: int) -> Iterator[dict[str, str]]:
