@@ -1,23 +1,26 @@
-"""Going on with a run: what it is known by, and its checkpoint put back into it."""
+"""Going on with a run: what it is known by, whether there is anything to go on with, and its checkpoint put back."""
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from typing import Any
 
 from torchrl.envs import EnvBase
 
 from qsm_rl.comparison import first_difference, first_non_finite
-from qsm_rl.training.configuration.command_line import NOT_SAVED
+from qsm_rl.training.configuration.command_line import CONFIGURATION_FILE, NOT_SAVED
 from qsm_rl.training.configuration.training_configuration import TrainingConfiguration, capped_warmup
 from qsm_rl.training.data.frames import FramesDataset
 from qsm_rl.training.data.replay import ReplayArchive
 from qsm_rl.training.errors import UserError
 from qsm_rl.training.ranks import rank
+from qsm_rl.training.runs.loggers import read_metrics
 from qsm_rl.training.runs.module import OffPolicyModule
+from qsm_rl.training.runs.run_folder import RunFolder
 
-__all__ = ["check_identity", "restore_checkpoint", "run_identity"]
+__all__ = ["check_identity", "check_never_stored", "check_unfinished", "restore_checkpoint", "run_identity"]
 
 # Settings that may be edited in the config.yaml of a run: they do not enter what it learns.
 FREE = (
@@ -75,6 +78,55 @@ def check_identity(state: dict[str, Any], identity: dict[str, Any], folder: obje
             f"the checkpoint at frame {state['frames']:,} does not fit this run, {cause}: {rest} in the checkpoint. "
             "Put that back, or start a new run."
         )
+
+
+def check_never_stored(config: TrainingConfiguration, folder: RunFolder) -> None:
+    """Refuses to begin a run anew that has had checkpoints: its log and its actor would be lost.
+
+    Args:
+        config: the run's settings.
+        folder: its folder, in which there is no checkpoint.
+
+    Raises:
+        UserError: naming how far its log reaches.
+    """
+    columns = read_metrics(folder.metrics) if folder.metrics.exists() else {}
+    last = max(columns.get("frames", []), default=0)
+    evaluated = not math.isnan((columns.get("eval/return_mean") or [math.nan])[-1])
+    ended = bool(folder.published) and last >= config.total_frames and evaluated
+    # Rows of the frame of the first checkpoint are written before it, so a killed process may leave them. It comes with
+    # the end of a batch.
+    batch = config.frames_per_batch * config.devices
+    if ended or last > batch * math.ceil(config.checkpoint_every / batch):
+        raise UserError(
+            f"{folder.path} has a log up to frame {last:,.0f} and no checkpoint to go on from; put its checkpoints "
+            f"back, or start a new run with --config {folder.path / CONFIGURATION_FILE} and another --run_dir."
+        )
+
+
+def check_unfinished(config: TrainingConfiguration, folder: RunFolder, first_frame: int) -> None:
+    """Refuses to go on with a run that has all its frames and its actor, or has reached its return.
+
+    A run that was killed before it published its actor does that. What lies beyond the last checkpoint does not count.
+
+    Args:
+        config: the run's settings.
+        folder: its folder.
+        first_frame: where it would continue.
+
+    Raises:
+        UserError: naming the frame or the evaluation.
+    """
+    if first_frame >= config.total_frames and folder.published:
+        raise UserError(f"the run is finished at frame {first_frame:,}; give a larger --total_frames to go on.")
+    columns = read_metrics(folder.metrics) if folder.metrics.exists() else {}
+    target = math.inf if config.stop_at_return is None else config.stop_at_return
+    for frame, value in zip(columns.get("frames", []), columns.get("eval/return_mean", []), strict=False):
+        if frame <= first_frame and value >= target:
+            raise UserError(
+                f"the run is finished: its evaluation at frame {frame:,.0f} gave {value:.1f}, at least "
+                f"--stop_at_return {target:g}; raise that or give --stop_at_return null to go on."
+            )
 
 
 def manifests_of_ranks(state: dict[str, Any]) -> list[dict[str, Any]]:

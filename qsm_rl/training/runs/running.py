@@ -1,4 +1,4 @@
-"""What every recipe does around its algorithm: say what will run, log it, watch over it, and say how it went."""
+"""What a run says of itself, and what watches over it: summary, loggers, callbacks, and how it went."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from qsm_rl.training.configuration.command_line import CONFIGURATION_FILE, saved
 from qsm_rl.training.configuration.training_configuration import TrainingConfiguration, capped_warmup
 from qsm_rl.training.data.frames import FramesDataset
 from qsm_rl.training.data.replay import ReplayArchive
-from qsm_rl.training.errors import UserError
 from qsm_rl.training.ranks import rank
 from qsm_rl.training.runs.callbacks import (
     CheckpointWriter,
@@ -31,15 +30,13 @@ from qsm_rl.training.runs.callbacks import (
     StopAtReturn,
     StopSignals,
 )
-from qsm_rl.training.runs.loggers import MetricsTable, chosen_logger, read_metrics
+from qsm_rl.training.runs.loggers import MetricsTable, chosen_logger
 from qsm_rl.training.runs.module import OffPolicyModule
 from qsm_rl.training.runs.progress import Progress
 from qsm_rl.training.runs.resuming import run_identity
 from qsm_rl.training.runs.run_folder import RunFolder
 
 __all__ = [
-    "check_never_stored",
-    "check_unfinished",
     "finish_run",
     "make_callbacks",
     "make_loggers",
@@ -106,55 +103,6 @@ def print_summary(
         print(begun if first_frame else "there is no checkpoint yet, so the run begins anew", flush=True)
     else:
         print("stop with Ctrl-C at any time; the run can be resumed", flush=True)
-
-
-def check_never_stored(config: TrainingConfiguration, folder: RunFolder) -> None:
-    """Refuses to begin a run anew that has had checkpoints: its log and its actor would be lost.
-
-    Args:
-        config: the run's settings.
-        folder: its folder, in which there is no checkpoint.
-
-    Raises:
-        UserError: naming how far its log reaches.
-    """
-    columns = read_metrics(folder.metrics) if folder.metrics.exists() else {}
-    last = max(columns.get("frames", []), default=0)
-    evaluated = not math.isnan((columns.get("eval/return_mean") or [math.nan])[-1])
-    ended = bool(folder.published) and last >= config.total_frames and evaluated
-    # Rows of the frame of the first checkpoint are written before it, so a killed process may leave them. It comes with
-    # the end of a batch.
-    batch = config.frames_per_batch * config.devices
-    if ended or last > batch * math.ceil(config.checkpoint_every / batch):
-        raise UserError(
-            f"{folder.path} has a log up to frame {last:,.0f} and no checkpoint to go on from; put its checkpoints "
-            f"back, or start a new run with --config {folder.path / CONFIGURATION_FILE} and another --run_dir."
-        )
-
-
-def check_unfinished(config: TrainingConfiguration, folder: RunFolder, first_frame: int) -> None:
-    """Refuses to go on with a run that has all its frames and its actor, or has reached its return.
-
-    A run that was killed before it published its actor does that. What lies beyond the last checkpoint does not count.
-
-    Args:
-        config: the run's settings.
-        folder: its folder.
-        first_frame: where it would continue.
-
-    Raises:
-        UserError: naming the frame or the evaluation.
-    """
-    if first_frame >= config.total_frames and folder.published:
-        raise UserError(f"the run is finished at frame {first_frame:,}; give a larger --total_frames to go on.")
-    columns = read_metrics(folder.metrics) if folder.metrics.exists() else {}
-    target = math.inf if config.stop_at_return is None else config.stop_at_return
-    for frame, value in zip(columns.get("frames", []), columns.get("eval/return_mean", []), strict=False):
-        if frame <= first_frame and value >= target:
-            raise UserError(
-                f"the run is finished: its evaluation at frame {frame:,.0f} gave {value:.1f}, at least "
-                f"--stop_at_return {target:g}; raise that or give --stop_at_return null to go on."
-            )
 
 
 def make_loggers(config: TrainingConfiguration, folder: RunFolder, *, first_frame: int = 0) -> list[Logger]:

@@ -38,11 +38,15 @@ from qsm_rl.training.runs.actor_files import publish_actor
 from qsm_rl.training.runs.loggers import check_logger
 from qsm_rl.training.runs.module import OffPolicyModule
 from qsm_rl.training.runs.preflight import check_space
-from qsm_rl.training.runs.resuming import check_identity, restore_checkpoint, run_identity
-from qsm_rl.training.runs.run_folder import RunFolder
-from qsm_rl.training.runs.running import (
+from qsm_rl.training.runs.resuming import (
+    check_identity,
     check_never_stored,
     check_unfinished,
+    restore_checkpoint,
+    run_identity,
+)
+from qsm_rl.training.runs.run_folder import RunFolder
+from qsm_rl.training.runs.running import (
     finish_run,
     make_callbacks,
     make_loggers,

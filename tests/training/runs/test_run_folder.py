@@ -14,7 +14,7 @@ from qsm_rl.training import (
     parse_configuration,
 )
 from qsm_rl.training.folders import in_use
-from qsm_rl.training.runs.running import check_never_stored
+from qsm_rl.training.runs.resuming import check_never_stored
 
 
 def parse(*arguments: str) -> QSMConfiguration:
