@@ -1,5 +1,6 @@
 """The Lightning training side, which all recipes share. Importing ``qsm_rl`` alone does not import it."""
 
+from qsm_rl.training.configuration.baseline_configuration import SACConfiguration, TD3Configuration
 from qsm_rl.training.configuration.command_line import parse_configuration
 from qsm_rl.training.configuration.diffusion_configuration import (
     DiffusionConfiguration,
@@ -51,9 +52,9 @@ from qsm_rl.training.updates.critic_networks import make_critics
 from qsm_rl.training.updates.diffusion_update import DiffusionUpdate
 from qsm_rl.training.updates.mlp_actors import DeterministicPolicy, TanhActor, TanhGaussianActor
 from qsm_rl.training.updates.qsm_update import QSMUpdate
-from qsm_rl.training.updates.sac_update import SACConfiguration, SACUpdate
+from qsm_rl.training.updates.sac_update import SACUpdate
 from qsm_rl.training.updates.stacked_update import StackedActor, StackedUpdate
-from qsm_rl.training.updates.td3_update import TD3Configuration, TD3Update
+from qsm_rl.training.updates.td3_update import TD3Update
 from qsm_rl.training.updates.update import Update, accelerated
 
 __all__ = [

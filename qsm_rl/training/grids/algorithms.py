@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from qsm_rl.training.configuration.baseline_configuration import SACConfiguration, TD3Configuration
 from qsm_rl.training.configuration.command_line import parse_configuration
 from qsm_rl.training.configuration.diffusion_configuration import DiffusionPGConfiguration, DiffusionQLConfiguration
 from qsm_rl.training.configuration.qsm_configuration import QSMConfiguration
@@ -13,8 +14,6 @@ from qsm_rl.training.configuration.training_configuration import TrainingConfigu
 from qsm_rl.training.environments.make_environment import make_environment
 from qsm_rl.training.errors import UserError, user_errors
 from qsm_rl.training.grids.grid import Cell
-from qsm_rl.training.updates.sac_update import SACConfiguration
-from qsm_rl.training.updates.td3_update import TD3Configuration
 
 __all__ = ["ALGORITHMS", "Algorithm", "check_cells"]
 

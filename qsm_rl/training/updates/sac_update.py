@@ -1,9 +1,6 @@
-"""One update of soft actor-critic, and what its recipe can be told."""
+"""One update of soft actor-critic."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from tensordict import TensorDictBase
@@ -12,42 +9,10 @@ from torch import Tensor
 from torch.optim import Adam, Optimizer
 from torchrl.objectives import SACLoss, SoftUpdate
 
-from qsm_rl.training.configuration.training_configuration import TrainingConfiguration
 from qsm_rl.training.updates.mlp_actors import DeterministicPolicy, TanhGaussianActor
 from qsm_rl.training.updates.update import Precision, Update, accelerated, gradient_step
 
-__all__ = ["SACConfiguration", "SACUpdate"]
-
-
-@dataclass(kw_only=True)
-class SACConfiguration(TrainingConfiguration):
-    """Settings of soft actor-critic."""
-
-    compile: bool | Literal["auto"] = False
-    """Whether the update is compiled. TorchRL's loss of this algorithm is then compiled anew more often than pays."""
-
-    num_critics: int = 2
-    """Critics of the ensemble, of which the minimum is taken. More are warier and cost time in proportion; usual range
-    2 to 10."""
-
-    entropy_temperature: float | None = None
-    """Weight of the policy's entropy, in units of Q; null tunes it towards target_entropy, beginning at 1. More keeps
-    the policy wider; usual range 0.01 to 1."""
-
-    target_entropy: float | None = None
-    """Entropy that the tuning aims at, in box units (where uniform actions have 0.69 for each number of the action);
-    null takes minus the number of actuators. Higher keeps the policy wider."""
-
-    def __post_init__(self) -> None:
-        """Checks every field.
-
-        Raises:
-            UserError: naming the field, its value and what was expected.
-        """
-        super().__post_init__()
-        self._check("num_critics", self.num_critics >= 1, "at least 1")
-        temperature = self.entropy_temperature
-        self._check("entropy_temperature", temperature is None or temperature > 0, "null or above 0")
+__all__ = ["SACUpdate"]
 
 
 class SACUpdate(Update):

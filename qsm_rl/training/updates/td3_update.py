@@ -1,54 +1,16 @@
-"""One update of TD3, and what its recipe can be told."""
+"""One update of TD3."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import Literal
 
 from tensordict import TensorDictBase
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 from torchrl.objectives import SoftUpdate, TD3Loss
 
-from qsm_rl.training.configuration.training_configuration import TrainingConfiguration
 from qsm_rl.training.updates.mlp_actors import TanhActor
 from qsm_rl.training.updates.update import Precision, Update, accelerated, gradient_step
 
-__all__ = ["TD3Configuration", "TD3Update"]
-
-
-@dataclass(kw_only=True)
-class TD3Configuration(TrainingConfiguration):
-    """Settings of TD3. Noise is in box units: 1 is half the range of the action."""
-
-    compile: bool | Literal["auto"] = False
-    """Whether the update is compiled. TorchRL's loss of this algorithm is then compiled anew more often than pays."""
-
-    exploration_noise_std: float = 0.1
-    """Gaussian noise added to actions while collecting, in units of half the action range, then clipped. More explores
-    wider; usual range 0.05 to 0.3."""
-
-    target_action_noise_std: float = 0.2
-    """Gaussian noise added to the next action of the TD target, in units of half the action range, then clipped. More
-    smooths Q over actions; usual range 0 to 0.3."""
-
-    target_action_noise_clip: float = 0.5
-    """Largest size of that noise, in the same units."""
-
-    policy_delay: int = 2
-    """Updates of the critics for each update of the actor and the target networks. More lets the critics settle; usual
-    range 1 to 4."""
-
-    def __post_init__(self) -> None:
-        """Checks every field.
-
-        Raises:
-            UserError: naming the field, its value and what was expected.
-        """
-        super().__post_init__()
-        for name in ("exploration_noise_std", "target_action_noise_std", "target_action_noise_clip"):
-            self._check(name, getattr(self, name) >= 0, "0 or more")
-        self._check("policy_delay", self.policy_delay >= 1, "at least 1")
+__all__ = ["TD3Update"]
 
 
 class TD3Update(Update):
