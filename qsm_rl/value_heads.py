@@ -9,23 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ScalarHead", "TwoHotHead", "ValueHead", "return_bound", "symexp", "symlog", "two_hot"]
-
-
-def symlog(values: Tensor) -> Tensor:
-    """``sign(x) log(1 + abs(x))``: a logarithm for both signs, the identity near 0.
-
-    Hafner et al. 2023, arXiv 2301.04104, equation 9.
-
-    Examples:
-        >>> symlog(torch.tensor([-1.0, 0.0, 1.0]) * (math.e - 1))
-        tensor([-1.,  0.,  1.])
-    """
-    return values.sign() * values.abs().log1p()
+__all__ = ["ScalarHead", "TwoHotHead", "ValueHead", "return_bound", "symexp", "two_hot"]
 
 
 def symexp(values: Tensor) -> Tensor:
-    """``sign(x) (exp(abs(x)) - 1)``, the inverse of ``symlog``.
+    """``sign(x) (exp(abs(x)) - 1)``, the inverse of symlog, ``sign(x) log(1 + abs(x))``; the identity near 0.
+
+    Hafner et al. 2023, arXiv 2301.04104, equation 9.
 
     Examples:
         >>> symexp(torch.tensor([-1.0, 0.0, 1.0]))
@@ -223,7 +213,7 @@ class TwoHotHead(ValueHead, nn.Module):
         """The points z, shape ``(num_bins,)``."""
         if not self.symlog:
             return torch.linspace(self.low, self.high, self.num_bins, dtype=dtype, device=device)
-        low, high = (math.copysign(math.log1p(abs(end)), end) for end in (self.low, self.high))
+        low, high = (math.copysign(math.log1p(abs(end)), end) for end in (self.low, self.high))  # symlog
         return symexp(torch.linspace(low, high, self.num_bins, dtype=dtype, device=device))
 
     def initial_outputs(self) -> Tensor:
