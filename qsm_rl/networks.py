@@ -1,4 +1,4 @@
-"""Score networks: what predicts the noise in an action."""
+"""Score networks, which predict the noise in an action, and the layers that they share with the critics."""
 
 from __future__ import annotations
 

@@ -10,8 +10,8 @@ from qsm_rl.training.configuration.diffusion_configuration import DiffusionConfi
 
 __all__ = ["PRESETS", "QSMConfiguration"]
 
-# The fields' own defaults are the preset `default`. `paper` says where the authors' settings differ; what neither names
-# is the same in both. Read in the official code, settings of the environment included.
+# The fields' own defaults are the preset `default`. `paper` names the authors' settings whether or not they differ, so
+# that it stays as it is when a default changes. Read in the official code, settings of the environment included.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {
