@@ -88,6 +88,17 @@ def test_every_api_entry_exists():
         assert path in MODULES or hasattr(importlib.import_module(module), name), f"{path} does not exist"
 
 
+def test_every_formula_is_where_the_description_says():
+    page = (DOCS / "explanation" / "how-the-kit-is-built.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| .* \| (`.+\.py`) \| (.+) \|$", page.partition("## Where each formula is")[2], flags=re.M)
+    assert len(rows) > 10
+    for files, functions in rows:
+        text = "".join((ROOT / "qsm_rl" / file).read_text(encoding="utf-8") for file in re.findall(r"`(.+?)`", files))
+        for name in re.findall(r"`([\w.]+)`", functions):
+            for part in name.split("."):
+                assert re.search(rf"(def|class) {part}\b", text), f"{files}: {name}"
+
+
 def test_every_page_stands_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
     listed = Counter(re.findall(r"([\w/.-]+\.md)$", navigation, flags=re.M))

@@ -147,6 +147,12 @@ def test_every_part_has_a_rank():
     assert not unknown, f"give these parts of qsm_rl their place in RANKS: {sorted(unknown)}"
 
 
+def test_the_description_of_the_rooms_names_every_part():
+    page = (ROOT / "docs" / "explanation" / "how-the-kit-is-built.md").read_text()
+    rows = re.findall(r"^\| (`.+?) \|", page.partition("## The rooms")[2].partition("\n## ")[0], flags=re.M)
+    assert sorted(re.findall(r"`(\w+)`", " ".join(rows))) == sorted({*RANKS, *TRAINING_RANKS})
+
+
 @pytest.mark.parametrize("path", PACKAGE_FILES, ids=module_name)
 def test_nothing_imports_upward(path: Path):
     part = part_of(module_name(path))
