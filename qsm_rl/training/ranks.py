@@ -19,10 +19,7 @@ __all__ = [
     "gather_objects",
     "gather_rows",
     "rank",
-    "run_folder_of_rank_zero",
 ]
-
-RUN_FOLDER = "QSM_RL_RUN_FOLDER"
 
 
 def rank() -> int:
@@ -32,17 +29,6 @@ def rank() -> int:
     they are connected.
     """
     return int(os.environ.get("LOCAL_RANK", 0))
-
-
-def run_folder_of_rank_zero(path: str | None = None) -> str:
-    """The run's folder, which rank 0 has made and the processes that it starts join.
-
-    Args:
-        path: given by rank 0, to be remembered for the others.
-    """
-    if path is not None:
-        os.environ[RUN_FOLDER] = path
-    return os.environ[RUN_FOLDER]
 
 
 def average_gradients(parameters: Iterable[Tensor]) -> None:

@@ -14,14 +14,18 @@ from qsm_rl.training.configuration.command_line import CONFIGURATION_FILE, saved
 from qsm_rl.training.configuration.training_configuration import TrainingConfiguration, capped_warmup
 from qsm_rl.training.errors import UserError
 from qsm_rl.training.folders import take_lock
-from qsm_rl.training.ranks import rank, run_folder_of_rank_zero
+from qsm_rl.training.ranks import rank
 from qsm_rl.training.runs.loggers import RUN_ID
 from qsm_rl.version import __version__
 
 __all__ = ["RunFolder"]
 
+FOLDER_OF_RANK_0 = (
+    "QSM_RL_RUN_FOLDER"  # an environment variable, by which the processes that rank 0 starts join its folder
+)
 
-@dataclass(frozen=True)
+
+@dataclass
 class RunFolder:
     """Paths inside the folder of a run.
 
@@ -51,7 +55,7 @@ class RunFolder:
                 symbolic links in place of its files.
         """
         if rank() > 0:
-            return cls(Path(run_folder_of_rank_zero()), recipe, resumed=configuration.resume is not None)
+            return cls(Path(os.environ[FOLDER_OF_RANK_0]), recipe, resumed=configuration.resume is not None)
         if configuration.resume is not None:
             folder = cls(Path(configuration.resume), recipe, resumed=True)
             folder._refuse_links()
@@ -147,6 +151,6 @@ class RunFolder:
         if not take_lock(file, path):
             file.close()
             raise UserError(f"{self.path} is in use by another process; stop that run first.")
-        object.__setattr__(self, "_lock", file)
-        run_folder_of_rank_zero(str(self.path))
+        self._lock = file
+        os.environ[FOLDER_OF_RANK_0] = str(self.path)
         return self
