@@ -74,7 +74,7 @@ def network_settings(network: nn.Module) -> dict[str, Any]:
     Raises:
         ValueError: if it is not exactly a ``ScoreMLP``.
     """
-    if not isinstance(network, ScoreMLP) or type(network) is not ScoreMLP:
+    if type(network) is not ScoreMLP:
         raise ValueError(
             f"the score network is a {type(network).__name__}; only a qsm_rl.ScoreMLP can be built anew from a "
             "configuration. Save state_dict() of yours and build it in code."

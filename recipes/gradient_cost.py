@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,9 +42,9 @@ from qsm_rl.atomic_files import write_csv_atomically
 
 OBSERVATION, ACTION = 24, 6
 LOSSES = {
-    "qsm": ("Q-score matching", lambda *networks: QScoreMatchingLoss(*networks)),
-    "diffusion-ql": ("Diffusion-QL", lambda *networks: DiffusionQLLoss(*networks, bc_weight=0.0, delay_actor=False)),
-    "diffusion-pg": ("policy gradient, 4 chains", lambda *networks: DiffusionPolicyGradientLoss(*networks)),
+    "qsm": ("Q-score matching", QScoreMatchingLoss),
+    "diffusion-ql": ("Diffusion-QL", partial(DiffusionQLLoss, bc_weight=0.0, delay_actor=False)),
+    "diffusion-pg": ("policy gradient, 4 chains", DiffusionPolicyGradientLoss),
 }
 
 

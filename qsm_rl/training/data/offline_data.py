@@ -179,7 +179,4 @@ def _checked(name: str, found: TensorDictBase, environment: EnvBase) -> TensorDi
             f"--dataset {name} does not fit the environment: its largest action is {beyond:.3g} times the bound."
         )
     entries["action"] = entries["action"].clamp(low, high)
-    out = TensorDict({}, [len(entries["action"])])
-    for key, value in entries.items():
-        out[key] = value
-    return out
+    return TensorDict(entries, [len(entries["action"])])

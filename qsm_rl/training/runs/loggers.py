@@ -132,7 +132,8 @@ def chosen_logger(choice: dict[str, Any], folder: Path, settings: dict[str, Any]
     module, _, name = choice["class_path"].rpartition(".")
     logger_class = getattr(importlib.import_module(module), name)
     service, id_file = SERVICES.get(choice["class_path"]), folder / RUN_ID
-    arguments: dict[str, Any] = {"save_dir": folder} if takes_save_dir(logger_class) else {}
+    has_files = "save_dir" in inspect.signature(logger_class).parameters
+    arguments: dict[str, Any] = {"save_dir": folder} if has_files else {}
     if service is not None:
         arguments[service.name_argument] = folder.name
         if id_file.exists():
@@ -147,11 +148,6 @@ def chosen_logger(choice: dict[str, Any], folder: Path, settings: dict[str, Any]
     if service is not None:
         write_atomically(id_file, lambda temporary: temporary.write_text(f"{version}\n", encoding="utf-8"))
     return logger
-
-
-def takes_save_dir(logger_class: type[Logger]) -> bool:
-    """Whether a logger says by its argument ``save_dir`` where its files go."""
-    return "save_dir" in inspect.signature(logger_class).parameters
 
 
 def read_metrics(path: Path) -> dict[str, list[float]]:

@@ -65,6 +65,7 @@ class Network(nn.Module):
         statistics: tuple[Tensor, Tensor] | None,
     ) -> None:
         super().__init__()
+        self.observation_dim, self.hidden_dims = observation_dim, list(hidden_dims)
         self.mlp = mlp(observation_dim, hidden_dims, output_dim, nn.ReLU)
         for name, value in zip(("mean", "variance"), statistics or (None, None), strict=True):
             self.register_buffer(name, value)
@@ -120,11 +121,10 @@ class MLPActor:
 
     def normalized(self, mean: Tensor, variance: Tensor) -> Self:
         """A copy on the CPU that takes observations as they come and normalises them by fixed statistics, ``(O,)``."""
-        layers = [layer for layer in self.network.mlp if isinstance(layer, nn.Linear)]
-        widths = [layer.out_features for layer in layers[:-1]]
-        spec = Bounded(self.box.low.cpu(), self.box.high.cpu())
-        copy = type(self)(layers[0].in_features, spec, widths, statistics=(mean.cpu(), variance.cpu()))
-        copy.network.mlp.load_state_dict(self.network.mlp.state_dict())
+        network, spec = self.network, Bounded(self.box.low.cpu(), self.box.high.cpu())
+        statistics = (mean.cpu(), variance.cpu())
+        copy = type(self)(network.observation_dim, spec, network.hidden_dims, statistics=statistics)
+        copy.network.mlp.load_state_dict(network.mlp.state_dict())
         return copy
 
     def save_pretrained(self, folder: Path | str, about: Mapping[str, Any] | None = None) -> None:
@@ -134,11 +134,10 @@ class MLPActor:
             folder: made when missing; files of an earlier call are replaced.
             about: plain values kept in config.json beside the settings.
         """
-        layers = [layer for layer in self.network.mlp if isinstance(layer, nn.Linear)]
         config = {
             "actor": type(self).__name__,
-            "observation_dim": layers[0].in_features,
-            "hidden_dims": [layer.out_features for layer in layers[:-1]],
+            "observation_dim": self.network.observation_dim,
+            "hidden_dims": self.network.hidden_dims,
             "normalize_observation": self.network.mean is not None,
         }
         state = {name: value for name, value in self.network.state_dict().items() if not name.startswith(BOX)}
