@@ -11,7 +11,7 @@ from qsm_rl.training.configuration.diffusion_configuration import (
 from qsm_rl.training.configuration.hardware import choose_arithmetic, choose_device, limit_threads, set_products
 from qsm_rl.training.configuration.offline_configuration import OfflineQSMConfiguration
 from qsm_rl.training.configuration.qsm_configuration import PRESETS, QSMConfiguration
-from qsm_rl.training.configuration.training_configuration import TrainingConfiguration, capped_warmup
+from qsm_rl.training.configuration.training_configuration import TrainingConfiguration
 from qsm_rl.training.data.checkpoints import CheckpointFolder
 from qsm_rl.training.data.collection import make_collector
 from qsm_rl.training.data.frames import FramesDataset
@@ -99,7 +99,6 @@ __all__ = [
     "WorkerCollector",
     "accelerated",
     "add_grid_arguments",
-    "capped_warmup",
     "check_cells",
     "check_filming",
     "check_registered",

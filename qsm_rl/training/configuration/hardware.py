@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from qsm_rl.training.configuration.training_configuration import TrainingConfiguration, capped_warmup
+from qsm_rl.training.configuration.training_configuration import TrainingConfiguration
 from qsm_rl.training.errors import UserError
 
 __all__ = ["available_cores", "choose_arithmetic", "choose_device", "limit_threads", "set_products"]
@@ -85,8 +85,7 @@ def choose_arithmetic(config: Configuration, device: torch.device) -> Configurat
     """
     compile_update = config.compile
     if compile_update == "auto":
-        warmup_frames = capped_warmup(config.warmup_frames, config.total_frames)
-        updates = (config.total_frames - warmup_frames) * config.updates_per_frame
+        updates = (config.total_frames - config.capped_warmup) * config.updates_per_frame
         compile_update = config.seeds == 1 and device.type != "mps" and updates >= UPDATES_WORTH_COMPILING
     if compile_update and (reason := _cannot_compile(device)):
         print(f"the update is not compiled, which takes about twice as long: {reason}", file=sys.stderr)

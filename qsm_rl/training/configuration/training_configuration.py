@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from qsm_rl.training.errors import UserError
 
-__all__ = ["TrainingConfiguration", "capped_warmup"]
+__all__ = ["TrainingConfiguration"]
 
 COUNTS = (
     *("total_frames", "eval_every", "eval_episodes", "checkpoint_every", "log_every"),
@@ -205,6 +205,16 @@ class TrainingConfiguration:
             "device", re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device) is not None, "auto, cpu, cuda or cuda:N"
         )
 
+    @property
+    def capped_warmup(self) -> int:
+        """The warm-up of the run: at most a fifth of its frames, so that a short run learns something too.
+
+        Examples:
+            >>> TrainingConfiguration(warmup_frames=10_000, total_frames=2_000).capped_warmup
+            400
+        """
+        return min(self.warmup_frames, self.total_frames // 5)
+
     def _check_workers(self) -> None:
         workers = self.num_workers
         self._check("num_workers", workers >= 0, "0 or more")
@@ -237,20 +247,3 @@ class TrainingConfiguration:
     def _check(self, name: str, valid: bool, expected: str) -> None:
         if not valid:
             raise UserError(f"--{name} must be {expected}, got {getattr(self, name)!r}.")
-
-
-def capped_warmup(warmup_frames: int, total_frames: int) -> int:
-    """The warm-up of a run: at most a fifth of its frames, so that a short run learns something too.
-
-    Args:
-        warmup_frames: frames of random actions asked for.
-        total_frames: frames of the whole run.
-
-    Returns:
-        The smaller of ``warmup_frames`` and a fifth of ``total_frames``.
-
-    Examples:
-        >>> capped_warmup(10_000, 1_000_000), capped_warmup(10_000, 2_000)
-        (10000, 400)
-    """
-    return min(warmup_frames, total_frames // 5)

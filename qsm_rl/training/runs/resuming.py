@@ -11,7 +11,7 @@ from torchrl.envs import EnvBase
 
 from qsm_rl.comparison import first_difference, first_non_finite
 from qsm_rl.training.configuration.command_line import CONFIGURATION_FILE, NOT_SAVED
-from qsm_rl.training.configuration.training_configuration import TrainingConfiguration, capped_warmup
+from qsm_rl.training.configuration.training_configuration import TrainingConfiguration
 from qsm_rl.training.data.frames import FramesDataset
 from qsm_rl.training.data.replay import ReplayArchive
 from qsm_rl.training.errors import UserError
@@ -45,7 +45,7 @@ def run_identity(config: TrainingConfiguration, environment: EnvBase) -> dict[st
         environment: its environments.
     """
     settings = {name: value for name, value in asdict(config).items() if name not in (*NOT_SAVED, *FREE)}
-    settings["warmup_frames"] = capped_warmup(config.warmup_frames, config.total_frames)  # as config.yaml keeps it
+    settings["warmup_frames"] = config.capped_warmup  # as config.yaml keeps it
     spec = environment.action_spec_unbatched
     return {
         "settings": json.loads(

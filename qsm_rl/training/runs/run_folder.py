@@ -11,7 +11,7 @@ from typing import TextIO
 
 from qsm_rl.atomic_files import sweep_temporaries
 from qsm_rl.training.configuration.command_line import CONFIGURATION_FILE, saved_text
-from qsm_rl.training.configuration.training_configuration import TrainingConfiguration, capped_warmup
+from qsm_rl.training.configuration.training_configuration import TrainingConfiguration
 from qsm_rl.training.errors import UserError
 from qsm_rl.training.folders import take_lock
 from qsm_rl.training.ranks import rank
@@ -73,11 +73,11 @@ class RunFolder:
             if any(path.iterdir()):
                 raise UserError(f"{path} is not empty; choose a new folder as --run_dir.")
             # The warm-up that the run really has: more total_frames on resuming must not move its end.
-            warmup = capped_warmup(configuration.warmup_frames, configuration.total_frames)
+            settings = replace(configuration, warmup_frames=configuration.capped_warmup)
             with (path / CONFIGURATION_FILE).open("x", encoding="utf-8") as file:
                 file.write(f"# python recipes/{recipe}.py --config {CONFIGURATION_FILE}\n")
                 file.write(f"# written by qsm_rl {__version__}\n")
-                file.write(saved_text(replace(configuration, warmup_frames=warmup)))
+                file.write(saved_text(settings))
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:

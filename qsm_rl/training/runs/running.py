@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torchrl.envs import EnvBase
 
 from qsm_rl.training.configuration.command_line import CONFIGURATION_FILE, saved_text
-from qsm_rl.training.configuration.training_configuration import TrainingConfiguration, capped_warmup
+from qsm_rl.training.configuration.training_configuration import TrainingConfiguration
 from qsm_rl.training.data.frames import FramesDataset
 from qsm_rl.training.data.replay import ReplayArchive
 from qsm_rl.training.ranks import rank
@@ -79,7 +79,6 @@ def print_summary(
     observation_dim = environment.observation_spec["observation"].shape[-1]
     action_dim = environment.action_spec.shape[-1]
     threads = torch.get_num_threads()
-    warmup = capped_warmup(config.warmup_frames, config.total_frames)
     print(
         f"{config.env}: observation {observation_dim}, action {action_dim}; preset {config.preset}, seed {config.seed}"
     )
@@ -88,7 +87,8 @@ def print_summary(
     plural = "s" if threads > 1 else ""
     print(f"device: {device}{ranks}, {threads} thread{plural}; updates in {config.precision}{compiled}")
     print(f"run folder: {folder.path}")
-    capped = f", a fifth of total_frames instead of {config.warmup_frames:,}" if warmup < config.warmup_frames else ""
+    warmup, asked = config.capped_warmup, config.warmup_frames
+    capped = f", a fifth of total_frames instead of {asked:,}" if warmup < asked else ""
     batch = config.frames_per_batch * config.devices
     last = first_frame + batch * math.ceil((config.total_frames - first_frame) / batch)
     rounded = f", rounded up to {last:,} by batches of {batch:,}" if last > config.total_frames else ""

@@ -17,7 +17,7 @@ from torchrl.data import Bounded, TensorDictReplayBuffer
 from torchrl.envs import EnvBase
 
 from qsm_rl.training.configuration.hardware import choose_arithmetic, choose_device, limit_threads, set_products
-from qsm_rl.training.configuration.training_configuration import TrainingConfiguration, capped_warmup
+from qsm_rl.training.configuration.training_configuration import TrainingConfiguration
 from qsm_rl.training.data.checkpoints import CheckpointFolder
 from qsm_rl.training.data.collection import check_workers, make_collector
 from qsm_rl.training.data.frames import FramesDataset
@@ -151,11 +151,6 @@ class TrainingRun(Generic[Configuration]):
         return self.checkpoint["frames"] if self.checkpoint else 0
 
     @property
-    def warmup_frames(self) -> int:
-        """Frames of random actions before the first update."""
-        return capped_warmup(self.config.warmup_frames, self.config.total_frames)
-
-    @property
     def action_spec(self) -> Bounded:
         """The actions of one environment, shape ``(A,)``."""
         return self.environment.action_spec_unbatched
@@ -212,7 +207,7 @@ class TrainingRun(Generic[Configuration]):
             self.make_environment,
             acting,
             self.device,
-            warmup_frames=max(0, -(-(self.warmup_frames - self.first_frame) // ranks)) * agents,
+            warmup_frames=max(0, -(-(config.capped_warmup - self.first_frame) // ranks)) * agents,
             cuda_graph=update.cuda_graph,
         )
         writer = TransitionWriter(replay, n_step=config.n_step, gamma=config.gamma, agents=agents > 1)
@@ -237,7 +232,7 @@ class TrainingRun(Generic[Configuration]):
                 update,
                 writer,
                 env=config.env,
-                warmup_frames=self.warmup_frames,
+                warmup_frames=config.capped_warmup,
                 updates_per_frame=config.updates_per_frame,
                 count=frames.count,
                 faults=folder.faults if rank() == 0 else folder.faults / f"rank-{rank()}",

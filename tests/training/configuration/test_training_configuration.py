@@ -6,7 +6,6 @@ from qsm_rl.training import (
     QSMConfiguration,
     TrainingConfiguration,
     UserError,
-    capped_warmup,
     parse_configuration,
 )
 
@@ -58,7 +57,7 @@ def test_bad_values_are_named_with_what_was_expected(arguments, words):
 
 @pytest.mark.parametrize(("asked", "total", "warmup"), [(10_000, 50_000, 10_000), (10_000, 49_999, 9_999), (10, 3, 0)])
 def test_warmup_is_at_most_a_fifth(asked, total, warmup):
-    assert capped_warmup(asked, total) == warmup
+    assert TrainingConfiguration(warmup_frames=asked, total_frames=total).capped_warmup == warmup
 
 
 @pytest.mark.parametrize(
