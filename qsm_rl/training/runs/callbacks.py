@@ -6,9 +6,8 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -208,18 +207,16 @@ class Evaluation(PeriodicCallback):
     ) -> EvaluationResult:
         # One seed for all ways of acting: what is evaluated beside the actor does not change the actor's result.
         seed = derived_seed(self.frames.seed, "evaluation", module.env_frames)
-        filmed = filmed and self.videos is not None
-        environment = self.make_environment(seed=seed, filmed=filmed)
+        videos = self.videos if filmed else None
+        environment = self.make_environment(seed=seed, filmed=videos is not None)
         copy_observation_statistics(self.frames.collector.env, environment)
         if module.device.type == "cuda":  # for one observation the chain's launches take longer
             policy = deepcopy(policy).cpu()
-        evaluate = partial(
-            evaluate_policy, environment, policy, episodes=self.episodes, seed=seed, deterministic=deterministic
-        )
-        if self.videos is None or not filmed:
-            return evaluate()
-        with Film(self.videos / f"frames-{module.env_frames:012d}.mp4", environment) as film:
-            return evaluate(film=film)
+        name = f"frames-{module.env_frames:012d}.mp4"
+        with Film(videos / name, environment) if videos is not None else nullcontext() as film:
+            return evaluate_policy(
+                environment, policy, episodes=self.episodes, seed=seed, deterministic=deterministic, film=film
+            )
 
 
 class StopAtReturn(Callback):
