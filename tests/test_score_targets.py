@@ -194,6 +194,19 @@ def test_truncated_normal_matches_its_moments_and_reaches_far_tails():
             assert (side * sample).min() > 0.9
 
 
+@pytest.mark.parametrize("deviations", [4.0, 9.0, 13.0, 30.0])
+def test_a_noised_action_far_outside_the_box_has_the_noise_of_its_nearest_face(deviations):
+    """A flat critic, and so many standard deviations of noise on the action 1; against a quadrature over the box."""
+    torch.manual_seed(0)
+    noisy, grid = 0.5**0.5 * (1 + deviations), torch.linspace(-1, 1, 200_001, dtype=torch.float64)
+    weight = torch.softmax(-((noisy - 0.5**0.5 * grid) ** 2), 0)
+    expected = (noisy - 0.5**0.5 * (weight * grid).sum().item()) / 0.5**0.5
+    target, _ = PosteriorQScore(1.0, 10_000)(
+        lambda a: torch.zeros(a.shape[:-1]), torch.tensor([[noisy]]), torch.tensor([0]), NoiseSchedule([0.5, 0.99])
+    )
+    assert target.item() == pytest.approx(expected, abs=0.005)
+
+
 def test_normalized_target_without_sigma_by_hand():
     """Gradients 2 and -4 have mean size 3; at temperature 0.5 the targets are -2/3/0.5 and 4/3/0.5 at every t."""
     schedule = NoiseSchedule.vp(5)

@@ -35,7 +35,7 @@ def truncated_normal(mean: Tensor, std: Tensor, uniform: Tensor) -> Tensor:
     side = torch.where(mean < 0, -1.0, 1.0).double()
     center = side * mean.double()
     std = std.double()
-    low, high = torch.special.ndtr((-1 - center) / std), torch.special.ndtr((1 - center) / std)
+    low, high = _normal_cdf((-1 - center) / std), _normal_cdf((1 - center) / std)
     quantile = torch.special.ndtri(low + (high - low) * uniform.double())
     # Beyond that the mass sits at the face of the box.
     sample = torch.nan_to_num(center + std * quantile, nan=1.0, posinf=1.0, neginf=1.0).clamp(-1, 1)
@@ -67,11 +67,16 @@ def log_mixture_weight(particles: Tensor, mean: Tensor, std: Tensor, uniform_fra
     log_normal = -(0.5 * z.square() + std.log() + 0.5 * math.log(2 * math.pi)).expand_as(particles).sum(-1)
     # Mirrored as in truncated_normal, so that the mass of a far box does not cancel.
     center, std = -mean.double().abs(), std.double()
-    mass = torch.special.ndtr((1 + center) / std) - torch.special.ndtr((center - 1) / std)
+    mass = _normal_cdf((1 + center) / std) - _normal_cdf((center - 1) / std)
     log_mass = mass.clamp_min(torch.finfo(torch.float64).tiny).log().expand_as(mean).sum(-1).to(particles.dtype)
     log_uniform = math.log(uniform_fraction) if uniform_fraction > 0 else -math.inf
     log_gaussian = math.log1p(-uniform_fraction) if uniform_fraction < 1 else -math.inf
     return -torch.logaddexp(log_uniform - action_dim * math.log(2) - log_normal, log_gaussian - log_mass)
+
+
+def _normal_cdf(x: Tensor) -> Tensor:
+    # torch.special.ndtr is (1 + erf) / 2, whose left tail is 0 from 8.3 standard deviations on.
+    return 0.5 * torch.special.erfc(x * -math.sqrt(0.5))
 
 
 def posterior_noise(
