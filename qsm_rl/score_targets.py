@@ -293,7 +293,9 @@ class PosteriorQScore(ScoreTarget):
         temperature = self.temperature
         if self.normalize:
             temperature = temperature * F.mean_absolute(q_values.std(0))
-        log_weights = q_values / temperature + F.log_mixture_weight(particles, mean, std, split / self.num_particles)
+        # Only differences of Q count; Q itself over a small temperature would swallow what the proposal's density adds.
+        log_weights = (q_values - q_values.amax(0)) / temperature
+        log_weights = log_weights + F.log_mixture_weight(particles, mean, std, split / self.num_particles)
         return particles, log_weights, temperature
 
     def _in_chunks(self, function: QValue, particles: Tensor) -> Tensor:

@@ -174,6 +174,18 @@ def test_normalized_posterior_ignores_the_scale_of_q():
     torch.testing.assert_close(values[0], values[1], rtol=1e-4, atol=1e-4)
 
 
+def test_posterior_target_of_a_flat_critic_is_that_of_uniform_actions_whatever_its_value():
+    """As critics with a value head are at first: their spread is 0, and with it the normalised temperature."""
+    schedule, noisy, t = NoiseSchedule.cosine(10), torch.full((3, 1), 0.7), torch.tensor([0, 5, 9])
+    exact = [exact_target(torch.zeros_like, noisy[0].double(), schedule.alphas_cumprod[index].item()) for index in t]
+    for value in (0.0, 5.0, 1e6):
+        torch.manual_seed(0)
+        target, _ = PosteriorQScore(0.1, 20_000, normalize=True)(
+            lambda a, value=value: torch.full(a.shape[:-1], value), noisy, t, schedule
+        )
+        torch.testing.assert_close(target.double(), torch.stack(exact).reshape(3, 1), atol=0.03, rtol=0)
+
+
 def test_truncated_normal_matches_its_moments_and_reaches_far_tails():
     torch.manual_seed(0)
     uniform = torch.rand(200_000)
