@@ -180,13 +180,16 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
 
         Raises:
             NotImplementedError: for another value estimator.
-            ValueError: if ``gamma`` or ``lmbda`` lies outside [0, 1].
+            ValueError: if ``gamma`` or ``lmbda`` lies outside [0, 1], or is 0 for TD1 or TDLambda, which are TD0 then.
         """
         for name in ("gamma", "lmbda"):
             if not 0 <= hyperparams.get(name, 0) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {hyperparams[name]!r}.")
         value_type, hyperparams = self._prepare_value_estimator_kwargs(value_type, **hyperparams)
         if value_type is not None:
+            several_steps = value_type in (ValueEstimators.TD1, ValueEstimators.TDLambda)
+            if several_steps and 0 in map(hyperparams.get, ("gamma", "lmbda")):
+                raise ValueError(f"{value_type.name} with a gamma or lmbda of 0 is TD0: take ValueEstimators.TD0.")
             dispatch_value_estimator(
                 self,
                 value_type,

@@ -595,6 +595,14 @@ def test_a_discount_outside_its_range_is_refused():
         loss.make_value_estimator(gamma=1.5)
     with pytest.raises(ValueError, match=r"lmbda must lie in \[0, 1\], got -0.1"):
         loss.make_value_estimator(ValueEstimators.TDLambda, lmbda=-0.1)
+    for kind, numbers in (
+        (ValueEstimators.TD1, {"gamma": 0.0}),
+        (ValueEstimators.TDLambda, {"gamma": 0.0}),
+        (ValueEstimators.TDLambda, {"lmbda": 0.0}),
+    ):  # TorchRL's convolution over time would fail at the first batch
+        with pytest.raises(ValueError, match="of 0 is TD0: take ValueEstimators"):
+            loss.make_value_estimator(kind, **numbers)
+    assert loss.make_value_estimator(gamma=0.0) is loss
 
 
 def test_an_unbounded_actor_and_a_foreign_one_are_refused():
