@@ -84,5 +84,5 @@ class TD3Update(Update):
         return {
             "q_value": self._info["pred_value"].mean(),
             "target_value": self._info["target_value"].mean(),
-            "td_error": self._info["td_error"].detach().sqrt().mean(),
+            "td_error": self._info["td_error"].detach().amax(0).sqrt().mean(),  # squares, a row for each critic
         }

@@ -89,6 +89,20 @@ def test_td3_moves_actor_and_targets_at_every_second_update_only():
     assert {"q_value", "target_value", "td_error"} == update.diagnostics().keys()
 
 
+@pytest.mark.parametrize("make_update", [sac, td3])
+def test_the_logged_td_error_is_that_of_the_critic_farther_off(make_update):
+    """With a discount of 0 the target is the reward: the mean over samples of the larger of two distances to it."""
+    update, batch = make_update(), bandit(lambda action: action)
+    network, errors = update.loss.qvalue_network, []
+    for params in update.loss.qvalue_network_params.data.unbind(0):
+        with params.to_module(network):
+            errors.append(
+                network(batch.select("observation", "action"))["state_action_value"] - batch["next", "reward"]
+            )
+    update(batch)
+    assert update.diagnostics()["td_error"].item() == pytest.approx(torch.stack(errors).abs().amax(0).mean().item())
+
+
 @pytest.mark.slow
 def test_td3_finds_the_best_action_of_a_bandit():
     update = td3()
