@@ -45,7 +45,8 @@ def nearest_neighbour_entropy(samples: Tensor, min_distance: float | None = None
     distances = (points.unsqueeze(-2) - points.unsqueeze(-3)).abs().amax(-1)
     itself = torch.eye(count, dtype=torch.bool, device=samples.device)
     nearest = distances.masked_fill(itself, math.inf).amin(-1, keepdim=True).clamp_min(floor)
-    sides = (points + nearest).clamp_max(1) - (points - nearest).clamp_min(-1)
+    # Not the difference of the cube's ends, in which a small distance would be rounded away.
+    sides = torch.minimum(nearest, 1 - points) + torch.minimum(nearest, 1 + points)
     harmonic = sum(1 / n for n in range(1, count))  # psi(N) - psi(1)
     return harmonic + sides.log().sum(-1).mean(-1)
 

@@ -34,6 +34,13 @@ def test_equal_samples_count_as_the_least_distance():
     torch.testing.assert_close(nearest_neighbour_entropy(samples), torch.full((3,), expected))
 
 
+@pytest.mark.parametrize(("count", "dtype"), [(1024, torch.float32), (8, torch.bfloat16)])
+def test_the_least_distance_is_not_rounded_away_beside_the_place(count, dtype):
+    samples = torch.full((count, 1), 0.9, dtype=dtype)
+    expected = sum(1 / n for n in range(1, count)) + math.log(2e-3 / count)
+    assert nearest_neighbour_entropy(samples).item() == pytest.approx(expected, abs=1e-3 if count == 1024 else 0.05)
+
+
 @pytest.mark.parametrize("shape", [(), (5,), (2, 3)])
 def test_each_law_of_a_batch_is_estimated_alone(shape):
     samples = torch.rand(6, *shape, 2)
