@@ -75,7 +75,7 @@ def run_seeds(config: TrainingConfiguration, script: Path) -> int:
         returns = ", ".join(f"{value:.1f}" for value in finished)
         try:
             _, low, high = mean_interval([[value] for value in finished])
-            interval = f"95 % interval {low:.1f} to {high:.1f}"
+            interval = f"95 % interval {low:.1f} to {high:.1f}" if len(finished) > 1 else "one seed"
         except UserError as error:  # rliable is an extra; the returns are there without it
             interval = f"no interval: {error}"
         print(f"last evaluation of {len(finished)} seeds: mean {fmean(finished):.1f}, {interval} ({returns})")

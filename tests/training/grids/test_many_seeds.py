@@ -57,6 +57,12 @@ def test_a_failed_seed_is_told_and_the_same_command_goes_on(tmp_path, script, ca
     assert {row["seed"] for row in rows(folder)} == {"3", "4", "5"}
 
 
+def test_one_seed_alone_has_no_interval(tmp_path, script, capsys):
+    (tmp_path / "fail").write_text("4")
+    assert run_seeds(replace(configuration(tmp_path / "runs", tau=0.25), seeds=2), script) == 1
+    assert "last evaluation of 1 seeds: mean 25.0, one seed (25.0)" in capsys.readouterr().out
+
+
 def test_a_folder_of_another_kind_is_refused(tmp_path, script):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "config.yaml").touch()
