@@ -141,7 +141,8 @@ class FourierTimeEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """Embeds timesteps ``(*B,)`` as ``(*B, num_features)``."""
-        angles = 2 * math.pi * t.to(self.frequencies.dtype).unsqueeze(-1) @ self.frequencies.mT
+        # No matrix product: autocast to bfloat16 would round angles from 64 on to multiples of 0.5.
+        angles = 2 * math.pi * t.to(self.frequencies.dtype).unsqueeze(-1) * self.frequencies.squeeze(-1)
         return torch.cat([angles.cos(), angles.sin()], -1)
 
 

@@ -36,6 +36,15 @@ def test_fourier_features_by_hand():
     torch.testing.assert_close(embedding(torch.tensor(1)), torch.tensor([0.0, -1.0, 1.0, 0.0]), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("embedding", [FourierTimeEmbedding(64), SinusoidalTimeEmbedding(64)])
+def test_time_features_are_those_of_float32_under_autocast(embedding):
+    """Updates run under autocast and acting does not: a timestep has to mean the same in both."""
+    timesteps = torch.arange(50)
+    with torch.autocast("cpu", torch.bfloat16):
+        features = embedding(timesteps)
+    torch.testing.assert_close(features, embedding(timesteps))
+
+
 def test_sinusoidal_features_by_hand():
     embedding = SinusoidalTimeEmbedding(4, max_period=100.0)
     expected = torch.tensor([2.0, 0.2])
