@@ -56,7 +56,7 @@ class SpreadTuner(nn.Module):
 
         Args:
             actions: samples of the policy in box units, shape ``(N, *B, A)``: N >= 2 for each observation. Few read
-                low: 0.90 of a Gaussian's standard deviation at N = 8, as the recipe has it, 0.57 at N = 2.
+                low: 0.90 of a Gaussian's standard deviation at N = 8, as the recipe has it, 0.56 at N = 2.
 
         Returns:
             The measured spread, shape ``()``.
