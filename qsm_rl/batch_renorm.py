@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from qsm_rl.float32_buffers import Float32Buffers
+
 __all__ = ["BatchRenorm"]
 
 
-class BatchRenorm(nn.Module):
+class BatchRenorm(Float32Buffers):
     r"""Normalises each feature over the batch, and ties the result to the running statistics.
 
     Ioffe 2017, "Batch Renormalization", arXiv 1702.03275, algorithm 1. In training ``y = ((x - mean) / std r + d)
@@ -19,7 +21,7 @@ class BatchRenorm(nn.Module):
     CrossQ's (Bhatt et al. 2024, arXiv 1902.05605 version 3).
 
     Statistics are computed in float32 or more, over all dimensions but the last. The running ones are buffers, changed
-    in place by each forward in training.
+    in place by each forward in training; they stay float32 under ``.to(torch.bfloat16)``, which would round 1 % away.
 
     Args:
         num_features: size of the last dimension.

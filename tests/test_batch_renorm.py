@@ -81,6 +81,16 @@ def test_all_leading_dimensions_are_the_batch():
     torch.testing.assert_close(shaped(x[0, 0]), flat(x.reshape(10, 3))[0])
 
 
+def test_running_statistics_in_bfloat16_arrive_where_the_batches_are():
+    """In bfloat16 a mean of 4 plus 1 % of its distance to 5 is 4 again."""
+    layer = BatchRenorm(1).to(torch.bfloat16)
+    for _ in range(1000):
+        layer(torch.tensor([[2.0], [8.0]], dtype=torch.bfloat16))
+    assert layer.running_mean.item() == pytest.approx(5, abs=0.01)
+    assert layer.running_var.item() == pytest.approx(18, abs=0.01)  # unbiased
+    assert layer.eval()(torch.tensor([[5.0]], dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
 def test_bfloat16_is_computed_in_float32():
     layer = BatchRenorm(2)
     x = (300 + torch.randn(64, 2)).bfloat16()

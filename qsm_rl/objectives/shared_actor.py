@@ -53,9 +53,15 @@ class SharedActorLoss(LossModule):
         # The discount above all: 0.999 in bfloat16 is 1.
         modules = [self] if self._value_estimator is None else [self, *self._value_estimator.modules()]
         own = [(module._buffers, name, value) for module in modules for name, value in module._buffers.items()]
+        # A batch moves a critic's running statistics by less than half precision can show.
+        ends = ("running_mean", "running_var")
+        statistics = [(buffer, buffer.data) for name, buffer in self.named_buffers() if name.endswith(ends)]
         super()._apply(fn)
         for buffer, data in constants:
             buffer.data = data.to(buffer.device)
+        for buffer, data in statistics:
+            if buffer.dtype.itemsize < 4:
+                buffer.data = data.to(buffer.device, torch.float32)
         for buffers, name, value in own:
             moved = buffers[name]
             if value is not None and moved is not None and moved.is_floating_point() and moved.dtype.itemsize < 4:

@@ -236,3 +236,17 @@ def test_the_joint_forward_compiles_as_one_graph():
         gradients = {n: p.grad.clone() for n, p in loss.named_parameters() if p.grad is not None}
         results.append((value.detach(), info, gradients, statistics(loss)))
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_loss_in_bfloat16_keeps_the_running_statistics_of_one_in_float32():
+    """In bfloat16 they would stop where a batch's share of the distance is less than a rounding."""
+    data = make_transitions((8,)).apply(lambda x: (10 + 0.1 * x).bfloat16() if x.is_floating_point() else x)
+    means = []
+    for dtype in (torch.float32, torch.bfloat16):
+        loss = make_loss().to(dtype)
+        for _ in range(100):
+            loss.qvalue_loss(data.apply(lambda x, dtype=dtype: x.to(dtype) if x.is_floating_point() else x))
+        means.append(statistics(loss)["module.body.0.running_mean"][:, :OBSERVATION_DIM])
+    assert means[1].dtype == torch.float32
+    torch.testing.assert_close(means[1], means[0])
+    loss.actor_loss(data)  # by these statistics
