@@ -48,7 +48,7 @@ def normalized_scores(cells: Sequence[rl.Cell], table: rl.CellTable) -> tuple[Sc
     """Last evaluations as scores, ``(seeds, environments)`` for each algorithm, of the environments that all finished.
 
     A dm_control return is divided by 1,000, the most there is; another by the highest mean over seeds of any of the
-    algorithms there, if that is above 0.
+    algorithms there. Where that is not above 0, as of returns that are costs, there is no such scale and no score.
     """
     finals = rl.final_rows(cells, table)
     algorithms = list(dict.fromkeys(cell.variant for cell in cells))
@@ -60,7 +60,9 @@ def normalized_scores(cells: Sequence[rl.Cell], table: rl.CellTable) -> tuple[Sc
         if any(len(returns.get(name, [])) < len(seeds) for name in algorithms):
             continue
         best = max(sum(values) / len(values) for values in returns.values())
-        scale = 1000.0 if env.startswith("dm_control/") else best if best > 0 else 1.0
+        scale = 1000.0 if env.startswith("dm_control/") else best
+        if scale <= 0:
+            continue
         envs.append(env)
         for name in algorithms:
             columns[name].append([value / scale for value in returns[name]])

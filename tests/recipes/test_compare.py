@@ -69,6 +69,17 @@ def test_results_of_finished_cells_and_what_is_missing(tmp_path, capsys):
     assert values["qsm-paper", "optimality gap"] == pytest.approx(0.75)
 
 
+def test_returns_that_are_costs_give_no_score(tmp_path, capsys):
+    """They would enter the aggregates beside scores of about 1 as hundreds below 0."""
+    costs = {(env, variant): [-300.0, -200.0] for env, variant in RETURNS if env == "InvertedPendulum-v5"}
+    gains = {("HalfCheetah-v5", variant): [4.0, 4.0] for _, variant in costs}
+    finish(tmp_path / "out", costs | gains, *GRID)
+    assert run(*GRID, "--output", tmp_path / "out", "--runs", tmp_path / "runs", "--dry_run") == 0
+    assert "intervals and profiles over HalfCheetah-v5\n" in capsys.readouterr().out
+    with (tmp_path / "out" / "intervals.csv").open() as file:
+        assert {float(row["value"]) for row in csv.DictReader(file) if row["aggregate"] == "mean"} == {1.0}
+
+
 def test_published_numbers_come_with_source_and_protocol_where_the_frames_compare(tmp_path):
     assert compare.published(["dm_control/walker-walk"], 4_000) == []
     (row,) = [row for row in compare.published(["dm_control/walker-walk"], 5_000) if row["curve"].startswith("QSM")]
