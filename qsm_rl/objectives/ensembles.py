@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from types import BuiltinFunctionType, FunctionType, NoneType
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -14,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchrl.objectives import LossModule
 
 from qsm_rl.batch_renorm import BatchRenorm
+from qsm_rl.comparison import first_difference
 from qsm_rl.objectives.inputs import check_initialized, entry, is_plain, network_output
 from qsm_rl.value_heads import ValueHead
 
@@ -27,6 +30,10 @@ __all__ = [
     "stack_critics",
     "unstack_critics",
 ]
+
+# What PyTorch itself keeps in a module: hooks, and whether it is in training.
+BOOKKEEPING = vars(nn.Module()).keys()
+PLAIN = (NoneType, bool, int, float, complex, str, Tensor, torch.dtype, type, BuiltinFunctionType)
 
 
 def critic_list(
@@ -88,11 +95,11 @@ def stack_critics(loss: LossModule, critics: list[TensorDictModule], delay_qvalu
         ValueError: if the critics differ in more than their weights.
     """
     first = critics[0]
-    for critic in critics[1:]:
-        if critic.in_keys != first.in_keys or critic.out_keys != first.out_keys or repr(critic) != repr(first):
+    for index, critic in enumerate(critics[1:], 1):
+        if difference := first_difference(structure(critic), structure(first), f"critic {index}"):
             raise ValueError(
-                "critics must be alike but for their weights, since all are evaluated by the first one's code, got "
-                f"{first} and {critic}."
+                "critics must be alike but for their weights, since all are evaluated by the code of critic 0: "
+                f"{difference}."
             )
     options = {"expand_dim": len(critics), "create_target_params": delay_qvalue}
     if len(critics) > 1:
@@ -136,7 +143,10 @@ def redrawn_weights(critics: Sequence[TensorDictModule]) -> TensorDictBase:
 
 
 def critic_head(critics: Sequence[TensorDictModule]) -> ValueHead | None:
-    """The value head that the critics share, None if they have none; ValueError where it could not be used."""
+    """The value head that the critics share, None if they have none; ValueError where it could not be used.
+
+    The loss reads the outputs of all critics by the first one's head.
+    """
     for critic in critics:
         inside = [m for m in critic.modules() if own_head(m) is not None]
         if inside and not (is_plain(critic, critic.out_keys[0]) and inside == [critic.module]):
@@ -145,9 +155,46 @@ def critic_head(critics: Sequence[TensorDictModule]) -> ValueHead | None:
                 f"list of in_keys and one out_key, got it inside a {type(critic).__name__}."
             )
     heads = [own_head(getattr(critic, "module", None)) for critic in critics]
-    if any(head is not heads[0] and repr(head) != repr(heads[0]) for head in heads):
-        raise ValueError(f"the critics must have the same value head, got {heads}.")
-    return heads[0]
+    first: Any = heads[0]
+    for head in heads[1:]:
+        if first_difference(structure(head), structure(first)) or not same_buffers(head, first):
+            raise ValueError(f"the critics must have the same value head, got {heads}.")
+    if isinstance(first, nn.Module) and any(True for _ in first.parameters()):
+        raise ValueError(
+            f"the value head {type(first).__name__} has weights, which would be trained apart from the critics'; give "
+            "them to the critic's outputs, and leave the head what turns outputs into a value."
+        )
+    return first
+
+
+def same_buffers(one: object, other: object) -> bool:
+    pairs = zip(*(x.buffers() if isinstance(x, nn.Module) else () for x in (one, other)), strict=True)
+    return all(torch.equal(*pair) for pair in pairs)
+
+
+def structure(value: Any, seen: frozenset[int] = frozenset()) -> Any:
+    """All that a critic computes with but the numbers in its tensors, as ``first_difference`` compares it.
+
+    Other objects than modules, heads, functions and plain values count by their class alone.
+    """
+    value = getattr(value, "_orig_mod", value)  # of a compiled module, which carries a number of its own
+    if isinstance(value, PLAIN):
+        return value
+    if isinstance(value, Mapping):
+        return {key: structure(x, seen) for key, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [structure(x, seen) for x in value]
+    if id(value) in seen:  # a circle
+        return "..."
+    seen |= {id(value)}
+    if isinstance(value, FunctionType):
+        return [value.__code__, *(structure(cell.cell_contents, seen) for cell in value.__closure__ or ())]
+    kind = {"class": type(value).__qualname__}  # by its name: parametrised layers have a class each
+    if isinstance(value, nn.Module):
+        attributes = {name: x for name, x in vars(value).items() if name not in BOOKKEEPING}
+        tensors = dict(value.named_parameters(recurse=False)) | dict(value.named_buffers(recurse=False))
+        return kind | structure(attributes | tensors | dict(value.named_children()), seen)
+    return kind | structure(vars(value), seen) if isinstance(value, ValueHead) else kind
 
 
 def own_head(module: object) -> ValueHead | None:
@@ -195,9 +242,10 @@ def ensemble_outputs(
 
     def outputs(critic_input: TensorDictBase, critic_params: TensorDictBase) -> Tensor:
         with critic_params.to_module(critic, preserve_module_state=False):
-            if own_head(getattr(critic, "module", None)) is None:
+            module: Any = getattr(critic, "module", None)
+            if own_head(module) is None:
                 return network_output(critic, critic_input, key)
-            return critic.module.outputs(*(entry(critic_input, in_key) for in_key in critic.in_keys))
+            return module.outputs(*(entry(critic_input, in_key) for in_key in critic.in_keys))
 
     if vmap is None:
         return torch.stack([outputs(tensordict.copy(), one) for one in params.unbind(0)])

@@ -1,0 +1,113 @@
+"""Which critics may be stacked: those that the first one's code evaluates as they would themselves."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from tensordict.nn import TensorDictModule
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from qsm_rl import QScoreMatchingLoss, QValueMLP, TwoHotHead, ValueHead
+from tests.loss_contract import ACTION_DIM, OBSERVATION_DIM, make_actor, make_transitions
+
+
+def wrap(critic: nn.Module) -> TensorDictModule:
+    return TensorDictModule(critic, ["observation", "action"], ["state_action_value"])
+
+
+def make_loss(*critics: nn.Module) -> QScoreMatchingLoss:
+    return QScoreMatchingLoss(make_actor(), [wrap(critic) for critic in critics], delay_qvalue=False)
+
+
+class Network(nn.Module):
+    def __init__(self, **settings):
+        super().__init__()
+        self.layer = nn.Linear(OBSERVATION_DIM + ACTION_DIM, 1)
+        self.scale, self.squash, self.last = 1.0, lambda x: self.scale * x, torch.tanh
+        for name, value in settings.items():
+            setattr(self, name, value)
+
+    def forward(self, observation, action):
+        return self.last(self.squash(self.layer(torch.cat([observation, action], -1))))
+
+
+class Distance(ValueHead):
+    """A head that says nothing of itself."""
+
+    num_outputs = 1
+
+    def __init__(self, size=1.0):
+        self.size = size
+
+    def value(self, outputs):
+        return self.size * outputs.squeeze(-1)
+
+    def td_loss(self, outputs, target):
+        return (self.value(outputs) - target).abs()
+
+
+class ScaledDistance(nn.Module, ValueHead):
+    num_outputs = 1
+
+    def __init__(self, size, kind):
+        super().__init__()
+        if kind == "buffer":
+            self.register_buffer("size", torch.tensor(size))
+        else:
+            self.size = nn.Parameter(torch.tensor(size))
+
+
+def headed(head):
+    return QValueMLP(OBSERVATION_DIM, ACTION_DIM, (8,), head=head)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Network,
+        lambda: Network(squash=spectral_norm(nn.Linear(1, 1))),
+        lambda: Network(squash=partial(torch.clamp, min=0)),
+        lambda: torch.compile(Network(), backend="eager"),
+        lambda: headed(Distance()),
+        lambda: headed(TwoHotHead(-1.0, 1.0, 11)),
+    ],
+    ids=["closure", "parametrised", "partial", "compiled", "head", "two-hot"],
+)
+def test_critics_of_one_making_keep_their_values(make):
+    critics, data = [make(), make()], make_transitions((4,))
+    q_value = make_loss(*critics).eval().qvalue_loss(data.clone())[1]["q_value"]
+    for critic, values in zip(critics, q_value, strict=True):
+        torch.testing.assert_close(critic.eval()(data["observation"], data["action"]).squeeze(-1).detach(), values)
+
+
+@pytest.mark.parametrize(
+    ("other", "difference"),
+    [
+        (Network(scale=100.0), r"critic 1\.module\.scale is 100\.0, expected 1\.0"),
+        (Network(last=torch.sin), r"critic 1\.module\.last is .* sin .*, expected .* tanh "),
+        (Network(squash=lambda x: -x), r"critic 1\.module\.squash"),
+        (Network(squash=nn.ReLU()), r"critic 1\.module\.squash"),
+        (Network(layer=nn.Linear(5, 1, bias=False)), r"critic 1\.module\.layer\.bias is missing"),
+        (QValueMLP(OBSERVATION_DIM, ACTION_DIM, (8,)), r"critic 1\.module\."),
+    ],
+)
+def test_critics_that_compute_otherwise_are_refused(other, difference):
+    with pytest.raises(ValueError, match=f"critics must be alike but for their weights.* {difference}"):
+        make_loss(Network(), other)
+
+
+@pytest.mark.parametrize(
+    ("heads", "message"),
+    [
+        ((Distance(), Distance(2.0)), "the critics must have the same value head"),
+        ((Distance(), None), "the critics must have the same value head"),
+        ([ScaledDistance(size, "buffer") for size in (1.0, 2.0)], "the critics must have the same value head"),
+        ([ScaledDistance(1.0, "parameter") for _ in range(2)], "the value head ScaledDistance has weights"),
+    ],
+)
+def test_heads_that_read_otherwise_or_learn_are_refused(heads, message):
+    with pytest.raises(ValueError, match=message):
+        make_loss(*map(headed, heads))
