@@ -245,6 +245,11 @@ def ensemble_outputs(
             module: Any = getattr(critic, "module", None)
             if own_head(module) is None:
                 return network_output(critic, critic_input, key)
+            if module._forward_hooks or module._forward_pre_hooks:
+                raise ValueError(
+                    f"a {type(module).__name__} with a value head has hooks, which the loss would not run: it asks for "
+                    "the outputs, and hooks see the value. Register them on the layers inside."
+                )
             return module.outputs(*(entry(critic_input, in_key) for in_key in critic.in_keys))
 
     if vmap is None:

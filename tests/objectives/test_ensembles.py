@@ -111,3 +111,15 @@ def test_critics_that_compute_otherwise_are_refused(other, difference):
 def test_heads_that_read_otherwise_or_learn_are_refused(heads, message):
     with pytest.raises(ValueError, match=message):
         make_loss(*map(headed, heads))
+
+
+def test_hooks_on_a_critic_with_a_head_are_refused():
+    critic, calls = headed(Distance()), []
+    critic.mlp[0].register_forward_hook(lambda *_: calls.append(1))  # of a layer inside they run
+    make_loss(critic)(make_transitions((4,)))
+    assert calls
+    critic.register_forward_hook(lambda *_: None)
+    with pytest.raises(
+        ValueError, match=r"QValueMLP with a value head has hooks.* Register them on the layers inside\."
+    ):
+        make_loss(critic)(make_transitions((4,)))
