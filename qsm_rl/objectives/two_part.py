@@ -19,14 +19,17 @@ class TwoPartLoss(LossModule):
 
     @property
     def out_keys(self) -> list[str]:
-        """Entries that the loss returns."""
-        if self._out_keys is None:
-            self._out_keys = ["loss_actor", "loss_qvalue", *self.diagnostic_keys]
-        return self._out_keys
+        """Entries that the loss returns: all, or those of ``select_out_keys``."""
+        return self.out_keys_source if self._out_keys is None else self._out_keys
 
     @out_keys.setter
     def out_keys(self, values: list[str]) -> None:
-        self._out_keys = values
+        self._out_keys = None if values == self.out_keys_source else values
+
+    @property
+    def out_keys_source(self) -> list[str]:
+        """All entries there are, whatever was selected: asked anew, since a score target may be exchanged."""
+        return ["loss_actor", "loss_qvalue", *self.diagnostic_keys]
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
