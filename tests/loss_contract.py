@@ -505,6 +505,14 @@ class LossContract:
         priority = poisoned[loss.tensor_keys.priority]
         assert (priority[mask] > 0).all() and not priority[~mask].any()
 
+    def test_a_batch_without_live_samples_trains_nothing(self):
+        loss, data = self.make_quiet_loss(), self.make_data()
+        data["collector", "mask"] = torch.zeros(8, dtype=torch.bool)
+        output = evaluate(loss, data)
+        assert not any(output[key] for key in self.owners)
+        for name, gradient in gradients(loss, sum(output[key] for key in self.owners)).items():
+            assert gradient is None or not gradient.any(), name
+
     def test_no_mask_key_means_no_mask(self):
         loss, data = self.make_quiet_loss(), self.make_data()
         expected = evaluate(loss, data)

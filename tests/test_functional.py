@@ -20,6 +20,7 @@ def test_action_gradient_is_per_sample_and_without_graph():
 def test_mean_absolute_can_be_divided_by():
     assert F.mean_absolute(torch.tensor([-1.0, 3.0])).item() == 2
     assert not (torch.zeros(5) / F.mean_absolute(torch.zeros(5))).any()
+    assert F.mean_absolute(torch.zeros(0)) == 1
 
 
 @pytest.mark.parametrize(

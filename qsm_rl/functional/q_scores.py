@@ -127,10 +127,12 @@ def clip_norm(vectors: Tensor, max_norm: float) -> Tensor:
 
 
 def mean_absolute(values: Tensor) -> Tensor:
-    """Mean of the absolute value over all entries, floored so that it can be divided by.
+    """Mean of the absolute value over all entries, floored so that it can be divided by; of no entries 1.
 
     Examples:
         >>> mean_absolute(torch.tensor([-1.0, 3.0]))
         tensor(2.)
     """
+    if values.numel() == 0:  # NaN would reach the gradient of what is divided, though it counts for nothing
+        return values.new_ones(())
     return values.abs().mean().clamp_min(torch.finfo(values.dtype).tiny ** 0.5)

@@ -390,13 +390,6 @@ def seeded(function, *args):
     return function(*args)
 
 
-def test_a_batch_without_live_samples_has_no_loss():
-    loss = QScoreMatchingLoss(make_actor(), make_critics(), delay_qvalue=False)
-    data = make_transitions((4,)).set(("collector", "mask"), torch.zeros(4, dtype=torch.bool))
-    output = loss(data)
-    assert output["loss_actor"] == 0 and output["loss_qvalue"] == 0
-
-
 # --- networks ---
 
 
