@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict, TensorDictBase, lazy_stack
 from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
@@ -512,6 +512,15 @@ class LossContract:
         assert not any(output[key] for key in self.owners)
         for name, gradient in gradients(loss, sum(output[key] for key in self.owners)).items():
             assert gradient is None or not gradient.any(), name
+
+    @pytest.mark.parametrize("masked", [False, True])
+    @pytest.mark.parametrize("dim", [0, 1])
+    def test_lazily_stacked_batches(self, masked, dim):
+        loss, data = self.make_quiet_loss(), self.make_data((2, 4))
+        if masked:
+            data["collector", "mask"] = torch.arange(8).reshape(2, 4) % 3 > 0
+        expected = evaluate(loss, data)
+        assert_same(evaluate(loss, lazy_stack(list(data.unbind(dim)), dim)), expected)
 
     def test_no_mask_key_means_no_mask(self):
         loss, data = self.make_quiet_loss(), self.make_data()

@@ -127,7 +127,7 @@ def live_entries(batch: TensorDictBase, mask: Tensor | None, done_key: NestedKey
     """The batch with masked positions zeroed: what stands there, NaN included, reaches no loss and no gradient."""
     if mask is None:
         return batch
-    batch = batch.apply(
+    batch = batch.contiguous().apply(  # a lazy stack would give its parts one by one, which the mask does not fit
         lambda x: (
             torch.where(mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim)), x, torch.zeros_like(x))
             if x.is_floating_point()
