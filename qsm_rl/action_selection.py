@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import InteractionType, TensorDictModuleBase
+from tensordict.nn import InteractionType, TensorDictModuleBase, dispatch
 from tensordict.nn.probabilistic import interaction_type
 from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
@@ -97,6 +97,7 @@ class BestOfN(TensorDictModuleBase):
         self.critics.eval()
         return self
 
+    @dispatch(auto_batch_size=False)
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Writes the action, shape ``(*B, A)``."""
@@ -109,7 +110,11 @@ class BestOfN(TensorDictModuleBase):
 
     def _q_value(self, critic: nn.Module, samples: TensorDictBase) -> Tensor:
         """A critic's Q-values ``(N, *B, 1)``."""
-        q_value, expected = critic(samples.copy()).get(self.value_key, None), (*samples.batch_size, 1)
+        q_value = critic(samples.copy()).get(self.value_key, None)
+        expected = (
+            *samples.get(self.action_key).shape[:-1],
+            1,
+        )  # called by keywords, the batch is in the entries alone
         if q_value is None or q_value.shape != expected:
             found = "nothing" if q_value is None else f"shape {tuple(q_value.shape)}"
             raise ValueError(f"a critic wrote {found} as {self.value_key!r}, expected shape {expected}; see value_key.")
@@ -150,6 +155,7 @@ class GaussianExploration(TensorDictModuleBase):
         self.in_keys = [action_key]
         self.out_keys = [action_key]
 
+    @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Replaces the action, shape ``(*B, A)``, in place."""
         if interaction_type() in (None, InteractionType.RANDOM):

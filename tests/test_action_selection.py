@@ -127,6 +127,18 @@ def test_an_encoder_before_the_actor_is_part_of_what_acts():
     assert acted["action"].shape == (5, ACTION_DIM) and set(acted.keys()) == {"pixels", "action"}
 
 
+@pytest.mark.parametrize("batch_size", [(), (5,), (2, 3)])
+def test_calls_by_keyword(batch_size):
+    torch.manual_seed(0)
+    td = observations(*batch_size)
+    best, explore = BestOfN(make_actor(), make_critics(), num_samples=4), GaussianExploration(make_actor().spec)
+    torch.manual_seed(1)
+    expected = explore(best(td))["action"]
+    torch.manual_seed(1)
+    chosen = best(observation=td["observation"])
+    torch.testing.assert_close(explore(action=chosen), expected, rtol=0, atol=0)
+
+
 def test_a_deterministic_actor_stays_what_it_is():
     actor, td = make_actor(), observations(5)
     with set_exploration_type(ExplorationType.DETERMINISTIC):
