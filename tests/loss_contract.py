@@ -297,6 +297,17 @@ class LossContract:
         for name in expected:
             torch.testing.assert_close(actual[name], expected[name])
 
+    def test_vmap_randomness(self):
+        """Critics that drop the same features have the same value where their weights are equal."""
+
+        network = nn.Sequential(nn.Linear(ACTION_DIM, 8), nn.Dropout(), nn.Linear(8, 1))
+        critic = TensorDictModule(network, ["action"], ["state_action_value"])
+        loss, data = self.make_quiet_loss(critics=[critic, deepcopy(critic)], deactivate_vmap=False), self.make_data()
+        for randomness, same in (("different", False), ("same", True)):
+            loss.set_vmap_randomness(randomness)
+            first, second = loss.qvalue_loss(data)[1]["q_value"]
+            assert torch.equal(first, second) == same
+
     # 7. state_dict
 
     @pytest.mark.parametrize("trained", [False, True])

@@ -383,6 +383,9 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
     def _vmap(self) -> str | None:
         return None if self.deactivate_vmap else self.vmap_randomness
 
+    def _make_vmap(self) -> None:
+        """Asked by ``set_vmap_randomness``; nothing to do, the randomness is looked up at each call."""
+
     def _critic_input(self, tensordict: TensorDictBase, action: Tensor) -> TensorDictBase:
         return critic_input(tensordict, self.qvalue_network.in_keys, self.tensor_keys.action, action)
 
