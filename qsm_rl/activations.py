@@ -27,6 +27,7 @@ class _Mish(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Tensor:
@@ -37,6 +38,8 @@ class _Mish(torch.autograd.Function):
         # d mish / dx = (1 - q^2 + 4 x q^2 (1 - q) / (1 + q^2)) / (1 + q^2)
         slope = (4 * x * q_squared * (1 - q)).div(one_plus).sub(q_squared).add(1).div(one_plus)
         return grad_output * slope
+
+    jvp = backward  # elementwise: forward mode, as torch.func.hessian takes it, multiplies by the same slope
 
 
 def mish(x: Tensor) -> Tensor:
