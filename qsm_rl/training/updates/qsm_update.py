@@ -44,6 +44,7 @@ class QSMUpdate(DiffusionUpdate):
     def diagnostics(self) -> dict[str, Tensor]:
         """The base's, with sizes of dQ/da, the score target and the predicted noise, and the temperature."""
         out = super().diagnostics()
-        if out and hasattr(self.loss.score_target, "temperature"):
-            out["temperature"] = self.loss.score_target.get_buffer("temperature").clone()
+        buffers = dict(self.loss.score_target.named_buffers())
+        if out and "temperature" in buffers:
+            out["temperature"] = buffers["temperature"].clone()
         return out

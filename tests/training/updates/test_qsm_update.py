@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from qsm_rl import BestOfN, NormalizedQScore, SpreadTuner
+from qsm_rl import BestOfN, BoltzmannQScore, NormalizedQScore, SpreadTuner
 from tests.training.small_trainer import WIDE, build, run
 
 
@@ -177,3 +177,17 @@ def test_statistics_of_the_critics_are_those_worked_out_by_hand(batch):
     assert row["q_value_spread"].item() == pytest.approx((14 / 3) ** 0.5)  # of the means 2, 3, 7
     assert row["target_value_spread"].item() == pytest.approx((8 / 3) ** 0.5)
     assert row["critic_disagreement"].item() == pytest.approx(1.0)
+
+
+def test_a_temperature_that_is_no_buffer_is_not_logged(batch):
+    """A score target of one's own may keep it as a number, and then says itself what it reports."""
+
+    class OwnTarget(BoltzmannQScore):
+        def __init__(self):
+            super().__init__(1.0)
+            del self.temperature
+            self.temperature = 1.0
+
+    _, module = build("Slide", score_target=OwnTarget())
+    module.update(batch)
+    assert "temperature" not in module.update.diagnostics()
