@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
 from torchrl.data import Bounded
 from torchrl.envs import EnvBase
 
 from qsm_rl.actor import DiffusionActor
 from qsm_rl.atomic_files import read_bounded
 from qsm_rl.observation_norm import NormalizedObservations
-from qsm_rl.pretrained import CONFIG, LARGEST_CONFIG
+from qsm_rl.pretrained import CONFIG, LARGEST_CONFIG, write_files
 from qsm_rl.training.environments.observation_statistics import RunningObservationNorm
 from qsm_rl.training.errors import user_errors
 from qsm_rl.training.updates.mlp_actors import TanhActor, TanhGaussianActor
@@ -22,20 +25,34 @@ Actor = DiffusionActor | TanhActor | TanhGaussianActor
 MLP_ACTORS = {actor.__name__: actor for actor in (TanhActor, TanhGaussianActor)}
 
 
-def publish_actor(folder: Path, actor: Actor, *, environment: EnvBase, env: str, action_repeat: int = 1) -> None:
+def publish_actor(
+    folder: Path, actor: TensorDictModuleBase, *, environment: EnvBase, env: str, action_repeat: int = 1
+) -> None:
     """Writes an actor with the statistics of its observations, see ``qsm_rl.DiffusionActor.save_pretrained``.
+
+    An actor that only its own code can build, a diffusion policy with a network or sampler of your own or an actor of
+    another class, is written as weights alone: model.safetensors then holds its ``state_dict``, and the statistics of
+    normalised observations as ``observation_norm.mean`` and ``observation_norm.variance``.
 
     Args:
         folder: made when missing; files of an earlier call are replaced.
-        actor: an actor of a recipe; a diffusion policy with a [`ScoreMLP`][qsm_rl.ScoreMLP].
+        actor: the actor; a [`ScoreMLP`][qsm_rl.ScoreMLP] and a sampler of the kit in it are read without its code.
         environment: what it was trained in; where it normalises observations, so does the published actor.
         env: name of that environment.
         action_repeat: simulator steps for each action.
     """
-    for norm in environment.modules():
-        if isinstance(norm, RunningObservationNorm):
-            actor = _normalized(actor, norm)
-    actor.save_pretrained(folder, {"env": env, "action_repeat": action_repeat})
+    about = {"env": env, "action_repeat": action_repeat}
+    norms = [norm for norm in environment.modules() if isinstance(norm, RunningObservationNorm)]
+    if isinstance(actor, Actor):
+        with suppress(ValueError):  # at the end of a long run is no time to refuse a network
+            published = actor
+            for norm in norms:
+                published = _normalized(published, norm)
+            published.save_pretrained(folder, about)
+            return
+    weights = {name: value.clone() for name, value in actor.state_dict().items() if isinstance(value, Tensor)}
+    statistics = {f"observation_norm.{name}": getattr(norm, name) for norm in norms for name in ("mean", "variance")}
+    write_files(folder, weights | statistics, {**about, "weights_of": type(actor).__name__})
 
 
 def load_actor(folder: Path) -> Actor:

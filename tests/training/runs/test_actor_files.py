@@ -4,7 +4,10 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import nn
 from torchrl.data import Bounded
 
 from qsm_rl import DDIMSampler, DDPMSampler, DiffusionActor, NoiseSchedule, ScoreMLP
@@ -42,6 +45,41 @@ def test_published_actor_comes_back_with_the_same_actions(tmp_path, sampler, nor
     again.save_pretrained(tmp_path / "copy")  # what was loaded can be saved, its statistics included
     assert torch.equal(load_actor(tmp_path / "copy").sample(raw, *noise), actor.sample(seen, *noise))
     assert json.loads((tmp_path / "config.json").read_text())["env"] == "InvertedPendulum-v5"
+
+
+class OwnNetwork(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 1)
+
+    def forward(self, noisy_action, observation, t):
+        return self.layer(torch.cat([noisy_action, observation, t.unsqueeze(-1)], -1))
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("kind", ["diffusion", "another"])
+def test_of_an_actor_of_ones_own_the_weights_are_published(tmp_path, kind, normalize):
+    environment = make_environment("InvertedPendulum-v5", num_envs=2, seed=0, normalize_observation=normalize)
+    environment.rollout(20)
+
+    def build():
+        if kind == "another":
+            return TensorDictModule(nn.Linear(4, 1), ["observation"], ["action"])
+        spec = environment.action_spec_unbatched
+        return DiffusionActor(OwnNetwork(), action_spec=spec, noise_schedule=NoiseSchedule.cosine(5))
+
+    actor, again = build(), build()
+    publish_actor(tmp_path, actor, environment=environment, env="InvertedPendulum-v5")
+    weights = load_file(tmp_path / "model.safetensors")
+    if normalize:
+        norm = environment.transform
+        assert torch.equal(weights.pop("observation_norm.mean"), norm.mean)
+        assert torch.equal(weights.pop("observation_norm.variance"), norm.variance)
+    again.load_state_dict(weights)
+    for name, value in actor.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    with pytest.raises(UserError, match=r"holds the weights alone of a .* build it, and load_state_dict"):
+        load_actor(tmp_path)
 
 
 @pytest.mark.parametrize(
