@@ -254,6 +254,16 @@ class LossContract:
         output = evaluate(loss, self.make_data())
         assert {key for key, value in output.items() if value.requires_grad} == set(self.owners)
 
+    def test_what_is_reported_is_detached_from_an_encoder_too(self):
+        loss, data = self.make_quiet_loss(), self.make_data()
+        for key in ("observation", "action", ("next", "observation"), ("next", "reward")):
+            data[key].requires_grad_()
+        for half in (loss.qvalue_loss, loss.actor_loss):
+            value, info = half(data)
+            assert value.requires_grad and not any(entry.requires_grad for entry in info.values())
+        output = evaluate(loss, data)
+        assert {key for key, value in output.items() if value.requires_grad} == set(self.owners)
+
     # 4. all that can be trained is trained, once
 
     def test_every_parameter_gets_a_gradient(self):

@@ -35,7 +35,8 @@ def action_gradient(q_value: Callable[[Tensor], Tensor], action: Tensor) -> Tens
         tensor([[-1.,  2.]])
     """
     # func.grad rather than autograd.grad: the latter cannot be captured by torch.compile on an intermediate.
-    return torch.func.grad(lambda a: q_value(a.unsqueeze(0)).sum())(action.detach())
+    # Detached: of features that an encoder made the gradient depends, too.
+    return torch.func.grad(lambda a: q_value(a.unsqueeze(0)).sum())(action.detach()).detach()
 
 
 def check_aggregation(name: str, aggregation: object) -> None:

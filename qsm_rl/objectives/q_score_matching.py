@@ -218,15 +218,16 @@ class QScoreMatchingLoss(DiffusionActorCriticLoss):
         if self.bc_weight is not None:
             bc_errors = (predicted_noise - noise.to(predicted_noise.dtype)).square().mean(-1)
             losses = losses + self.bc_weight * bc_errors
-            info = {**info, "bc_error": bc_errors.detach()}
+            info = {**info, "bc_error": bc_errors}
         if mask is not None:
             losses = torch.zeros_like(mask, dtype=losses.dtype).masked_scatter(mask, losses)
         info = {
             **info,
             "noisy_action": noisy_action,
             "score_target": target,
-            "predicted_noise": predicted_noise.detach(),
+            "predicted_noise": predicted_noise,
         }
+        info = {name: value.detach() for name, value in info.items()}
         return self._reduce_loss(losses, tensordict, weights=weights), info
 
     def diagnostics(self, qvalue_info: dict[str, Tensor], actor_info: dict[str, Tensor]) -> dict[str, Tensor]:
