@@ -10,7 +10,7 @@ import torch
 from tensordict import TensorDictBase, TensorDictParams
 from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey, unravel_key
-from torch import Tensor, nn
+from torch import Tensor
 from torchrl.objectives import ValueEstimators
 from torchrl.objectives.utils import dispatch_value_estimator
 
@@ -272,11 +272,7 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
         Returns:
             One module for each critic, in the given order.
         """
-        critics = unstack_critics(self.qvalue_network, self.qvalue_network_params, live)
-        if live and isinstance(self.value_head, nn.Module):
-            for critic in critics:
-                critic.module.head = self.value_head  # its support may still be chosen
-        return critics
+        return unstack_critics(self.qvalue_network, self.qvalue_network_params, live)
 
     def choose_value_support(self, tensordict: TensorDictBase) -> None:
         """Chooses the support of a two-hot head made without one; any other head stays as it is.

@@ -120,12 +120,19 @@ def stack_critics(loss: LossModule, critics: list[TensorDictModule], delay_qvalu
 def unstack_critics(critic: TensorDictModule, params: TensorDictBase, live: bool) -> list[TensorDictModule]:
     """Modules like ``critic`` with one part each of stacked parameters, on their memory or on copies of it.
 
-    Live ones ask for no gradient; of copies those parameters do that are trained where they come from.
+    Live ones ask for no gradient; of copies those parameters do that are trained where they come from. Their value head
+    is that of ``critic``, which reads the outputs of all: live ones share it, copies have it as it is now.
     """
+    head: Any = own_head(getattr(critic, "module", None))
     critics = []
     for weights in (params.data if live else params.data.clone()).unbind(0):
         module = deepcopy(critic)
         weights.to_module(module, preserve_module_state=True)
+        if isinstance(head, nn.Module):
+            if live:
+                module.module.head = head
+            else:
+                module.module.head.load_state_dict(head.state_dict())
         for path, parameter in module.named_parameters():
             parameter.requires_grad_(not live and params.get(tuple(path.split("."))).requires_grad)
         critics.append(module)

@@ -11,7 +11,7 @@ from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 from torchrl.objectives import SoftUpdate
 
-from qsm_rl import QScoreMatchingLoss, QValueMLP, QValueSimBa, ScalarHead, ScaledQScore, TwoHotHead
+from qsm_rl import QScoreMatchingLoss, QValueMLP, QValueSimBa, ScalarHead, ScaledQScore, TwoHotHead, ValueHead
 from tests.loss_contract import (
     ACTION_DIM,
     OBSERVATION_DIM,
@@ -155,6 +155,47 @@ def test_a_head_of_ones_own():
     value, info = loss.qvalue_loss(data)
     torch.testing.assert_close(info["target_value"], torch.full((4,), 5.0))  # 4 + 0.5 * (3 - 1)
     torch.testing.assert_close(value.item(), 3.0)
+
+
+def test_trained_critics_have_what_the_head_has_gathered():
+    """A head that keeps the outputs near 1 by the size of the targets seen so far."""
+
+    class Sized(ValueHead, nn.Module):
+        num_outputs = 1
+
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("size", torch.ones(()))
+
+        def value(self, outputs):
+            return self.size * outputs.squeeze(-1)
+
+        def td_loss(self, outputs, target):
+            self.size.copy_(torch.maximum(self.size, target.abs().amax()))
+            return (outputs.squeeze(-1) - target / self.size).square()
+
+    def build():
+        critics = [wrap(QValueMLP(OBSERVATION_DIM, ACTION_DIM, (8,), head=Sized())) for _ in range(2)]
+        return QScoreMatchingLoss(make_actor(), critics, delay_qvalue=False)
+
+    loss, data = build(), make_transitions((6,))
+    data["next", "reward"].fill_(50.0)
+    loss.qvalue_loss(data)
+    loss.reset_parameters_recursive()
+    nn.init.normal_(loss.qvalue_network_params["module", "mlp", "2", "weight"])
+    size = loss.value_head.size.clone()
+    assert size >= 50
+    again = build()
+    again.load_state_dict(loss.state_dict())
+    for one in (loss, again, deepcopy(loss)):
+        outputs = [critic.module.mlp for critic in one.trained_critics()]
+        inputs = torch.cat([data["observation"], data["action"]], -1)
+        for live in (False, True):
+            for critic, network in zip(one.trained_critics(live=live), outputs, strict=True):
+                torch.testing.assert_close(critic(data.clone())["state_action_value"], size * network(inputs))
+    copied, live = loss.trained_critics()[0].module.head, loss.trained_critics(live=True)[0].module.head
+    loss.value_head.size.fill_(7.0)
+    assert copied.size == size and live.size == 7
 
 
 def test_a_module_called_head_is_no_value_head():
