@@ -157,7 +157,7 @@ class NoiseSchedule(Float32Buffers):
         """
         if noise is None:
             noise = torch.randn_like(clean)
-        return F.add_noise(clean, noise, self.alphas_cumprod[t]), noise
+        return F.add_noise(clean, noise, self._signal(t)), noise
 
     def predict_clean(self, noisy: Tensor, predicted_noise: Tensor, t: Tensor) -> Tensor:
         """The clean action that a predicted noise implies; inverse of [`add_noise`][qsm_rl.NoiseSchedule.add_noise].
@@ -170,7 +170,11 @@ class NoiseSchedule(Float32Buffers):
         Returns:
             Clean actions, shape ``(*B, A)``, not clipped.
         """
-        return F.predict_clean(noisy, predicted_noise, self.alphas_cumprod[t])
+        return F.predict_clean(noisy, predicted_noise, self._signal(t))
+
+    def _signal(self, t: Tensor) -> Tensor:
+        """``alphas_cumprod`` at timesteps ``(*B,)``; an index would take a negative one for a step from the end."""
+        return self.alphas_cumprod.gather(0, t.flatten()).reshape(t.shape)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         # The samplers' coefficients are computed from the betas once, so a state_dict cannot change the schedule.

@@ -106,3 +106,11 @@ def test_a_state_dict_cannot_change_the_schedule():
 def test_a_beta_that_float32_cannot_tell_from_none_is_refused():
     with pytest.raises(ValueError, match="first beta must be at least 1e-05, got 1e-08"):
         NoiseSchedule([1e-8, 0.5, 0.99])
+
+
+@pytest.mark.parametrize("t", [-1, 5])
+def test_timesteps_that_there_are_not_are_refused(t):
+    schedule, action = NoiseSchedule.vp(5), torch.zeros(3, 2)
+    for use in (schedule.add_noise, lambda a, t: schedule.predict_clean(a, a, t)):
+        with pytest.raises(RuntimeError, match=f"index {t} is out of bounds .* size 5"):
+            use(action, torch.full((3,), t))
