@@ -28,7 +28,7 @@ class ConcatenatedScoreNetwork(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         noisy_action, observation, t = inputs.tensor_split((self.action_dim, inputs.shape[-1] - 1), -1)
-        return self.network(noisy_action, observation, t.squeeze(-1))
+        return self.network(noisy_action, observation, t.squeeze(-1).long())  # joined, they have become real numbers
 
 
 class DiffusionPolicy(nn.Module):

@@ -9,6 +9,7 @@ from tensordict import TensorDict
 from torch import nn
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import ExplorationType, set_exploration_type
+from torchrl.objectives import DiffusionBCLoss
 
 from qsm_rl import ActionBox, DDIMSampler, DDPMSampler, DiffusionActor, GaussianExploration, NoiseSchedule, ScoreMLP
 
@@ -368,7 +369,9 @@ def test_a_subclass_that_overrides_forward_is_sampled_by_it():
 
 
 def test_a_network_gets_integer_timesteps():
-    assert SPEC.is_in(make_actor(network=Embedded())(TensorDict({"observation": torch.randn(4)}, []))["action"])
+    actor, data = make_actor(network=Embedded()), TensorDict({"observation": torch.randn(4)}, [])
+    assert SPEC.is_in(actor(data)["action"])
+    assert DiffusionBCLoss(actor)(data)["loss_diffusion_bc"].isfinite()  # TorchRL's, which joins all inputs
 
 
 def test_loading_an_actor_leaves_the_spec_it_was_made_of_alone():
