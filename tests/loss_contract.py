@@ -25,6 +25,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Tensor, nn
 from torchrl.data import Bounded
 from torchrl.objectives import LossModule, SoftUpdate, ValueEstimators
+from torchrl.objectives.value import TD0Estimator
 
 from qsm_rl import DiffusionActor, NoiseSchedule, QValueMLP, ScoreMLP
 
@@ -428,14 +429,16 @@ class LossContract:
             loss.set_keys(unknown_key="renamed")
 
     @pytest.mark.parametrize("estimator_first", [False, True])
-    def test_keys_reach_the_value_estimator(self, estimator_first):
+    @pytest.mark.parametrize("as_object", [False, True])
+    def test_keys_reach_the_value_estimator(self, estimator_first, as_object):
         loss = self.make_loss()
+        value_type = TD0Estimator(gamma=0.9, value_network=None) if as_object else ValueEstimators.TD0
         if estimator_first:
-            loss.make_value_estimator()
+            loss.make_value_estimator(value_type)
         renamed = {name: f"my_{name}" for name in ("value", "reward", "done", "terminated")}
         loss.set_keys(**renamed)
         if not estimator_first:
-            loss.make_value_estimator()
+            loss.make_value_estimator(value_type)
         for name, key in renamed.items():
             assert getattr(loss.value_estimator.tensor_keys, name) == key
 

@@ -175,7 +175,8 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
         """Chooses the value estimator; call it before ``load_state_dict``.
 
         Args:
-            value_type: TD0 (default), TD1 or TDLambda; the last two need batches with a time dimension ``(*B, T)``.
+            value_type: TD0 (default), TD1 or TDLambda, or an estimator of TorchRL's as an object; TD1 and TDLambda need
+                batches with a time dimension ``(*B, T)``.
             **hyperparams: ``gamma`` in [0, 1], the discount (default 0.99), and ``lmbda`` for TDLambda.
 
         Raises:
@@ -186,7 +187,9 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
             if not 0 <= hyperparams.get(name, 0) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {hyperparams[name]!r}.")
         value_type, hyperparams = self._prepare_value_estimator_kwargs(value_type, **hyperparams)
-        if value_type is not None:
+        if value_type is None:  # an estimator given as an object, which TorchRL takes as it is
+            self.value_estimator.set_keys(**self._value_estimator_keys())
+        else:
             several_steps = value_type in (ValueEstimators.TD1, ValueEstimators.TDLambda)
             if several_steps and 0 in map(hyperparams.get, ("gamma", "lmbda")):
                 raise ValueError(f"{value_type.name} with a gamma or lmbda of 0 is TD0: take ValueEstimators.TD0.")
