@@ -79,6 +79,9 @@ def return_bound(rewards: Tensor, discounts: Tensor) -> float:
 class ValueHead:
     """Base of the value heads. A critic with one has a method ``outputs(*inputs) -> (*B, num_outputs)``.
 
+    The loss reads the outputs of all critics by one head, so it has no weights of its own; what it gathers on the way
+    it keeps in buffers, as an ``nn.Module`` too.
+
     Attributes:
         bounded: whether Q-values have bounds to which TD targets are clipped.
     """

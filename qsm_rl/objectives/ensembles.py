@@ -68,6 +68,7 @@ def critic_list(
         raise ValueError("qvalue_network is an empty list; give at least one critic.")
     for critic in critics:
         check_initialized("a critic", critic)
+        check_untied(critic)
     weights = [list(critic.parameters()) for critic in critics]
     if copied and weights[0] and all(map(torch.equal, weights[0], weights[1])):
         raise ValueError(
@@ -81,6 +82,17 @@ def critic_list(
             "critic and num_qvalue_nets."
         )
     return critics
+
+
+def check_untied(critic: nn.Module) -> None:
+    names: dict[nn.Parameter, str] = {}
+    for name, parameter in critic.named_parameters(remove_duplicate=False):
+        if parameter in names:
+            raise ValueError(
+                f"a critic holds one weight as {names[parameter]} and as {name}, which would be trained apart once "
+                "critics are stacked; keep it in one place and use it twice in forward."
+            )
+        names[parameter] = name
 
 
 def stack_critics(loss: LossModule, critics: list[TensorDictModule], delay_qvalue: bool) -> None:

@@ -113,6 +113,16 @@ def test_heads_that_read_otherwise_or_learn_are_refused(heads, message):
         make_loss(*map(headed, heads))
 
 
+@pytest.mark.parametrize("options", [{}, {"num_qvalue_nets": 1, "delay_qvalue": False}])
+def test_a_critic_with_tied_weights_is_refused(options):
+    """Stacked, each place would get weights of its own."""
+    network = Network(squash=nn.Linear(1, 1, bias=False), last=nn.Linear(1, 1))
+    QScoreMatchingLoss(make_actor(), wrap(network), **options)
+    network.last.weight = network.squash.weight
+    with pytest.raises(ValueError, match=r"one weight as module\.squash\.weight and as module\.last\.weight"):
+        QScoreMatchingLoss(make_actor(), wrap(network), **options)
+
+
 def test_hooks_on_a_critic_with_a_head_are_refused():
     critic, calls = headed(Distance()), []
     critic.mlp[0].register_forward_hook(lambda *_: calls.append(1))  # of a layer inside they run
