@@ -79,3 +79,17 @@ def test_clamping_inward_keeps_the_gradient_that_leads_back():
     with torch.no_grad():
         assert torch.equal(F.clamp_inward(action), action.clamp(-1, 1))
     torch.testing.assert_close(torch.func.vmap(F.clamp_inward)(action.unsqueeze(-1)), clamped.unsqueeze(-1))
+
+
+def test_clamping_inward_under_vmap_forward_mode_and_hessian():
+    action = torch.tensor([[-3.0, 0.5, 3.0], [3.0, 0.5, -3.0]])
+    inward = torch.tensor([[0.0, 1.0, 1.0], [1.0, 1.0, 0.0]])  # of what makes every action smaller
+    leaf = action.clone().requires_grad_()
+    torch.vmap(F.clamp_inward)(leaf).sum().backward()
+    torch.testing.assert_close(leaf.grad, inward)
+    gradient = torch.func.grad(lambda a: torch.vmap(F.clamp_inward)(a).sum())
+    torch.testing.assert_close(gradient(action), inward)
+    inside = torch.diag(torch.tensor([0.0, 1.0, 0.0]))
+    torch.testing.assert_close(torch.func.jacfwd(F.clamp_inward)(action[0]), inside)
+    hessian = torch.func.hessian(lambda a: F.clamp_inward(a).square().sum())
+    torch.testing.assert_close(hessian(action[0]), 2 * inside)

@@ -142,9 +142,10 @@ def clamp_inward(action: Tensor) -> Tensor:
         >>> action.grad
         tensor([0., 1., 1.])
     """
-    if torch.is_grad_enabled() and action.requires_grad:
-        return _ClampInward.apply(action)
-    return action.clamp(-1, 1)
+    if not torch.is_grad_enabled():
+        return action.clamp(-1, 1)
+    # Whether a gradient is wanted is not asked of the action: under vmap it says no.
+    return (_ClampInward if torch.compiler.is_compiling() else _EagerClampInward).apply(action)
 
 
 class _ClampInward(torch.autograd.Function):
@@ -157,6 +158,7 @@ class _ClampInward(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
@@ -164,3 +166,12 @@ class _ClampInward(torch.autograd.Function):
         # Descent moves the action against its gradient.
         outward = ((action > 1) & (gradient < 0)) | ((action < -1) & (gradient > 0))
         return gradient.masked_fill(outward, 0)
+
+
+class _EagerClampInward(_ClampInward):
+    """With forward mode, which torch.compile refuses: there it is clamp, no direction of descent being known."""
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        (action,) = ctx.saved_tensors
+        return tangent.masked_fill(action.abs() > 1, 0)
