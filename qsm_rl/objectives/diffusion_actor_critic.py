@@ -367,7 +367,8 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
         (layers,) = self._batch_normalizers
         if not (layers and self.training):  # in evaluation the running statistics serve, and stay
             with torch.no_grad():
-                next_outputs = self._critic_outputs(following, next_action, self.target_qvalue_network_params)
+                target = self.target_qvalue_network_params if self.delay_qvalue else params
+                next_outputs = self._critic_outputs(following, next_action, target)
             return self._critic_outputs(batch, action, params), next_outputs
         now, then = self._critic_input(batch, action), self._critic_input(following, next_action)
         # What follows a terminated step counts for nothing, and must not reach the statistics.

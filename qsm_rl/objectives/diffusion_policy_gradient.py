@@ -155,7 +155,7 @@ class DiffusionPolicyGradientLoss(DiffusionActorCriticLoss):
             )
             action = actor.box.from_box(sample).to(replayed.dtype)  # the chain runs in float32 or more
             particles = batch.unsqueeze(0).expand(self.num_samples, *batch.batch_size)
-            q_values = self._q_values(particles, action, self.qvalue_network_params.data).mean(0)
+            q_values = self._q_values(particles, action, self.qvalue_network_params).mean(0)
             advantage = F.leave_one_out_advantage(q_values)
         log_prob = actor.chain_log_prob(observation, chain)
         losses = -(advantage * log_prob.sum(0)).mean(0)

@@ -155,7 +155,8 @@ class DiffusionQLLoss(DiffusionActorCriticLoss):
 
         sample = actor.sample(observation, initial_noise, step_noise)
         action = actor.box.from_box(sample).to(replayed.dtype)  # the chain runs in float32 or more
-        q_values = self._q_values(batch, action, self.qvalue_network_params.data)
+        # Not ``data``, which vmap over agents refuses.
+        q_values = self._q_values(batch, action, self.qvalue_network_params.apply(torch.Tensor.detach))
         if critic is None:  # on the device: nothing waits for it
             index = torch.randint(self.num_qvalue_nets, (1,), device=q_values.device)
         else:

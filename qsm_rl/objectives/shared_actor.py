@@ -34,7 +34,7 @@ class SharedActorLoss(LossModule):
         """In this block ``actor_network`` holds the weights that the TD target samples with."""
         if not self.delay_actor:
             return nullcontext()  # its own, see _share_with_actor
-        return self.target_actor_network_params.to_module(self.actor_network, preserve_module_state=False)
+        return self.target_actor_network_params.copy().to_module(self.actor_network, preserve_module_state=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         copy = self.__new__(type(self))

@@ -7,7 +7,8 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from qsm_rl.training import StackedUpdate
+from qsm_rl import DiffusionPolicyGradientLoss, DiffusionQLLoss, QScoreMatchingLoss
+from qsm_rl.training import DiffusionUpdate, StackedUpdate
 from qsm_rl.training.updates.update import NonFiniteLossError
 from tests.training.small_trainer import build
 
@@ -78,6 +79,34 @@ def test_each_agent_learns_what_it_would_have_learned_alone(same_draws, clipping
             [update.loss.diagnostics(update._qvalue_info, update._actor_info)[name] for update in alone]
         )
         torch.testing.assert_close(value, theirs.mean(), rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (QScoreMatchingLoss, {"delay_actor": True}),
+        (QScoreMatchingLoss, {"delay_qvalue": False}),
+        (DiffusionQLLoss, {}),
+        (DiffusionPolicyGradientLoss, {}),
+    ],
+)
+def test_every_loss_can_be_stacked(same_draws, kind, options):
+    def make():
+        losses = [kind(x.loss.actor_network, x.loss.trained_critics(), **options) for x in make_updates()]
+        rates = {"actor_learning_rate": 1e-3, "critic_learning_rate": 1e-3, "tau": 0.05}
+        return [DiffusionUpdate(loss.make_value_estimator(gamma=0.9), **rates) for loss in losses]
+
+    alone, stacked = make(), StackedUpdate(make(), SEEDS)
+    batches = [make_batch() for _ in SEEDS]
+    for _ in range(3):
+        stacked(torch.stack(batches, 1))
+        for update, batch in zip(alone, batches, strict=True):
+            update(batch.copy())
+    for index, update in enumerate(alone):
+        for network in ("actor", "qvalue"):
+            theirs = getattr(update.loss, f"{network}_network_params").flatten_keys(".")
+            for key, value in weights(stacked.params, index, network).items():
+                torch.testing.assert_close(value, theirs[key], rtol=1e-4, atol=1e-5, msg=f"{network} {key}")
 
 
 def test_an_agent_does_not_see_the_data_of_another():
