@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
+import warnings
 from pathlib import Path
 
 from tensordict.nn import TensorDictModuleBase
@@ -44,12 +44,14 @@ def publish_actor(
     about = {"env": env, "action_repeat": action_repeat}
     norms = [norm for norm in environment.modules() if isinstance(norm, RunningObservationNorm)]
     if isinstance(actor, Actor):
-        with suppress(ValueError):  # at the end of a long run is no time to refuse a network
-            published = actor
-            for norm in norms:
-                published = _normalized(published, norm)
+        published = actor
+        for norm in norms:
+            published = _normalized(published, norm)
+        try:
             published.save_pretrained(folder, about)
             return
+        except ValueError as error:  # at the end of a long run is no time to refuse a network
+            warnings.warn(f"{folder} holds the weights alone: {error}", stacklevel=2)
     weights = {name: value.clone() for name, value in actor.state_dict().items() if isinstance(value, Tensor)}
     statistics = {f"observation_norm.{name}": getattr(norm, name) for norm in norms for name in ("mean", "variance")}
     write_files(folder, weights | statistics, {**about, "weights_of": type(actor).__name__})
