@@ -238,14 +238,18 @@ def _make_gymnasium_env(
     actions, observations = env.action_space, env.observation_space
     if not (isinstance(actions, Box) and len(actions.shape) == 1 and np.issubdtype(actions.dtype, np.floating)):
         raise ValueError(f"{name} has the action space {actions}; a 1-D Box of real numbers is needed: choose another.")
-    if not (np.isfinite(actions.low).all() and np.isfinite(actions.high).all() and (actions.low < actions.high).all()):
+    with np.errstate(over="ignore", invalid="ignore"):  # as the policy sees them, see ActionBox
+        low, high = actions.low.astype(np.float32), actions.high.astype(np.float32)
+        fit = (low < high) & np.isfinite(high - low) & np.isfinite(high + low)
+    if not (fit.size and fit.all()):
         raise ValueError(
-            f"{name} has the unbounded or empty action space {actions}; finite bounds low < high are needed: "
-            "choose another environment, or bound it with gymnasium.wrappers.TransformAction before registering it."
+            f"{name} has the unbounded or empty action space {actions}; finite bounds low < high are needed, in "
+            "float32, too: choose another environment, or bound it with gymnasium.wrappers.TransformAction before "
+            "registering it."
         )
-    if not (isinstance(observations, Box) and len(observations.shape) == 1):
+    if not (isinstance(observations, Box) and len(observations.shape) == 1 and observations.shape[0] > 0):
         raise ValueError(
-            f"{name} has the observation space {observations}; a 1-D Box is needed: "
+            f"{name} has the observation space {observations}; a 1-D Box is needed, of one number at least: "
             "choose another environment, or apply gymnasium.wrappers.FlattenObservation before registering it."
         )
     if not converted:

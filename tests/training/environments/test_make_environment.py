@@ -444,11 +444,15 @@ def test_unfit_dm_control_names_are_refused(name, match):
     [
         ({"action_space": Box(-np.inf, 1.0, (2,), np.float32)}, "unbounded or empty action space"),
         ({"action_space": Box(np.float32([0, -1]), np.float32([0, 1]))}, "unbounded or empty action space"),
+        ({"action_space": Box(1e8, 1e8 + 1, (2,), np.float64)}, "unbounded or empty action space .* in float32, too"),
+        ({"action_space": Box(np.float32(-3e38), np.float32(3e38), (2,))}, "unbounded or empty action space"),
+        ({"action_space": Box(-1.0, 1.0, (0,), np.float32)}, "unbounded or empty action space"),
         ({"action_space": Box(-1.0, 1.0, (2, 2), np.float32)}, "a 1-D Box of real numbers is needed"),
         ({"action_space": Box(0, 3, (2,), np.int64)}, "a 1-D Box of real numbers is needed"),
         ({"observation_space": Discrete(4)}, r"observation space Discrete\(4\)"),
         ({"observation_space": Dict(a=Box(-1.0, 1.0, (2,)))}, "FlattenObservation"),
         ({"observation_space": Box(0, 255, (8, 8, 3), np.uint8)}, "FlattenObservation"),
+        ({"observation_space": Box(-1.0, 1.0, (0,))}, "of one number at least"),
     ],
 )
 def test_unfit_spaces_are_refused(spaces, match):
