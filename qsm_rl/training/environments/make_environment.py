@@ -252,6 +252,8 @@ def _make_gymnasium_env(
             f"{name} has the observation space {observations}; a 1-D Box is needed, of one number at least: "
             "choose another environment, or apply gymnasium.wrappers.FlattenObservation before registering it."
         )
+    # What an environment does to the array that it is given must not reach its space, a repeat or the replay buffer.
+    env = TransformAction(env, np.copy, actions)
     if not converted:
         return env
     if action_repeat > 1:

@@ -15,7 +15,7 @@ from torchrl.collectors import Collector
 from torchrl.envs import EnvBase, StepCounter, TransformedEnv
 from torchrl.envs.utils import check_env_specs
 
-from qsm_rl.training.environments.make_environment import make_environment, sub_environment_seeds
+from qsm_rl.training.environments.make_environment import check_registered, make_environment, sub_environment_seeds
 from qsm_rl.training.environments.observation_statistics import RunningObservationNorm, copy_observation_statistics
 
 SHORT_HALF_CHEETAH = "qsm_rl_test/HalfCheetah-v0"  # truncated after 7 steps
@@ -282,6 +282,30 @@ def test_float64_actions_reach_the_environment_inside_its_bounds():
     environment.step(environment.reset().set("action", high.expand(1, 2)))
     (inner,) = environment.vector_env.envs
     np.testing.assert_array_equal(inner.unwrapped.actions[0], [0.1, 1.1])
+
+
+def test_an_environment_that_changes_the_actions_it_is_given_changes_nothing_else():
+    space = Box(-1.0, 1.0, (2,), np.float32)
+
+    class Scaling(SpacesEnv):
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            return np.zeros(3, np.float32), {}
+
+        def step(self, action):
+            action *= 2  # in place, to torques say
+            return super().step(action)
+
+    gymnasium.register(
+        "qsm_rl_test/Scaling-v0", entry_point=lambda: Scaling(space), max_episode_steps=5, disable_env_checker=True
+    )
+    check_registered("qsm_rl_test/Scaling-v0")
+    assert space == Box(-1.0, 1.0, (2,), np.float32)
+    environment = make_environment("qsm_rl_test/Scaling-v0", action_repeat=2)
+    step = environment.step(environment.reset().set("action", torch.full((1, 2), 0.25)))
+    assert step["action"].tolist() == [[0.25, 0.25]]
+    (inner,) = environment.vector_env.envs
+    assert [action.tolist() for action in inner.unwrapped.actions] == [[0.5, 0.5]] * 2  # a repeat is not scaled again
 
 
 def test_collector_takes_it_and_counts_frames():
