@@ -97,7 +97,7 @@ def _check_observation(observation: Any, name: str, source: str, space: Box) -> 
     found = np.asarray(observation)
     if found.shape != space.shape:
         raise ValueError(f"{name}: {source} gives an observation of shape {found.shape}, expected {space.shape}.")
-    if not (np.issubdtype(found.dtype, np.number) and np.can_cast(found.dtype, space.dtype)):
+    if not (found.dtype.kind in "biuf" and np.can_cast(found.dtype, space.dtype)):
         raise ValueError(
             f"{name}: {source} gives an observation of dtype {found.dtype}, expected {space.dtype}; return "
             f"observation.astype(np.{space.dtype})."

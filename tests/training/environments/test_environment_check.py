@@ -107,6 +107,8 @@ def test_what_is_broken_is_refused_by_name(spoiled, words):
 def test_sound_environments_pass():
     check_environment(Sound(), "Mine-v0")
     check_environment(gymnasium.wrappers.TimeLimit(returning(terminated=False)(), 1_000), "Mine-v0")
+    flags = {"observation_space": Box(0, 1, (2,), np.bool_), "observe": lambda self: self.np_random.random(2) > 0.5}
+    check_environment(type("Flags", (Sound,), flags)(), "Mine-v0")
     for name in ("HalfCheetah-v5", "InvertedPendulum-v5", "Hopper-v5"):
         check_registered(name)
     pytest.importorskip("dm_control")
