@@ -81,7 +81,7 @@ def make_environment(
 
     Raises:
         ValueError: If the environment is unknown, its actions are not a bounded 1-D ``Box``, its observations are not
-            a 1-D ``Box``, or a number lies outside its range.
+            a 1-D ``Box``, a number lies outside its range, or it is to be filmed and takes no ``render_mode``.
         ImportError: If the environment needs a package that is not installed.
 
     Examples:
@@ -284,6 +284,10 @@ def _make_registered(name: str, options: dict[str, Any]) -> gymnasium.Env:
         raise ImportError(f"Environment {name!r} cannot be imported; {_did_you_mean(name)} {error}") from error
     except gymnasium.error.Error as error:
         raise ValueError(f"Environment {name!r} cannot be made: {error}") from error
+    except TypeError as error:
+        if "unexpected keyword argument 'render_mode'" not in str(error):
+            raise
+        raise ValueError(f"no video of {name} can be made: it takes no render_mode, and draws nothing.") from error
 
 
 def _import_dm_control_suite(name: str) -> Any:

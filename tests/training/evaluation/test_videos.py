@@ -42,8 +42,9 @@ class Brighter(gymnasium.Env):
 def name(request):
     gymnasium.register("qsm_rl_test/Brighter-v0", Brighter, kwargs={"frames_per_second": request.param})
     gymnasium.register("qsm_rl_test/Dark-v0", Brighter, kwargs={"broken": True})
+    gymnasium.register("qsm_rl_test/Blind-v0", lambda: Brighter())
     yield "qsm_rl_test/Brighter-v0"
-    for registered in ("qsm_rl_test/Brighter-v0", "qsm_rl_test/Dark-v0"):
+    for registered in ("qsm_rl_test/Brighter-v0", "qsm_rl_test/Dark-v0", "qsm_rl_test/Blind-v0"):
         del gymnasium.registry[registered]
 
 
@@ -85,6 +86,8 @@ def test_what_stands_in_the_way_is_said_in_a_line(name, monkeypatch):
     monkeypatch.setattr(videos.importlib.util, "find_spec", lambda package: package)
     with pytest.raises(UserError, match=r"Dark-v0 can be made: an OpenGL platform library has not.*apt-get install"):
         check_filming("qsm_rl_test/Dark-v0", partial(make_environment, "qsm_rl_test/Dark-v0"))
+    with pytest.raises(ValueError, match="no video of qsm_rl_test/Blind-v0 can be made: it takes no render_mode"):
+        check_filming("qsm_rl_test/Blind-v0", partial(make_environment, "qsm_rl_test/Blind-v0"))
     check_filming(name, partial(make_environment, name))  # it does not need OpenGL
     monkeypatch.setattr(videos.importlib.util, "find_spec", lambda package: None)
     with pytest.raises(UserError, match=r'pip install "qsm_rl\[video\]"'):
