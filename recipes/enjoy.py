@@ -40,6 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.episodes < 1:
         raise rl.UserError(f"--episodes must be at least 1, got {given.episodes}.")
+    if not 0 <= given.seed < 2**32:
+        raise rl.UserError(f"--seed must be from 0 to 4294967295, got {given.seed}.")
     if given.video is not None and given.video.suffix != ".mp4":
         raise rl.UserError(f"--video must end in .mp4, got {given.video}.")
 

@@ -75,6 +75,7 @@ def test_what_stands_in_the_way_is_said(run_dir, tmp_path_factory, capsys, monke
         ([tmp_path_factory.mktemp("empty")], "holds no actor"),
         ([run_dir, "--episodes", "0"], "--episodes must be at least 1, got 0"),
         ([run_dir, "--video", "film"], "--video must end in .mp4, got film"),
+        ([run_dir, "--seed", str(2**32)], "--seed must be from 0 to 4294967295, got 4294967296"),
     ):
         assert run(*arguments) == 2
         assert words in capsys.readouterr().err
