@@ -347,6 +347,21 @@ def test_a_signal_ends_behind_the_step_and_leaves_a_usable_run(tmp_path, capsys,
     assert int(metrics(folder)[-1]["frames"]) == 180
 
 
+@pytest.mark.parametrize(("hook", "presses"), [("on_train_start", 1), ("on_train_batch_end", 2)])
+def test_ctrl_c_before_the_first_step_or_twice_ends_at_once(tmp_path, capsys, monkeypatch, hook, presses):
+    def press(*args):
+        for _ in range(presses):
+            signal.raise_signal(signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(callbacks.MetricRows, hook, press)
+    try:
+        assert run(*SMALL, "--run_dir", tmp_path / "stopped") == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_a_signal_leaves_an_evaluation_at_once(tmp_path, capsys, monkeypatch):
     def endless(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)

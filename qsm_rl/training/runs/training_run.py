@@ -260,7 +260,10 @@ class TrainingRun(Generic[Configuration]):
                     enable_model_summary=False,
                     log_every_n_steps=0,  # the callbacks log, by frames
                 )
-                trainer.fit(module, frames)
+                try:
+                    trainer.fit(module, frames)
+                except SystemExit:  # what Lightning makes of a Ctrl-C that reaches it, without a word and with code 1
+                    raise KeyboardInterrupt from None
         except BaseException:
             frames.close()  # workers that live would keep this process from ending
             folder.close()
