@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDict
 from torchrl.data import LazyTensorStorage, ReplayBuffer
 
-from qsm_rl.training import OfflineQSMConfiguration, UserError, make_environment, read_dataset
+from qsm_rl.training import CheckpointFolder, OfflineQSMConfiguration, UserError, make_environment, read_dataset
 from qsm_rl.training.runs import training_run
 from recipes import mujoco_qsm, offline_qsm
 from tests.recipes.test_mujoco_qsm import SMALL, checkpoint, differences, metrics
@@ -68,6 +68,17 @@ def test_a_run_and_a_torchrl_folder_give_back_what_was_stored(tmp_path, collecte
     again = read_dataset(str(dumped(tmp_path / "replay", stored)), environment)
     for key in stored.keys(True, True):
         assert torch.equal(again[key], stored[key]), key
+
+
+def test_of_processes_that_trained_together_all_transitions_are_read(tmp_path, collected):
+    shutil.copytree(collected, tmp_path / "together")
+    checkpoints = CheckpointFolder(tmp_path / "together" / "checkpoints")
+    shutil.copytree(checkpoints.path / "replay", checkpoints.path / "replay-rank-1")
+    state = checkpoints.newest()
+    checkpoints.save(state["frames"], {**state, "replay_of_other_ranks": [state["replay"]]})
+    environment = make_environment("InvertedPendulum-v5")
+    one, both = (read_dataset(str(folder), environment) for folder in (collected, tmp_path / "together"))
+    assert (both == torch.cat([one, one])).all()
 
 
 def test_offline_then_online_and_resumed_to_the_bit(tmp_path, collected, capsys, monkeypatch):

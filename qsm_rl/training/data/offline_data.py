@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torchrl.data import LazyTensorStorage, ReplayBuffer
+from torchrl.data import ReplayBuffer
 from torchrl.envs import EnvBase
 
 from qsm_rl.training.data.checkpoints import CheckpointFolder
@@ -130,10 +130,11 @@ def _from_folder(folder: Path, wanted: dict[str, Any]) -> TensorDictBase:
                     f"--dataset {folder} is of a run with {name} {settings[name]}, expected {value}: its transitions "
                     "are those of another problem."
                 )
-        manifest = state["replay"]
-        replay = ReplayBuffer(storage=LazyTensorStorage(manifest["capacity"]), batch_size=1)
-        ReplayArchive(folder / "checkpoints" / "replay").restore(replay, manifest)
-        return replay[:]
+        rows: list[TensorDict] = []
+        # Processes that train together have a replay buffer each.
+        for number, manifest in enumerate([state["replay"], *state.get("replay_of_other_ranks", [])]):
+            rows += ReplayArchive.of_rank(folder / "checkpoints", number).rows(manifest)
+        return torch.cat(rows)
     storage = folder / "storage" if (folder / "storage").is_dir() else folder
     if not (storage / "meta.json").is_file():
         raise UserError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -164,6 +165,11 @@ class ReplayArchive:
         self.folder = folder
         self._segments: list[Segment] = []
 
+    @classmethod
+    def of_rank(cls, checkpoints: Path, rank: int) -> ReplayArchive:
+        """The archive in a run's folder of checkpoints that one of the processes writes which train together."""
+        return cls(checkpoints / ("replay" if rank == 0 else f"replay-rank-{rank}"))
+
     def save(self, replay: ReplayBuffer) -> dict[str, Any]:
         """Writes the rows that are not on the disk yet.
 
@@ -214,9 +220,6 @@ class ReplayArchive:
             UserError: if a file is missing, changed, malformed or none of ours, or the manifest does not fit the
                 buffer or the run.
         """
-        for found in sorted(self.folder.iterdir()) if self.folder.exists() else ():
-            if not re.fullmatch(r"rows-\d{12}-\d{12}\.safetensors", found.name):
-                raise UserError(f"{found} is no file of a replay buffer, and is not read; move it elsewhere.")
         saved = manifest["entries"] or entries  # of an empty buffer nothing is known
         if entries is not None and (difference := first_difference(saved, entries, "replay")):
             raise UserError(f"the replay buffer in {self.folder} is of another environment or n_step: {difference}.")
@@ -225,23 +228,39 @@ class ReplayArchive:
             raise UserError(
                 f"the replay buffer in {self.folder} is one of {capacity} rows, expected {replay.storage.max_size}."
             )
-        segments = [Segment(*map(int, segment)) for segment in manifest["segments"]]
         start = max(0, written - capacity)
+        replay.writer.load_state_dict({"_cursor": start % capacity, "_write_count": start})
+        for rows in self.rows(manifest):
+            replay.extend(rows)
+        self._segments = [Segment(*map(int, segment)) for segment in manifest["segments"]]
+
+    def rows(self, manifest: dict[str, Any]) -> Iterator[TensorDict]:
+        """The transitions of the saved buffer, the oldest first, those of a file at a time.
+
+        Args:
+            manifest: what [`save`][qsm_rl.training.ReplayArchive.save] returned.
+
+        Raises:
+            UserError: if a file is missing, changed, malformed or none of ours.
+        """
+        for found in sorted(self.folder.iterdir()) if self.folder.exists() else ():
+            if not re.fullmatch(r"rows-\d{12}-\d{12}\.safetensors", found.name):
+                raise UserError(f"{found} is no file of a replay buffer, and is not read; move it elsewhere.")
+        segments = [Segment(*map(int, segment)) for segment in manifest["segments"]]
+        written = manifest["written"]
+        start = max(0, written - manifest["capacity"])
         expected = segments[0].first if segments else written
         if expected > start or any(segment.first >= segment.last for segment in segments):
             raise UserError(
                 f"the replay segments in {self.folder} begin at row {expected}, expected {start} or before."
             )
-        replay.writer.load_state_dict({"_cursor": start % capacity, "_write_count": start})
         for segment in segments:
             if segment.first != expected:
                 raise UserError(f"the replay segments in {self.folder} lack rows {expected} to {segment.first}.")
-            rows = self._read(segment, manifest["entries"])
-            replay.extend(rows[max(0, start - segment.first) :])
+            yield self._read(segment, manifest["entries"])[max(0, start - segment.first) :]
             expected = segment.last
         if expected != written:
             raise UserError(f"the replay segments in {self.folder} end at row {expected}, expected {written}.")
-        self._segments = segments
 
     def prune(self, manifests: list[dict[str, Any]]) -> None:
         """Removes segments that none of the given manifests names."""

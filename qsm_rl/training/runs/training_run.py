@@ -200,7 +200,7 @@ class TrainingRun(Generic[Configuration]):
             replay = TensorDictReplayBuffer(storage=storage, batch_size=config.batch_size)
         if storage.device != self.device:
             replay.append_transform(lambda batch: batch.to(self.device))
-        archive = ReplayArchive(folder.checkpoints / ("replay" if rank() == 0 else f"replay-rank-{rank()}"))
+        archive = ReplayArchive.of_rank(folder.checkpoints, rank())
         collector = make_collector(
             replace(config, frames_per_batch=config.frames_per_batch * agents),
             self.environment,
