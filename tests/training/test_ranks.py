@@ -21,6 +21,12 @@ SETTINGS = """--env InvertedPendulum-v5 --devices 2 --device cpu --compile false
 --checkpoint_every 160 --warmup_frames 80 --eval_every 160 --eval_episodes 1 --updates_per_frame 0.25 --n_step 2
 --batch_size 16""".split()  # noqa: SIM905
 
+SLURM_JOB = {  # of one task, to which Lightning would leave the start of the processes
+    **{f"SLURM_{name}": "1" for name in ("JOB_ID", "NTASKS", "NTASKS_PER_NODE")},
+    **{f"SLURM_{name}": "0" for name in ("LOCALID", "NODEID", "PROCID")},
+    **{"SLURM_JOB_NAME": "train", "SLURM_NODELIST": "node1"},
+}
+
 
 def start(*arguments: str, **environment: str) -> subprocess.Popen:
     root = str(SCRIPT.parents[2])
@@ -92,7 +98,7 @@ def test_two_ranks_end_with_equal_weights_and_updates_from_replay_of_their_own_a
 
 @pytest.mark.slow
 def test_a_signal_ends_both_ranks_and_a_rank_that_dies_ends_the_other(tmp_path):
-    process = start(*SETTINGS, "--total_frames", "1000000", "--run_dir", str(tmp_path / "stopped"))
+    process = start(*SETTINGS, "--total_frames", "1000000", "--run_dir", str(tmp_path / "stopped"), **SLURM_JOB)
     begun = time.monotonic()
     while not list((tmp_path / "stopped" / "checkpoints").glob("frames-*.pt")):
         assert process.poll() is None and time.monotonic() - begun < 200

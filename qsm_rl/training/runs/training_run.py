@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
@@ -252,6 +253,7 @@ class TrainingRun(Generic[Configuration]):
                     accelerator=self.device.type,
                     devices=devices,
                     strategy=DDPStrategy() if ranks > 1 else "auto",
+                    plugins=LightningEnvironment(),  # starts the other processes here, also in the job of a scheduler
                     max_epochs=1,
                     logger=make_loggers(config, folder, first_frame=self.first_frame) if rank() == 0 else [],
                     callbacks=make_callbacks(config, folder, frames, archive, self.make_environment),
