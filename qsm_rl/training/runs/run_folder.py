@@ -20,9 +20,8 @@ from qsm_rl.version import __version__
 
 __all__ = ["RunFolder"]
 
-FOLDER_OF_RANK_0 = (
-    "QSM_RL_RUN_FOLDER"  # an environment variable, by which the processes that rank 0 starts join its folder
-)
+# An environment variable, by which the processes that rank 0 starts join its folder.
+FOLDER_OF_RANK_0 = "QSM_RL_RUN_FOLDER"
 
 
 @dataclass
@@ -52,8 +51,13 @@ class RunFolder:
 
         Raises:
             UserError: if the folder holds anything, cannot be made, is in use by another process, or, resumed, holds
-                symbolic links in place of its files.
+                symbolic links in place of its files; or if something else than rank 0 has started this process.
         """
+        if rank() > 0 and FOLDER_OF_RANK_0 not in os.environ:
+            raise UserError(
+                f"LOCAL_RANK is {rank()} here, as for a process that another one has started, and none has: --devices "
+                "starts its processes by itself; begin the run once, without torchrun."
+            )
         if rank() > 0:
             return cls(Path(os.environ[FOLDER_OF_RANK_0]), recipe, resumed=configuration.resume is not None)
         if configuration.resume is not None:

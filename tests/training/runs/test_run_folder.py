@@ -98,3 +98,10 @@ def test_a_log_without_a_row_is_no_lost_checkpoint(tmp_path):
     folder = RunFolder.open(config, "some_recipe")
     folder.metrics.write_text("frames,eval/return_mean\n")  # killed again before its first row
     check_never_stored(config, folder)
+
+
+def test_a_process_of_a_higher_rank_that_no_run_has_started_is_refused(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.delenv("QSM_RL_RUN_FOLDER", raising=False)
+    with pytest.raises(UserError, match=r"LOCAL_RANK is 1 here.* begin the run once, without torchrun"):
+        RunFolder.open(parse(), "mujoco_qsm")
