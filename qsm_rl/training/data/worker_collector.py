@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from functools import partial
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from typing import Any, Literal, NamedTuple
 
@@ -348,12 +349,17 @@ def _make_worker_environment(make_environment: Callable[..., EnvBase], num_envs:
 def _forkserver() -> Iterator[None]:
     """Processes started in the block are forks of one that has imported everything, and there in tenths of a second."""
     before = multiprocessing.get_start_method(allow_none=True)
+    # They ignore Ctrl-C once they are there; on the way it would end them, with a traceback, so they are born with it
+    # blocked. The first start of Python's own tracker would unblock it.
+    resource_tracker.ensure_running()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     if "forkserver" in multiprocessing.get_all_start_methods():
         multiprocessing.set_start_method("forkserver", force=True)
         multiprocessing.set_forkserver_preload([__name__])
     try:
         yield
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         multiprocessing.set_start_method(before, force=True)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 from functools import partial
@@ -12,7 +13,7 @@ from torch import nn
 
 from qsm_rl import DiffusionActor, GaussianExploration, NoiseSchedule, ScoreMLP
 from qsm_rl.training import TrainingError, UserError, WorkerCollector, make_environment
-from qsm_rl.training.data.worker_collector import Order, WorkerPolicy, check_ray
+from qsm_rl.training.data.worker_collector import Order, WorkerPolicy, _forkserver, check_ray
 
 ENV = "InvertedPendulum-v5"
 
@@ -137,6 +138,15 @@ def test_killed_workers_are_replaced_no_transition_spans_the_gap_and_no_process_
     finally:
         collector.shutdown()
     assert len(started) == 8 and not any(runs(pid) for pid in started)
+
+
+def test_ctrl_c_does_not_end_a_worker_that_is_still_starting():
+    with _forkserver():
+        process = multiprocessing.Process(target=signal.raise_signal, args=(signal.SIGINT,))
+        process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 class Fragile(nn.Module):
