@@ -150,6 +150,8 @@ def _check_flags(path: Path, name: str, entries: Any, refused: Sequence[str]) ->
             raise UserError(f"{path}: the name {entry!r} among {name} is no text to YAML; put it in quotes.")
         if found := sorted({*(flags or {})} & {*refused}):
             raise UserError(f"{path}: {entry} sets {', '.join(found)}, which the grid gives each of its cells.")
+        if "config" in (flags or {}):  # cells are known by their flags: finished ones would stay as the file was
+            raise UserError(f"{path}: {entry} takes settings from a file by config; write them here in its place.")
 
 
 class CellTable:

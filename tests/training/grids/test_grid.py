@@ -116,6 +116,7 @@ def test_cells_come_seed_by_seed_with_the_nearest_setting_winning(grid):
         ("recipe: fake", "recipe: [", ["cannot be read"]),
         ("recipe: fake", "recipe: [fake]", ["recipe must be a recipe's name", "['fake']"]),
         ("seeds: [0, 1]", "seeds: [0.5, 1]", ["seeds must be a list", "[0.5, 1]"]),
+        ("{tau: 0.3}", "{config: mine.yaml}", ["slow tau", "a file by config", "write them here"]),
         ("plain:", "off:", ["the name False among variants", "in quotes"]),
     ],
 )
