@@ -111,10 +111,8 @@ class BestOfN(TensorDictModuleBase):
     def _q_value(self, critic: nn.Module, samples: TensorDictBase) -> Tensor:
         """A critic's Q-values ``(N, *B, 1)``."""
         q_value = critic(samples.copy()).get(self.value_key, None)
-        expected = (
-            *samples.get(self.action_key).shape[:-1],
-            1,
-        )  # called by keywords, the batch is in the entries alone
+        # Not the batch_size: of a call by keywords that is empty, and the batch in the entries alone.
+        expected = (*samples.get(self.action_key).shape[:-1], 1)
         if q_value is None or q_value.shape != expected:
             found = "nothing" if q_value is None else f"shape {tuple(q_value.shape)}"
             raise ValueError(f"a critic wrote {found} as {self.value_key!r}, expected shape {expected}; see value_key.")

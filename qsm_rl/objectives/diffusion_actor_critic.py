@@ -123,8 +123,7 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
         self._batch_normalizers = (batch_normalizers(self.qvalue_network, delay_qvalue),)  # not a module of the loss
         self.num_qvalue_nets = len(critics)
         # The very head of the module that the critics' weights are put into.
-        own_head = critic_head([self.qvalue_network])
-        self.value_head = ScalarHead(loss_function) if own_head is None else own_head
+        self.value_head = critic_head([self.qvalue_network]) or ScalarHead(loss_function)
         self.loss_function = loss_function
         self.target_aggregation = target_aggregation
         self.target_action_noise_std = target_action_noise_std
@@ -190,8 +189,7 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
         if value_type is None:  # an estimator given as an object, which TorchRL takes as it is
             self.value_estimator.set_keys(**self._value_estimator_keys())
         else:
-            several_steps = value_type in (ValueEstimators.TD1, ValueEstimators.TDLambda)
-            if several_steps and 0 in map(hyperparams.get, ("gamma", "lmbda")):
+            if value_type is not ValueEstimators.TD0 and 0 in map(hyperparams.get, ("gamma", "lmbda")):
                 raise ValueError(f"{value_type.name} with a gamma or lmbda of 0 is TD0: take ValueEstimators.TD0.")
             dispatch_value_estimator(
                 self,
