@@ -16,7 +16,7 @@ from qsm_rl.actor import DiffusionActor
 from qsm_rl.objectives.diffusion_actor_critic import DiffusionActorCriticLoss
 from qsm_rl.training.random_state import isolated_random_state
 from qsm_rl.training.ranks import average_batch_statistics
-from qsm_rl.training.updates.deferred_update import LOSS_NAMES, DeferredUpdate, StepOutputs
+from qsm_rl.training.updates.actor_critic_update import LOSS_NAMES, ActorCriticUpdate, StepOutputs
 from qsm_rl.training.updates.update import (
     Precision,
     accelerated,
@@ -31,7 +31,7 @@ SPREAD_SAMPLES = 8
 SPREAD_OBSERVATIONS = 32
 
 
-class DiffusionUpdate(DeferredUpdate):
+class DiffusionUpdate(ActorCriticUpdate):
     """Critics first, then their targets, then the actor with the critics just updated, for any of the kit's losses.
 
     ``qvalue_loss``, critic step, Polyak step of the target networks where the loss has any, ``actor_loss``, actor step.

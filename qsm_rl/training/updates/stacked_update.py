@@ -12,14 +12,14 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
 from qsm_rl.actor import DiffusionActor
-from qsm_rl.training.updates.deferred_update import LOSS_NAMES, DeferredUpdate, StepOutputs
+from qsm_rl.training.updates.actor_critic_update import LOSS_NAMES, ActorCriticUpdate, StepOutputs
 from qsm_rl.training.updates.diffusion_update import DiffusionUpdate
 from qsm_rl.training.updates.update import note_failure, raise_non_finite
 
 __all__ = ["StackedActor", "StackedUpdate"]
 
 
-class StackedUpdate(DeferredUpdate):
+class StackedUpdate(ActorCriticUpdate):
     """The updates of N agents as one: each agent has networks, optimiser state, data and random numbers of its own.
 
     What each agent learns is what its own ``DiffusionUpdate`` would have taught it on the same batches and draws, up to

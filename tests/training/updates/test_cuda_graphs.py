@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qsm_rl import BoltzmannQScore, NormalizedQScore, PosteriorQScore
 from qsm_rl.training import read_fault
-from qsm_rl.training.updates import deferred_update
+from qsm_rl.training.updates import actor_critic_update
 from qsm_rl.training.updates.cuda_graphs import CudaGraph, CudaGraphPolicy
 from qsm_rl.training.updates.update import NonFiniteLossError
 from tests.training.small_trainer import build
@@ -40,7 +40,7 @@ class Transfers(TorchDispatchMode):
 @pytest.fixture
 def without_graphs(monkeypatch):
     """An update for a CUDA graph, run as it is: what the graph would hold, on any device."""
-    monkeypatch.setattr(deferred_update, "CudaGraph", lambda step: step)
+    monkeypatch.setattr(actor_critic_update, "CudaGraph", lambda step: step)
 
 
 @pytest.mark.parametrize("score_target", [None, BoltzmannQScore(1.0), NormalizedQScore(), PosteriorQScore(1.0, 8)])

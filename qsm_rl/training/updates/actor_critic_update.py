@@ -15,7 +15,7 @@ from torchrl.objectives import LossModule
 from qsm_rl.training.updates.cuda_graphs import CudaGraph
 from qsm_rl.training.updates.update import NonFiniteLossError, Update, cosine_decay
 
-__all__ = ["LOSS_NAMES", "DeferredUpdate", "StepOutputs"]
+__all__ = ["LOSS_NAMES", "ActorCriticUpdate", "StepOutputs"]
 
 LOSS_NAMES = ("loss_qvalue", "loss_actor")
 
@@ -23,7 +23,7 @@ LOSS_NAMES = ("loss_qvalue", "loss_actor")
 StepOutputs = tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]
 
 
-class DeferredUpdate(Update):
+class ActorCriticUpdate(Update):
     """Critics at every update, the actor at each ``policy_delay``-th; as a CUDA graph where asked for.
 
     A subclass overrides ``_step``, which changes weights in place, and ``_raise_non_finite``.
