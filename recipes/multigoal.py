@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import logging
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -311,6 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise rl.UserError(f"--frames must be at least 100, got {options.frames}.")
     if options.seeds < 1:
         raise rl.UserError(f"--seeds must be at least 1, got {options.seeds}.")
+    logging.getLogger("torchrl").setLevel(logging.WARNING)  # what it makes known would stand in the bar
     rl.limit_threads(torch.device("cpu"))
     rl.make_folder(options.output)
     shown: dict[str, np.ndarray] = {}

@@ -192,6 +192,8 @@ class TrainingConfiguration:
         self._check_workers()
         named = self.replay_storage in ("memory", "disk") or os.sep in self.replay_storage
         self._check("replay_storage", named, "memory, disk, or a folder with a / in it")
+        if os.sep in self.replay_storage:
+            self.replay_storage = str(Path(self.replay_storage).absolute())  # --resume is called from anywhere
         if self.devices > 1:
             self._check("device", ":" not in self.device, f"without an index for --devices {self.devices}")
             # Each rank would normalise by statistics of its own.

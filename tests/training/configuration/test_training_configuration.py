@@ -55,6 +55,12 @@ def test_bad_values_are_named_with_what_was_expected(arguments, words):
         assert word in message
 
 
+def test_a_folder_of_the_replay_buffer_is_the_same_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert TrainingConfiguration(replay_storage="fast/disk").replay_storage == str(tmp_path / "fast" / "disk")
+    assert TrainingConfiguration(replay_storage="disk").replay_storage == "disk"
+
+
 @pytest.mark.parametrize(("asked", "total", "warmup"), [(10_000, 50_000, 10_000), (10_000, 49_999, 9_999), (10, 3, 0)])
 def test_warmup_is_at_most_a_fifth(asked, total, warmup):
     assert TrainingConfiguration(warmup_frames=asked, total_frames=total).capped_warmup == warmup
