@@ -212,6 +212,7 @@ def test_acts_in_a_collector_and_follows_there():
             {"num_samples": 2, "aggregation": "max"},
             "aggregation must be 'min', 'mean' or a finite number rho, got 'max'",
         ),
+        ({"num_samples": 2, "aggregation": float("nan")}, "a finite number rho, got nan"),
     ],
 )
 def test_bad_input_is_refused(options, message):

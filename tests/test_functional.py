@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -21,6 +23,12 @@ def test_mean_absolute_can_be_divided_by():
     assert F.mean_absolute(torch.tensor([-1.0, 3.0])).item() == 2
     assert not (torch.zeros(5) / F.mean_absolute(torch.zeros(5))).any()
     assert F.mean_absolute(torch.zeros(0)) == 1
+    assert F.mean_absolute(torch.zeros(5)).reciprocal().square().isfinite()  # so has a gradient through it a norm
+
+
+def test_norms_are_clipped_over_the_action_alone():
+    vectors = torch.tensor([[[3.0, 4.0]], [[0.3, 0.4]]])  # (2, 1, 2)
+    torch.testing.assert_close(F.clip_norm(vectors, 1.0), torch.tensor([[[0.6, 0.8]], [[0.3, 0.4]]]))
 
 
 @pytest.mark.parametrize(
@@ -93,3 +101,24 @@ def test_clamping_inward_under_vmap_forward_mode_and_hessian():
     torch.testing.assert_close(torch.func.jacfwd(F.clamp_inward)(action[0]), inside)
     hessian = torch.func.hessian(lambda a: F.clamp_inward(a).square().sum())
     torch.testing.assert_close(hessian(action[0]), 2 * inside)
+
+
+def test_mixture_weights_in_two_dimensions_by_hand():
+    """N(0, I) over half of itself, its mass in the box erf(1 / sqrt(2)) a dimension, and half of the uniform 1 / 4."""
+    normal = torch.tensor([1.0, math.exp(-1.0)]) / (2 * math.pi)
+    expected = normal / (0.5 / 4 + 0.5 * normal / math.erf(0.5**0.5) ** 2)
+    particles = torch.tensor([[0.0, 0.0], [1.0, -1.0]])
+    weights = F.log_mixture_weight(particles, torch.zeros(2), torch.ones(2), 0.5).exp()
+    torch.testing.assert_close(weights, expected)
+
+
+@pytest.mark.parametrize("side", [-1.0, 1.0])
+def test_mixture_weights_of_a_box_in_the_far_tail(side):
+    """The mean lies 20 standard deviations from the face; the mass in the box, 1e-89, is that of the tail."""
+    particles, std = side * torch.tensor([[1.0], [0.9]]), torch.tensor([0.1])
+    log_normal = -0.5 * torch.tensor([20.0, 21.0]) ** 2 - math.log(0.1 * (2 * math.pi) ** 0.5)
+    log_tail = torch.special.log_ndtr(torch.tensor(-20.0))
+    expected = -torch.logaddexp(math.log(0.5 / 2) - log_normal, math.log(0.5) - log_tail)
+    torch.testing.assert_close(F.log_mixture_weight(particles, side * torch.tensor([3.0]), std, 0.5), expected)
+    # At 490 the mass is no number any more; the particles still have weights.
+    assert F.log_mixture_weight(particles, side * torch.tensor([50.0]), std, 0.5).isfinite().all()

@@ -64,11 +64,11 @@ def log_mixture_weight(particles: Tensor, mean: Tensor, std: Tensor, uniform_fra
     """
     action_dim = particles.shape[-1]
     z = (particles - mean) / std
-    log_normal = -(0.5 * z.square() + std.log() + 0.5 * math.log(2 * math.pi)).expand_as(particles).sum(-1)
+    log_normal = -(0.5 * z.square() + std.log() + 0.5 * math.log(2 * math.pi)).sum(-1)
     # Mirrored as in truncated_normal, so that the mass of a far box does not cancel.
     center, std = -mean.double().abs(), std.double()
     mass = _normal_cdf((1 + center) / std) - _normal_cdf((center - 1) / std)
-    log_mass = mass.clamp_min(torch.finfo(torch.float64).tiny).log().expand_as(mean).sum(-1).to(particles.dtype)
+    log_mass = mass.clamp_min(torch.finfo(torch.float64).tiny).log().sum(-1).to(particles.dtype)
     log_uniform = math.log(uniform_fraction) if uniform_fraction > 0 else -math.inf
     log_gaussian = math.log1p(-uniform_fraction) if uniform_fraction < 1 else -math.inf
     return -torch.logaddexp(log_uniform - action_dim * math.log(2) - log_normal, log_gaussian - log_mass)
