@@ -114,7 +114,7 @@ class ActionBox(Float32Buffers):
         # Actions would leave the spec that the actor was built with.
         for name, own in (("low", self.low), ("high", self.high)):
             loaded = state_dict.get(prefix + name)
-            if loaded is not None and (loaded.shape != own.shape or not torch.equal(loaded.to(own), own)):
+            if loaded is not None and not torch.equal(loaded.to(own), own):
                 args[-1].append(
                     f"{prefix}{name}: the state_dict was made with other action bounds ({loaded.tolist()}) than these "
                     f"({own.tolist()}); build the actor with the same action_spec first, or load the networks alone."

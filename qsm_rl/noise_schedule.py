@@ -180,9 +180,7 @@ class NoiseSchedule(Float32Buffers):
         # The samplers' coefficients are computed from the betas once, so a state_dict cannot change the schedule.
         loaded = state_dict.get(prefix + "betas")
         error_msgs = args[-1]
-        if loaded is not None and (
-            loaded.shape != self.betas.shape or not torch.equal(loaded.to(self.betas), self.betas)
-        ):
+        if loaded is not None and not torch.equal(loaded.to(self.betas), self.betas):
             error_msgs.append(
                 f"{prefix}betas: the state_dict was made with another noise schedule ({loaded.numel()} steps) than "
                 f"this one ({self.num_steps} steps); build the actor with the same NoiseSchedule first."

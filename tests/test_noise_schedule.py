@@ -41,6 +41,11 @@ def test_predict_clean_inverts_add_noise(schedule, shape):
     torch.testing.assert_close(schedule.predict_clean(noisy, noise, t), clean, atol=tolerance, rtol=0)
 
 
+def test_a_thousand_linear_steps_are_those_of_ho_et_al():
+    betas = NoiseSchedule.linear(1000).betas
+    torch.testing.assert_close(betas[[0, 1, 999]], torch.tensor([1e-4, 1e-4 + 0.0199 / 999, 0.02]))
+
+
 def test_noised_actions_have_the_variance_of_the_forward_process():
     torch.manual_seed(0)
     schedule = NoiseSchedule.vp(5)
@@ -68,7 +73,8 @@ def test_stays_float32_and_follows_the_device():
         ([[0.1]], "one-dimensional"),
         ([0.5, 1.0], "got 1"),
         ([0.5, 1 - 1e-9], "got 1"),  # which float32 rounds to 1
-        ([0.0], "got 0"),
+        ([0.5, 0.0, 0.99], "strictly between 0 and 1, got 0"),
+        ([0.5, -0.1, 0.99], "got -0.1"),
         ([float("nan")], "nan"),
     ],
 )
@@ -86,6 +92,8 @@ def test_bad_num_steps_are_refused(num_steps):
 def test_warns_exactly_when_signal_is_left_at_the_end():
     with pytest.warns(UserWarning, match="pure noise"):
         NoiseSchedule.linear(100)
+    with pytest.warns(UserWarning, match=r"is 0\.100: .* pure noise"):
+        NoiseSchedule([1 - 0.0101])  # whose root is 0.1005
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         NoiseSchedule([1 - 0.0099])
@@ -97,6 +105,7 @@ def test_warns_exactly_when_signal_is_left_at_the_end():
 def test_a_state_dict_cannot_change_the_schedule():
     schedule = NoiseSchedule.vp(5)
     schedule.load_state_dict(copy.deepcopy(schedule).state_dict())
+    schedule.load_state_dict({}, strict=False)
     with pytest.raises(RuntimeError, match="another noise schedule"):
         schedule.load_state_dict(NoiseSchedule.vp(4).state_dict())
     with pytest.raises(RuntimeError, match="another noise schedule"):

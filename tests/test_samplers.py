@@ -62,6 +62,13 @@ def test_ddim_step_recomputes_the_noise_from_the_clipped_clean_action():
     assert out.item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_implicit_sampling_with_all_its_noise_is_ancestral_sampling():
+    schedule = NoiseSchedule.vp(5)
+    both = zip(DDIMSampler(eta=1.0).steps(schedule), DDPMSampler(clip="clean").steps(schedule), strict=True)
+    for implicit, ancestral in both:
+        assert implicit == pytest.approx(ancestral)
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
 def test_the_true_noise_of_one_point_leads_back_to_it(sampler):
     """With the exact noise of a point mass every sampler ends at the point, whatever noise it adds on the way."""
@@ -102,6 +109,7 @@ def test_timesteps():
     assert [s.t for s in DDPMSampler().steps(schedule)] == list(range(9, -1, -1))
     assert [s.t for s in DDIMSampler().steps(schedule)] == list(range(9, -1, -1))
     assert [s.t for s in DDIMSampler(num_steps=4).steps(schedule)] == [9, 6, 3, 0]
+    assert [s.t for s in DDIMSampler(num_steps=5).steps(schedule)] == [9, 7, 4, 2, 0]  # of 9, 6.75, 4.5, 2.25, 0
     assert [s.t for s in DDIMSampler(num_steps=1).steps(schedule)] == [9]
 
 
