@@ -41,6 +41,20 @@ def test_targets_equal_their_formulas(target, expected):
     assert not value.requires_grad
 
 
+@pytest.mark.parametrize(
+    "target",
+    [ScaledQScore(max_norm=1.0), NormalizedQScore(), PosteriorQScore(1.0), PosteriorGradientQScore(1.0)],
+    ids=lambda target: type(target).__name__,
+)
+def test_a_batch_of_several_dimensions_gives_what_its_rows_give(target):
+    noisy, t, schedule = torch.randn(2, 3, 2), torch.randint(5, (2, 3)), NoiseSchedule.vp(5)
+    torch.manual_seed(0)
+    shaped, _ = target(q_value, noisy, t, schedule)
+    torch.manual_seed(0)  # the posterior's particles: as many, in the same order
+    flat, _ = target(q_value, noisy.flatten(0, 1), t.flatten(), schedule)
+    torch.testing.assert_close(shaped, flat.unflatten(0, (2, 3)))
+
+
 def test_normalized_target_ignores_the_scale_of_q_and_a_flat_critic_is_zero():
     target = NormalizedQScore(0.1)
     expected, _ = target(q_value, NOISY, T, SCHEDULE)
@@ -68,6 +82,7 @@ def test_scale_and_temperature_are_buffers_that_can_be_scheduled():
     torch.testing.assert_close(scaled(q_value, NOISY, T, SCHEDULE)[0], 20 * NOISY)
     torch.testing.assert_close(boltzmann(q_value, NOISY, T, SCHEDULE)[0][0], 0.6 * 8 * NOISY[0])
     assert scaled.state_dict()["scale"].item() == 10.0
+    assert ScaledQScore().scale.item() == 50.0  # the authors'
 
 
 @pytest.mark.parametrize(
@@ -76,6 +91,19 @@ def test_scale_and_temperature_are_buffers_that_can_be_scheduled():
 def test_bad_scales_are_refused(make):
     with pytest.raises(ValueError, match="must be positive"):
         make()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_particles": 1}, "num_particles must be at least 2, got 1"),
+        ({"uniform_fraction": 1.1}, r"uniform_fraction must lie in \[0, 1\], got 1.1"),
+        ({"chunk_size": 0}, "chunk_size must be at least 1 or None, got 0"),
+    ],
+)
+def test_bad_particles_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        PosteriorQScore(1.0, **options)
 
 
 @pytest.mark.parametrize("max_norm", [0.0, -1.0, float("nan"), float("inf")])
@@ -128,14 +156,6 @@ def test_posterior_target_converges_to_quadrature(name, uniform_fraction):
     assert few / many == pytest.approx(10, rel=0.35)
 
 
-def test_gradient_form_of_the_posterior_is_wrong_at_the_faces_of_the_box():
-    """Why only values of Q are used: for Q = 4 a the gradient form says -4, -12, -50 at a_t = 0."""
-    for cumprod, gradient_form, expected in ((0.5, -4.0, -0.72), (0.1, -12.0, -0.25), (0.0064, -49.8, -0.06)):
-        assert -((1 - cumprod) ** 0.5) * 4 / cumprod**0.5 == pytest.approx(gradient_form, rel=0.01)
-        truth = exact_target(ONE_DIMENSION["linear"], torch.tensor(0.0, dtype=torch.float64), cumprod).item()
-        assert truth == pytest.approx(expected, abs=0.01)
-
-
 def test_posterior_target_in_chunks_is_the_same_and_bounds_the_memory():
     noisy, t, schedule = torch.randn(8, 2), torch.randint(5, (8,)), NoiseSchedule.vp(5)
     sizes = []
@@ -165,13 +185,21 @@ def test_effective_sample_size_is_full_for_a_flat_critic_and_collapses_with_dime
     assert sizes[0] > 25 > 5 > sizes[2]
 
 
-def test_normalized_posterior_ignores_the_scale_of_q():
+def test_normalized_posterior_has_its_temperature_in_units_of_the_spread_of_q():
     noisy, t, schedule = torch.randn(8, 2), torch.randint(5, (8,)), NoiseSchedule.vp(5)
-    values = []
-    for q in (lambda a: a.sum(-1), lambda a: 1e4 * a.sum(-1)):
+    spreads = []
+
+    def q(a):
+        spreads.append(a.sum(-1).std(0).mean().item())
+        return a.sum(-1)
+
+    def target(q, temperature, normalize):
         torch.manual_seed(0)
-        values.append(PosteriorQScore(0.5, 64, normalize=True)(q, noisy, t, schedule)[0])
-    torch.testing.assert_close(values[0], values[1], rtol=1e-4, atol=1e-4)
+        return PosteriorQScore(temperature, 64, normalize=normalize)(q, noisy, t, schedule)[0]
+
+    normalized = target(q, 0.5, True)
+    torch.testing.assert_close(target(lambda a: 1e4 * a.sum(-1), 0.5, True), normalized, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(target(q, 0.5 * spreads[0], False), normalized)
 
 
 def test_posterior_target_of_a_flat_critic_is_that_of_uniform_actions_whatever_its_value():
@@ -247,7 +275,10 @@ def test_gradient_form_agrees_inside_the_box_and_is_wrong_at_its_faces():
         target, info = kind(1.0, 200_000, chunk_size=70_000)(q, noisy, t, schedule)
         torch.testing.assert_close(target, expected, atol=0.01, rtol=0, msg=kind.__name__)
         assert (info["effective_sample_size"] > 10_000).all()
-    for cumprod, biased in ((0.5, -4.0), (0.1, -12.0), (0.0064, -49.8)):
+    # Why only values of Q are used: for Q = 4 a and a_t = 0
+    for cumprod, biased, truth in ((0.5, -4.0, -0.72), (0.1, -12.0, -0.25), (0.0064, -49.8, -0.06)):
+        exact = exact_target(ONE_DIMENSION["linear"], torch.tensor(0.0, dtype=torch.float64), cumprod)
+        assert exact.item() == pytest.approx(truth, abs=0.01)
         schedule = NoiseSchedule([1 - cumprod, 0.999])
         target, _ = PosteriorGradientQScore(1.0, 10)(
             lambda a: 4 * a.squeeze(-1), torch.zeros(1, 1), torch.tensor([0]), schedule
