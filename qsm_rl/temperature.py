@@ -68,6 +68,6 @@ class SpreadTuner(nn.Module):
             raise ValueError(f"a spread needs 2 samples of each observation or more, got shape {tuple(actions.shape)}.")
         spread = actions.std(0, correction=0).mean()
         # A policy that has collapsed to a point would otherwise ask for an infinite step.
-        ratio = (self.target_spread / spread.clamp_min(1e-3)).clamp(0.1, 10)
+        ratio = (self.target_spread / spread).clamp(0.1, 10)
         self.score_target.get_buffer("temperature").mul_(ratio**self.rate)
         return spread

@@ -8,10 +8,11 @@ from qsm_rl import BoltzmannQScore, ScaledQScore, SpreadTuner
 
 def test_one_step_by_hand():
     target = BoltzmannQScore(2.0)
-    actions = torch.tensor([[[0.3, 0.0]], [[-0.3, 0.2]]])  # spreads 0.3 and 0.1 around their means
+    actions = torch.tensor([[[0.3, 0.0]], [[-0.3, 0.2]]], requires_grad=True)  # spreads 0.3 and 0.1 around their means
     spread = SpreadTuner(target, target_spread=0.4, rate=0.5)(actions)
     assert spread.item() == pytest.approx(0.2)
     assert target.temperature.item() == pytest.approx(2.0 * 2**0.5)
+    assert not target.temperature.requires_grad
 
 
 def test_finds_the_temperature_of_a_policy_whose_spread_follows_it():
@@ -24,10 +25,11 @@ def test_finds_the_temperature_of_a_policy_whose_spread_follows_it():
     assert target.temperature.item() == pytest.approx(0.09, rel=0.05)
 
 
-def test_a_collapsed_policy_moves_the_temperature_by_a_bounded_step():
+@pytest.mark.parametrize(("spread", "factor"), [(0.0, 10.0), (1.0, 0.1)])
+def test_a_policy_far_off_moves_the_temperature_by_a_bounded_step(spread, factor):
     target = BoltzmannQScore(1.0)
-    SpreadTuner(target, target_spread=0.3, rate=0.1)(torch.zeros(4, 8, 2))
-    assert target.temperature.item() == pytest.approx(10**0.1, rel=1e-5)
+    SpreadTuner(target, target_spread=0.05, rate=0.1)(torch.tensor([-spread, spread]).expand(8, 2).T.unsqueeze(-1))
+    assert target.temperature.item() == pytest.approx(factor**0.1, rel=1e-5)
 
 
 @pytest.mark.parametrize(
