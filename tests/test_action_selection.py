@@ -119,8 +119,9 @@ def test_an_encoder_before_the_actor_is_part_of_what_acts():
     actor = TensorDictSequential(encoder, make_actor())
     with pytest.raises(ValueError, match=r"the actor writes \['observation', 'action'\], .* name it by action_key"):
         BestOfN(actor, make_critics(), num_samples=4)
-    with pytest.raises(ValueError, match="the action is 'motor'"):
-        BestOfN(actor, make_critics(), num_samples=4, action_key="motor")
+    for several_or_one in (actor, make_actor()):
+        with pytest.raises(ValueError, match="the action is 'motor'"):
+            BestOfN(several_or_one, make_critics(), num_samples=4, action_key="motor")
     best = BestOfN(actor, make_critics(), num_samples=4, action_key="action")
     assert (best.in_keys, best.out_keys) == (["pixels"], ["action"])
     acted = best(TensorDict({"pixels": torch.randn(5, OBSERVATION_DIM)}, [5]))

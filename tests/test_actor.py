@@ -196,6 +196,8 @@ def test_half_precision_network_keeps_the_chain_in_float32():
         (Bounded(-torch.finfo(torch.float32).max, torch.finfo(torch.float32).max, (2,)), "low < high"),
         (Composite(a=SPEC, b=SPEC), "one leaf"),
         (Bounded(torch.tensor([[-1.0], [-2.0]]), torch.ones(2, 1)), "differ between the environments"),
+        (Bounded(-torch.ones(2, 1), torch.tensor([[1.0], [2.0]])), "differ between the environments"),
+        (Bounded(2e38, 3e38, (1,)), "must be bounded"),  # whose middle is beyond float32
     ],
 )
 def test_bad_action_specs_are_refused(spec, message):

@@ -101,6 +101,7 @@ def test_scalar_head_by_hand(name, expected):
     [
         ((1.0, 2.0), r"must hold 0 .* got \[1.0, 2.0\]"),
         ((0.0, 0.0), r"got \[0.0, 0.0\]"),
+        ((None, 5.0), r"got \[None, 5.0\]"),
         ((2.0, -2.0), r"got \[2.0, -2.0\]"),
         ((0.0, math.inf), r"got \[0.0, inf\]"),
         ((-1.0, 1.0, 1), "num_bins must be at least 2, got 1"),
