@@ -43,6 +43,10 @@ class Keys:
     terminated: NestedKey = "terminated"
     priority: NestedKey = "td_error"
 
+    def to_set(self) -> dict[str, NestedKey]:
+        """What a loss is told by ``set_keys``; the names of observation and action it has from the actor."""
+        return {name: key for name, key in asdict(self).items() if name not in ("observation", "action")}
+
 
 FLAT_KEYS = Keys()
 NESTED_KEYS = Keys(
@@ -445,7 +449,7 @@ class LossContract:
     def test_nested_keys(self):
         flat, nested = self.make_quiet_loss(), self.make_quiet_loss(keys=NESTED_KEYS)
         nested.load_state_dict(flat.state_dict())
-        nested.set_keys(**{name: key for name, key in asdict(NESTED_KEYS).items() if name != "observation"})
+        nested.set_keys(**NESTED_KEYS.to_set())
         for value_type in self.supported_value_estimators:
             for loss in (flat, nested):
                 loss.make_value_estimator(value_type)
@@ -464,7 +468,7 @@ class LossContract:
     @pytest.mark.parametrize("keys", [FLAT_KEYS, NESTED_KEYS], ids=["flat", "nested"])
     def test_keyword_call(self, keys):
         loss, data = self.make_quiet_loss(keys=keys), self.make_data(keys=keys)
-        loss.set_keys(**{name: key for name, key in asdict(keys).items() if name != "observation"})
+        loss.set_keys(**keys.to_set())
         expected = evaluate(loss, data)
         assert list(expected.keys()) == loss.out_keys
         torch.manual_seed(0)

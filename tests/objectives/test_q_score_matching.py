@@ -190,10 +190,13 @@ def test_behaviour_cloning_is_reported_where_it_is_on_and_costs_nothing_where_it
     on, off = (QScoreMatchingLoss(make_actor(), make_critics(), delay_qvalue=False, bc_weight=w) for w in (2.0, 0.0))
     data = make_transitions((2, 4))
     data["collector", "mask"] = torch.arange(4).expand(2, 4) < 3
-    assert list(evaluate(on, data).keys()) == on.out_keys and "bc_error" in on.out_keys
+    out = evaluate(on, data)
+    assert list(out.keys()) == on.out_keys and "bc_error" in on.out_keys
+    assert out["bc_error"].shape == () and not out["bc_error"].requires_grad
     assert "bc_error" not in off.out_keys and not any("bc" in name for name in off.state_dict())
     assert off.actor_loss(data)[1].keys() == on.actor_loss(data)[1].keys() - {"bc_error"}
     assert on.actor_loss(data)[1]["bc_error"].shape == (6,)
+    assert on.actor_loss(data.exclude("collector"))[1]["bc_error"].shape == (2, 4)
 
 
 @pytest.mark.parametrize(("weight", "mean"), [(0.5, 0.1), (2.0, 0.2)])

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import torch
 
-from qsm_rl.training.data.frames import period_ended
+from qsm_rl.training.data.frames import FramesDataset, period_ended
 from tests.training.small_trainer import build
 
 
@@ -12,6 +14,14 @@ def test_periods_end_at_their_multiples_also_when_stepped_over():
         after for before, after in zip(range(0, 40, 4), range(4, 44, 4), strict=True) if period_ended(before, after, 10)
     ]
     assert ended == [12, 20, 32, 40]
+
+
+def test_frames_of_all_processes_and_of_one_agent_are_counted():
+    collector = SimpleNamespace(requested_frames_per_batch=6)
+    options = {"seed": 0, "total_frames": 100, "checkpoint_every": 50, "first_frame": 40}
+    for ranks, agents, counted, batches in ((1, 1, 6, 10), (2, 1, 12, 5), (1, 3, 2, 30)):
+        frames = FramesDataset(collector, num_ranks=ranks, num_agents=agents, **options)
+        assert (frames.count(6), len(frames)) == (counted, batches)
 
 
 def test_trajectories_are_cut_at_checkpoints_and_the_end_and_begin_anew_there():

@@ -207,6 +207,17 @@ def test_whatever_does_not_fit_the_manifest_is_refused(tmp_path, spoil):
         ReplayArchive(tmp_path).restore(new_replay(20), manifest)
 
 
+def test_a_segment_of_many_rows_is_read(tmp_path):
+    """4,000 rows of 4 numbers and 2 flags: 72,000 bytes, more than a header may have."""
+    replay, archive = new_replay(4000), ReplayArchive(tmp_path)
+    batch = frames(0, 4000)
+    batch["next", "reward"] = batch["observation"]
+    TransitionWriter(replay).write(batch)
+    restored = new_replay(4000)
+    ReplayArchive(tmp_path).restore(restored, archive.save(replay))
+    assert column(restored, "next", "reward") == list(range(4000))
+
+
 def test_rows_outside_the_manifest_are_not_read_and_other_files_are_refused(tmp_path):
     replay, archive = new_replay(20), ReplayArchive(tmp_path)
     TransitionWriter(replay).write(frames(0, 4))

@@ -2,9 +2,22 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tensordict.nn import TensorDictModule
 from torch import nn
+from torchrl.data import Bounded
 
-from qsm_rl import BestOfN, BoltzmannQScore, NormalizedQScore, SpreadTuner
+from qsm_rl import (
+    BestOfN,
+    BoltzmannQScore,
+    DiffusionActor,
+    NoiseSchedule,
+    NormalizedQScore,
+    QScoreMatchingLoss,
+    QValueMLP,
+    ScoreMLP,
+    SpreadTuner,
+)
+from qsm_rl.training import QSMUpdate
 from tests.training.small_trainer import WIDE, build, run
 
 
@@ -65,6 +78,21 @@ def test_the_actor_waits_for_its_turn():
         rates.append(module.update.optimizers["actor"].param_groups[0]["lr"])
     assert moved == [False, False, True, False, False, True, False]
     assert rates[2] == pytest.approx(1e-3) and rates[5] == pytest.approx(1e-3 * (1 + 0.5**0.5) / 2)
+
+
+def test_a_target_actor_follows_without_target_critics(batch):
+    actor = DiffusionActor(
+        ScoreMLP(2, 2, (8,)), action_spec=Bounded(-1.0, 1.0, (2,)), noise_schedule=NoiseSchedule.vp(3)
+    )
+    critic = TensorDictModule(QValueMLP(2, 2, (8,)), ["observation", "action"], ["state_action_value"])
+    loss = QScoreMatchingLoss(actor, [critic], delay_actor=True, delay_qvalue=False)
+    update = QSMUpdate(loss, actor_learning_rate=0.1, critic_learning_rate=0.1, tau=0.25)
+    keys = [key for key, value in loss.actor_network_params.items(True, True) if value.requires_grad]
+    update(batch)
+    start, online = (loss.target_actor_network_params.clone(), loss.actor_network_params.clone())
+    update(batch)  # whose targets follow before the actor moves
+    for key in keys:
+        torch.testing.assert_close(loss.target_actor_network_params[key], start[key].lerp(online[key], 0.25))
 
 
 def test_averaged_actor_is_what_is_evaluated_and_does_not_train():
@@ -171,12 +199,14 @@ def test_statistics_of_the_critics_are_those_worked_out_by_hand(batch):
     module.update._qvalue_info |= {
         "q_value": torch.tensor([[1.0, 2.0, 6.0], [3.0, 4.0, 8.0]]),
         "target_value": torch.tensor([0.0, 2.0, 4.0]),
+        "next_action": torch.tensor([[-1.0, 0.5], [0.9, 1.0], [0.0, -0.9]]),
     }
     row = module.update.diagnostics()
     assert row["q_value"].item() == pytest.approx(4.0)
     assert row["q_value_spread"].item() == pytest.approx((14 / 3) ** 0.5)  # of the means 2, 3, 7
     assert row["target_value_spread"].item() == pytest.approx((8 / 3) ** 0.5)
     assert row["critic_disagreement"].item() == pytest.approx(1.0)
+    assert row["action_saturation"].item() == pytest.approx(2 / 6)
 
 
 def test_a_temperature_that_is_no_buffer_is_not_logged(batch):
