@@ -86,7 +86,52 @@ def test_td3_moves_actor_and_targets_at_every_second_update_only():
             strict=True,
         ):
             assert same(before, weights(params)) == (number % 2 == 1)
-    assert {"q_value", "target_value", "td_error"} == update.diagnostics().keys()
+
+
+def step(optimizer, loss) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def test_sac_steps_critics_targets_actor_and_temperature_in_that_order():
+    """The update against the same steps written out."""
+    (update, other), batch = (sac(), sac()), bandit(lambda action: action)
+    loss = other.loss
+    target = loss.target_qvalue_network_params
+    torch.manual_seed(7)
+    losses = update(batch.copy())
+    torch.manual_seed(7)
+    qvalue, info = loss.qvalue_v2_loss(batch.copy())
+    step(torch.optim.Adam(other.critic_parameters, RATES["critic_learning_rate"]), qvalue)
+    for key, value in loss.qvalue_network_params.data.items(True, True):
+        target.data[key].lerp_(value, RATES["tau"])
+    actor, actor_info = loss.actor_loss(batch.copy())
+    step(torch.optim.Adam(other.actor_parameters, RATES["actor_learning_rate"]), actor)
+    temperature = loss.alpha_loss(actor_info["log_prob"]).mean()
+    step(torch.optim.Adam([loss.log_alpha], RATES["actor_learning_rate"]), temperature)
+    for (name, mine), theirs in zip(update.loss.state_dict().items(), loss.state_dict().values(), strict=True):
+        torch.testing.assert_close(mine, theirs, msg=name)
+    expected = {"qvalue": qvalue / 2, "actor": actor, "temperature": temperature}
+    torch.testing.assert_close(losses, {name: value.detach() for name, value in expected.items()})
+    row = update.diagnostics()
+    assert row["temperature"].item() == pytest.approx(loss.log_alpha.exp().item())
+    assert row["entropy"].item() == pytest.approx(-actor_info["log_prob"].mean().item())
+    assert row["td_error"].item() == pytest.approx(info["td_error"].mean().item())
+
+
+def test_td3_reports_means_over_critics_and_samples():
+    """With gamma 0 the targets are the rewards."""
+    update, other = td3(), td3()
+    assert update.diagnostics() == {}
+    batch = bandit(lambda action: action)
+    q_values = other.loss.value_loss(batch.copy())[1]["pred_value"]  # (critics, batch)
+    errors = q_values - batch["action"].squeeze(-1)
+    assert update(batch)["qvalue"].item() == pytest.approx(errors.square().mean().item())
+    row = update.diagnostics()
+    assert row["q_value"].item() == pytest.approx(q_values.mean().item())
+    assert row["target_value"].item() == pytest.approx(batch["action"].mean().item())
+    assert row["td_error"].item() == pytest.approx(errors.abs().mean().item())
 
 
 @pytest.mark.parametrize("make_update", [sac, td3])
