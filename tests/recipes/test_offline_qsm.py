@@ -140,7 +140,8 @@ def test_a_run_that_normalised_its_observations_is_no_data_set(tmp_path):
     ("data", "message"),
     [
         (transitions(observation_dim=5), r"observation has shape \(50, 5\), expected \(N, 4\)"),
-        (transitions(action=4.0), "largest action is 1.33 times the bound"),
+        (transitions().reshape(25, 2), r"observation has shape \(25, 2, 4\), expected \(N, 4\)"),
+        (transitions(action=-4.0), "largest action is 1.33 times the bound"),
         (transitions().exclude(("next", "reward")), "lacks next reward"),
         (transitions(action=float("nan")), "NaN or infinity in action"),
     ],
