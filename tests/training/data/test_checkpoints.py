@@ -67,6 +67,16 @@ def test_the_newest_two_checkpoints_are_kept(tmp_path):
     assert folder.frames() == [200, 1000]
 
 
+def test_a_run_that_goes_on_removes_what_lies_beyond(tmp_path):
+    folder = CheckpointFolder(tmp_path)
+    for frames in (100, 200):
+        folder.save(frames, {})
+    folder.remove_after(200)
+    assert folder.frames() == [100, 200]
+    folder.remove_after(100)
+    assert folder.frames() == [100]
+
+
 def test_an_unreadable_checkpoint_is_passed_over_with_a_word(tmp_path, capsys):
     folder = CheckpointFolder(tmp_path)
     for frames in (100, 200):
