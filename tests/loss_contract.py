@@ -258,6 +258,8 @@ class LossContract:
         loss = self.make_quiet_loss()
         output = evaluate(loss, self.make_data())
         assert {key for key, value in output.items() if value.requires_grad} == set(self.owners)
+        for half in (loss.qvalue_loss, loss.actor_loss):
+            assert [key for key, value in half(self.make_data())[1].items() if value.requires_grad] == []
 
     def test_what_is_reported_is_detached_from_an_encoder_too(self):
         loss, data = self.make_quiet_loss(), self.make_data()

@@ -64,6 +64,8 @@ def test_actor_loss_of_a_chain_of_one_step():
     torch.testing.assert_close(info["advantage"].flatten(), advantage)
     torch.testing.assert_close(info["log_prob"].flatten(), log_prob)
     torch.testing.assert_close(value, -(advantage * log_prob).mean())
+    row = loss.diagnostics(loss.qvalue_loss(transitions([0.0]))[1], info)
+    torch.testing.assert_close(row["advantage_size"], (q_values[0] - q_values[1]).abs())
     # d log p / d gain = z / std * d mean / d gain
     slopes = z / 0.5 * -c * torch.tensor([0.5, -0.25])
     torch.testing.assert_close(loss.actor_network.score_network.gain.grad, -(advantage * slopes).mean())

@@ -22,6 +22,7 @@ from qsm_rl import (
     QValueMLP,
     ScaledQScore,
     ScoreMLP,
+    ScoreTarget,
 )
 from tests.loss_contract import (
     ACTION_DIM,
@@ -228,6 +229,26 @@ def test_score_targets_in_the_loss(score_target, target):
     value, info = loss.actor_loss(hand_batch([0.0, 1.0]), t=torch.tensor([0, 0]))
     torch.testing.assert_close(info["score_target"], torch.full((2, 1), target))
     torch.testing.assert_close(value.item(), target**2)
+
+
+def test_a_score_target_of_one_s_own_gets_no_gradient_and_is_reported_by_its_kind():
+    class Own(ScoreTarget):
+        info_keys = ("my_score", "my_size")
+
+        def __init__(self):
+            super().__init__()
+            self.slope = nn.Parameter(torch.tensor(1.0))
+
+        def forward(self, q_value, noisy_action, t, noise_schedule):
+            info = {"my_score": torch.tensor([[3.0], [-5.0]]), "my_size": torch.tensor([1.0, -2.0])}
+            return self.slope * noisy_action, info
+
+    loss = hand_loss(Line(2.0, 0.0), gain=3.0, score_target=Own())
+    value, info = loss.actor_loss(hand_batch([0.0, 1.0]))
+    value.backward()
+    assert loss.score_target.slope.grad is None
+    out = loss.diagnostics(loss.qvalue_loss(hand_batch([0.0, 1.0]))[1], info)
+    assert (out["my_score_norm"].item(), out["my_size"].item()) == (4.0, -0.5)  # a score's norm, else the mean
 
 
 def test_score_aggregation_and_score_critics():
