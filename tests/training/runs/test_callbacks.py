@@ -5,12 +5,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
-from qsm_rl.training import CheckpointFolder, ReplayArchive
+from qsm_rl.training import CheckpointFolder, ReplayArchive, make_environment
 from qsm_rl.training.evaluation.evaluate import EvaluationResult
 from qsm_rl.training.runs import callbacks
-from qsm_rl.training.runs.callbacks import CheckpointWriter, MetricRows, StopAtReturn, StopSignals
+from qsm_rl.training.runs.callbacks import CheckpointWriter, Evaluation, MetricRows, StopAtReturn, StopSignals
+from tests.training.small_trainer import env_id
 
 
 def test_what_a_killed_process_left_beyond_the_checkpoint_to_go_on_from_is_removed(tmp_path):
@@ -48,3 +50,26 @@ def test_rates_leave_evaluations_out_and_a_resumed_run_s_clock_goes_on(monkeypat
     rates = {"time/frames_per_second": 50.0, "time/updates_per_second": 25.0}
     assert rows == [(1200, {**rates, "time/elapsed_seconds": 40.0, "time/evaluation_seconds": 6.0})]
     assert module.elapsed_seconds == 40.0
+
+
+def test_an_evaluation_normalises_as_the_training_environment_does_then():
+    made, rows = [], []
+
+    def make(seed, filmed=False):
+        made.append(make_environment(env_id("Slide"), seed=seed, normalize_observation=True))
+        return made[-1]
+
+    training = make(0)
+    training.rollout(20)
+    network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Tanh())
+    update = SimpleNamespace(agents=(), policies={"": TensorDictModule(network, ["observation"], ["action"])})
+    window = SimpleNamespace(add=rows.append)
+    module = SimpleNamespace(update=update, env_frames=20, device=torch.device("cpu"), window=window)
+    frames = SimpleNamespace(seed=0, collector=SimpleNamespace(env=training))
+    evaluation = Evaluation(frames, 10, make, episodes=2, stop=StopSignals())
+    evaluation.run(None, module)
+    torch.testing.assert_close(dict(made[1].state_dict()), dict(training.state_dict()))
+    assert (
+        len(evaluation.last.returns) == 2
+        and rows[0]["eval/return_mean"] == evaluation.last.metrics()["eval/return_mean"]
+    )
