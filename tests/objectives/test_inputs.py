@@ -7,7 +7,7 @@ from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 
 from qsm_rl import QValueMLP
-from qsm_rl.objectives.inputs import network_output
+from qsm_rl.objectives.inputs import live_entries, live_mask, network_output
 
 KEYS = (["observation", "action"], ["value"])
 
@@ -58,3 +58,18 @@ def test_a_missing_entry_is_named():
     critic = TensorDictModule(QValueMLP(3, 2, (8,)), *KEYS)
     with pytest.raises(KeyError, match="lacks action; it has observation"):
         network_output(critic, batch().exclude("action"), "value")
+
+
+def test_a_sample_is_live_by_all_of_its_masks():
+    masks = {"one": torch.tensor([[True], [True], [False]]), "two": torch.tensor([True, False, True])}
+    assert live_mask(TensorDict(masks, [3]), ["one", "missing", "two"]).tolist() == [True, False, False]
+    assert live_mask(TensorDict(masks, [3]), ["missing"]) is None
+
+
+def test_a_trajectory_ends_where_it_ended_and_before_what_is_masked():
+    done = torch.tensor([False, True, False, False, False]).unsqueeze(-1)
+    mask = torch.tensor([True, True, True, True, False])
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0, float("nan")])
+    live = live_entries(TensorDict({"x": x, "next": {"done": done}}, [5]), mask, ("next", "done"))
+    assert live["next", "done"].flatten().tolist()[:4] == [False, True, False, True]
+    assert live["x"].tolist() == [1.0, 2.0, 3.0, 4.0, 0.0]

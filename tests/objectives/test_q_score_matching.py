@@ -68,6 +68,7 @@ class TestContract(LossContract):
             TypeError,
             r"a critic is a Linear, expected a TensorDictModule: write .*critic, ",
         ),
+        ({"critics": make_critics()[0], "num_qvalue_nets": 0}, ValueError, "num_qvalue_nets must be at least 1, got 0"),
         ({"num_qvalue_nets": 2.0}, TypeError, "num_qvalue_nets must be an integer or None, got 2.0"),
         ({"target_aggregation": float("nan")}, ValueError, "a finite number rho, got nan"),
         ({"use_prioritized_weights": "yes"}, ValueError, "use_prioritized_weights must be one of .* got 'yes'"),
