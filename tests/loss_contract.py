@@ -337,6 +337,8 @@ class LossContract:
             sum(evaluate(loss, data)[key] for key in self.owners).backward()
             optimizer.step()
             updater.step()
+            for name in self.schedulable:
+                loss.get_buffer(name).mul_(0.5)
         fresh.load_state_dict(loss.state_dict())
         assert_same(evaluate(fresh, data), evaluate(loss, data), rtol=0, atol=0)
 
