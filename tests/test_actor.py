@@ -132,12 +132,13 @@ def test_exploration_types():
         assert not torch.equal(actor.sample(td["observation"]), actor.sample(td["observation"]))
 
 
-def test_several_and_nested_keys_are_joined_in_order():
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3)])
+def test_several_and_nested_keys_are_joined_in_order(shape):
     actor = make_actor(in_keys=["first", ("agent", "second")], out_keys=[("agent", "action")])
-    first, second = torch.randn(5, 3), torch.randn(5, 1)
-    td = TensorDict({"second": first, "first": first, "agent": {"second": second}}, [5])
+    first, second = torch.randn(*shape, 3), torch.randn(*shape, 1)
+    td = TensorDict({"second": first, "first": first, "agent": {"second": second}}, shape)
     torch.testing.assert_close(actor.observation(td), torch.cat([first, second], -1))
-    assert actor(td)["agent", "action"].shape == (5, 3)
+    assert actor(td)["agent", "action"].shape == (*shape, 3)
     with pytest.raises(KeyError, match="second"):
         actor.observation(td.exclude(("agent", "second")))
 
@@ -383,3 +384,15 @@ def test_loading_an_actor_leaves_the_spec_it_was_made_of_alone():
         for buffer in actor.buffers():
             buffer.zero_()
     assert torch.equal(spec.space.low, LOW) and torch.equal(spec.space.high, HIGH)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3)])
+def test_the_network_of_joined_inputs_predicts_the_same_noise(shape):
+    actor = make_actor()
+    noisy, observation, t = (
+        torch.randn(*shape, 3),
+        torch.randn(*shape, 4),
+        torch.randint(actor.noise_schedule.num_steps, shape),
+    )
+    joined = actor.module.score_network(torch.cat([noisy, observation, t.unsqueeze(-1)], -1))
+    torch.testing.assert_close(joined, actor.predict_noise(noisy, observation, t))
