@@ -86,13 +86,14 @@ def critic_list(
 
 def check_untied(critic: nn.Module) -> None:
     names: dict[nn.Parameter, str] = {}
-    for name, parameter in critic.named_parameters(remove_duplicate=False):
-        if parameter in names:
-            raise ValueError(
-                f"a critic holds one weight as {names[parameter]} and as {name}, which would be trained apart once "
-                "critics are stacked; keep it in one place and use it twice in forward."
-            )
-        names[parameter] = name
+    for prefix, layer in critic.named_modules():  # each once: a layer under two names stays one layer
+        for name, parameter in layer.named_parameters(prefix, recurse=False, remove_duplicate=False):
+            if parameter in names:
+                raise ValueError(
+                    f"a critic holds one weight as {names[parameter]} and as {name}, which would be trained apart once "
+                    "critics are stacked; keep it in one place and use it twice in forward."
+                )
+            names[parameter] = name
 
 
 def stack_critics(loss: LossModule, critics: list[TensorDictModule], delay_qvalue: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from functools import partial
 
 import pytest
@@ -121,6 +122,34 @@ def test_a_critic_with_tied_weights_is_refused(options):
     network.last.weight = network.squash.weight
     with pytest.raises(ValueError, match=r"one weight as module\.squash\.weight and as module\.last\.weight"):
         QScoreMatchingLoss(make_actor(), wrap(network), **options)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_layer_under_two_names_stays_one(count):
+    """As where an encoder is an attribute and a part of what the critic runs."""
+
+    class Encoded(Network):
+        def __init__(self):
+            super().__init__(squash=nn.Linear(1, 1))
+            self.body = nn.Sequential(self.layer, nn.Tanh(), self.squash)
+
+        def forward(self, observation, action):
+            return self.body(torch.cat([observation, action], -1)) + super().forward(observation, action)
+
+    critics, data = [Encoded() for _ in range(count)], make_transitions((4,))
+    loss, own = make_loss(*deepcopy(critics)), nn.ModuleList(critics)
+    optimizers = [torch.optim.SGD(x.parameters(), lr=0.1) for x in (loss.qvalue_network_params, own)]
+    for _ in range(3):
+        value, info = loss.qvalue_loss(data.clone())
+        outputs = [critic(data["observation"], data["action"]).squeeze(-1) for critic in critics]
+        hand = sum((output - info["target_value"]).square().mean() for output in outputs)
+        for optimizer, objective in zip(optimizers, (value, hand), strict=True):
+            optimizer.zero_grad()
+            objective.backward()
+            optimizer.step()
+    for one, critic in zip(loss.trained_critics(), critics, strict=True):
+        expected = critic(data["observation"], data["action"])
+        torch.testing.assert_close(one(data.clone())["state_action_value"], expected)
 
 
 def test_hooks_on_a_critic_with_a_head_are_refused():
