@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import torch
 from tensordict import TensorDictParams
-from torch import Tensor
+from torch import Tensor, nn
 from torchrl.objectives import LossModule
 
 from qsm_rl.actor import DiffusionActor
@@ -24,6 +24,8 @@ class SharedActorLoss(LossModule):
     actor_network: DiffusionActor
     actor_network_params: TensorDictParams
     target_actor_network_params: TensorDictParams
+    qvalue_network: nn.Module
+    qvalue_network_params: TensorDictParams
     delay_actor: bool
 
     def _share_with_actor(self) -> None:
@@ -54,13 +56,18 @@ class SharedActorLoss(LossModule):
         modules = [self] if self._value_estimator is None else [self, *self._value_estimator.modules()]
         own = [(module._buffers, name, value) for module in modules for name, value in module._buffers.items()]
         # A batch moves a critic's running statistics by less than half precision can show.
-        ends = ("running_mean", "running_var")
-        statistics = [(buffer, buffer.data) for name, buffer in self.named_buffers() if name.endswith(ends)]
+        statistics = [
+            (buffer, buffer.data)
+            for path, layer in self.qvalue_network.named_modules()
+            if isinstance(layer, Float32Buffers)
+            for name, _ in layer.named_buffers(path, recurse=False)
+            for buffer in [self.qvalue_network_params.get(tuple(name.split(".")))]
+        ]
         super()._apply(fn)
         for buffer, data in constants:
             buffer.data = data.to(buffer.device)
         for buffer, data in statistics:
-            if buffer.dtype.itemsize < 4:
+            if data.is_floating_point() and buffer.dtype.itemsize < 4:
                 buffer.data = data.to(buffer.device, torch.float32)
         for buffers, name, value in own:
             moved = buffers[name]

@@ -9,8 +9,18 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
+from torchrl.data import Bounded
 
-from qsm_rl import BatchRenorm, QScoreMatchingLoss, QValueCrossQ, QValueMLP, ScaledQScore, TwoHotHead
+from qsm_rl import (
+    BatchRenorm,
+    DiffusionActor,
+    NoiseSchedule,
+    QScoreMatchingLoss,
+    QValueCrossQ,
+    QValueMLP,
+    ScaledQScore,
+    TwoHotHead,
+)
 from tests.loss_contract import (
     ACTION_DIM,
     OBSERVATION_DIM,
@@ -250,3 +260,27 @@ def test_a_loss_in_bfloat16_keeps_the_running_statistics_of_one_in_float32():
     assert means[1].dtype == torch.float32
     torch.testing.assert_close(means[1], means[0])
     loss.actor_loss(data)  # by these statistics
+
+
+def test_running_statistics_of_other_layers_move_with_their_weights():
+    """PyTorch's layers, and one's own, compute in one type, whatever their buffers are called."""
+
+    class Critic(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("running_mean", torch.zeros(ACTION_DIM))
+            self.layer = nn.Linear(ACTION_DIM, 1)
+
+        def forward(self, observation, action):
+            return self.layer(action - self.running_mean)
+
+    class ScoreNetwork(nn.Sequential):
+        def forward(self, noisy_action, observation, t):
+            return super().forward(noisy_action)
+
+    network = ScoreNetwork(nn.BatchNorm1d(ACTION_DIM), nn.Linear(ACTION_DIM, ACTION_DIM))
+    schedule = NoiseSchedule.vp(5)
+    actor = DiffusionActor(network, action_spec=Bounded(-1.0, 1.0, (ACTION_DIM,)), noise_schedule=schedule)
+    loss = QScoreMatchingLoss(actor, wrap(Critic()), delay_qvalue=False).to(torch.bfloat16)
+    data = make_transitions((8,)).apply(lambda x: x.bfloat16() if x.is_floating_point() else x)
+    assert all(value.isfinite() for value in loss(data).values())
