@@ -362,6 +362,13 @@ def test_ctrl_c_before_the_first_step_or_twice_ends_at_once(tmp_path, capsys, mo
     assert capsys.readouterr().err == "interrupted\n"
 
 
+def test_an_exit_that_is_no_ctrl_c_keeps_its_code(tmp_path, capsys, monkeypatch):
+    """An environment may call ``sys.exit`` where its window is closed."""
+    monkeypatch.setattr(callbacks.MetricRows, "on_train_batch_end", lambda *args: sys.exit(3))
+    assert run(*SMALL, "--run_dir", tmp_path / "closed") == 3
+    assert "interrupted" not in capsys.readouterr().err
+
+
 def test_a_signal_leaves_an_evaluation_at_once(tmp_path, capsys, monkeypatch):
     def endless(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)

@@ -264,8 +264,10 @@ class TrainingRun(Generic[Configuration]):
                 )
                 try:
                     trainer.fit(module, frames)
-                except SystemExit:  # what Lightning makes of a Ctrl-C that reaches it, without a word and with code 1
-                    raise KeyboardInterrupt from None
+                except SystemExit as end:
+                    if isinstance(end.__context__, KeyboardInterrupt):  # by Lightning, without a word and with code 1
+                        raise KeyboardInterrupt from None
+                    raise
         except BaseException:
             frames.close()  # workers that live would keep this process from ending
             folder.close()
