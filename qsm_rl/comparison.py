@@ -15,7 +15,7 @@ __all__ = ["first_difference", "first_non_finite"]
 def first_difference(found: Any, expected: Any, name: str = "") -> str | None:
     """Names the first place where ``found`` is not like ``expected``.
 
-    Tensors are compared by dtype and shape, everything else by value.
+    Tensors are compared by dtype and shape, everything else by value; NaN is like NaN.
 
     Args:
         found: what was read.
@@ -38,7 +38,9 @@ def first_difference(found: Any, expected: Any, name: str = "") -> str | None:
     elif _is_list(expected) and _is_list(found) and len(found) == len(expected):
         pairs = [(*pair, index) for index, pair in enumerate(zip(found, expected, strict=True))]
     else:
-        same = _kind(found) == _kind(expected) and (isinstance(found, Tensor) or found == expected)
+        same = _kind(found) == _kind(expected) and (
+            isinstance(found, Tensor) or found == expected or found != found  # NaN
+        )
         return None if same else f"{name or 'it'} is {_kind(found)}, expected {_kind(expected)}"
     differences = (first_difference(one, other, _join(name, key)) for one, other, key in pairs)
     return next((difference for difference in differences if difference is not None), None)

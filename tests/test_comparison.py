@@ -8,6 +8,7 @@ from qsm_rl.comparison import first_difference, first_non_finite
 def test_the_first_difference_is_named_by_its_path():
     expected = {"a": torch.zeros(2), "b": [1, {"c": "x"}]}
     assert first_difference({"a": torch.ones(2), "b": (1, {"c": "x"})}, expected) is None
+    assert first_difference([float("nan")], [float("nan")]) is None
     for found, sentence in [
         ({"a": torch.zeros(3), "b": [2]}, "run.a is float32 (3,), expected float32 (2,)"),
         ({"a": torch.zeros(2).double(), "b": [1, {"c": "x"}]}, "run.a is float64 (2,), expected float32 (2,)"),

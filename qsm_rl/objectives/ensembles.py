@@ -33,7 +33,7 @@ __all__ = [
 
 # What PyTorch itself keeps in a module: hooks, and whether it is in training.
 BOOKKEEPING = vars(nn.Module()).keys()
-PLAIN = (NoneType, bool, int, float, complex, str, Tensor, torch.dtype, type, BuiltinFunctionType)
+PLAIN = (NoneType, bool, int, float, complex, str, Tensor, torch.dtype, type)
 
 
 def critic_list(
@@ -204,6 +204,8 @@ def structure(value: Any, seen: frozenset[int] = frozenset()) -> Any:
         return {key: structure(x, seen) for key, x in value.items()}
     if isinstance(value, (list, tuple)):
         return [structure(x, seen) for x in value]
+    if isinstance(value, BuiltinFunctionType):  # not by its object, a method of a dictionary say
+        return value.__qualname__
     if id(value) in seen:  # a circle
         return "..."
     seen |= {id(value)}
