@@ -210,7 +210,8 @@ def structure(value: Any, seen: frozenset[int] = frozenset()) -> Any:
         return "..."
     seen |= {id(value)}
     if isinstance(value, FunctionType):
-        return [value.__code__, *(structure(cell.cell_contents, seen) for cell in value.__closure__ or ())]
+        held = [cell.cell_contents for cell in value.__closure__ or ()]
+        return [value.__code__, *structure([held, value.__defaults__, value.__kwdefaults__], seen)]
     kind = {"class": type(value).__qualname__}  # by its name: parametrised layers have a class each
     if isinstance(value, nn.Module):
         attributes = {name: x for name, x in vars(value).items() if name not in BOOKKEEPING}

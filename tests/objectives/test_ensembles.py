@@ -101,6 +101,13 @@ def test_critics_that_compute_otherwise_are_refused(other, difference):
         make_loss(Network(), other)
 
 
+def test_defaults_of_a_function_count():
+    """By them a loop gives each critic a number of its own."""
+    critics = [Network(last=lambda x, scale=scale: scale * x) for scale in (1.0, 2.0)]
+    with pytest.raises(ValueError, match=r"critic 1\.module\.last\.2\.0 is 2\.0, expected 1\.0"):
+        make_loss(*critics)
+
+
 @pytest.mark.parametrize(
     ("heads", "message"),
     [
