@@ -177,9 +177,9 @@ def critic_head(critics: Sequence[TensorDictModule]) -> ValueHead | None:
     heads = [own_head(getattr(critic, "module", None)) for critic in critics]
     first: Any = heads[0]
     for head in heads[1:]:
-        if first_difference(structure(head), structure(first)) or not same_buffers(head, first):
+        if first_difference(structure(head), structure(first)) or not same_tensors(head, first):
             raise ValueError(f"the critics must have the same value head, got {heads}.")
-    if isinstance(first, nn.Module) and any(True for _ in first.parameters()):
+    if isinstance(first, nn.Module) and any(parameter.requires_grad for parameter in first.parameters()):
         raise ValueError(
             f"the value head {type(first).__name__} has weights, which would be trained apart from the critics'; give "
             "them to the critic's outputs, and leave the head what turns outputs into a value."
@@ -187,9 +187,9 @@ def critic_head(critics: Sequence[TensorDictModule]) -> ValueHead | None:
     return first
 
 
-def same_buffers(one: object, other: object) -> bool:
-    pairs = zip(*(x.buffers() if isinstance(x, nn.Module) else () for x in (one, other)), strict=True)
-    return all(torch.equal(*pair) for pair in pairs)
+def same_tensors(one: object, other: object) -> bool:
+    tensors = ([*x.buffers(), *x.parameters()] if isinstance(x, nn.Module) else [] for x in (one, other))
+    return all(map(torch.equal, *tensors))
 
 
 def structure(value: Any, seen: frozenset[int] = frozenset()) -> Any:

@@ -50,15 +50,13 @@ class Distance(ValueHead):
         return (self.value(outputs) - target).abs()
 
 
-class ScaledDistance(nn.Module, ValueHead):
-    num_outputs = 1
-
+class ScaledDistance(nn.Module, Distance):
     def __init__(self, size, kind):
         super().__init__()
         if kind == "buffer":
             self.register_buffer("size", torch.tensor(size))
         else:
-            self.size = nn.Parameter(torch.tensor(size))
+            self.size = nn.Parameter(torch.tensor(size), requires_grad=kind == "parameter")
 
 
 def headed(head):
@@ -74,9 +72,10 @@ def headed(head):
         lambda: Network(lowest=float("nan"), look_up={}.get),
         lambda: torch.compile(Network(), backend="eager"),
         lambda: headed(Distance()),
+        lambda: headed(ScaledDistance(2.0, "frozen")),
         lambda: headed(TwoHotHead(-1.0, 1.0, 11)),
     ],
-    ids=["closure", "parametrised", "partial", "numbers", "compiled", "head", "two-hot"],
+    ids=["closure", "parametrised", "partial", "numbers", "compiled", "head", "frozen", "two-hot"],
 )
 def test_critics_of_one_making_keep_their_values(make):
     critics, data = [make(), make()], make_transitions((4,))
@@ -114,6 +113,7 @@ def test_defaults_of_a_function_count():
         ((Distance(), Distance(2.0)), "the critics must have the same value head"),
         ((Distance(), None), "the critics must have the same value head"),
         ([ScaledDistance(size, "buffer") for size in (1.0, 2.0)], "the critics must have the same value head"),
+        ([ScaledDistance(size, "frozen") for size in (1.0, 2.0)], "the critics must have the same value head"),
         ([ScaledDistance(1.0, "parameter") for _ in range(2)], "the value head ScaledDistance has weights"),
     ],
 )
