@@ -191,9 +191,8 @@ class QScoreMatchingLoss(DiffusionActorCriticLoss):
             ``bc_weight`` ``bc_error`` ``(*B,)``; of a batch with a mask only the ``L`` live samples, ``(L, A)``.
         """
         batch, action, mask, weights = self.live_batch(tensordict)
-        critic_params = (
-            self.target_qvalue_network_params if self.score_critics == "target" else self.qvalue_network_params
-        )
+        delayed = self.score_critics == "target" and self.delay_qvalue
+        critic_params = self.target_qvalue_network_params if delayed else self.qvalue_network_params
         # Fetched outside the closure: gradients are taken of the action alone, and torch.compile can follow. Neither
         # ``data``, which vmap over agents refuses, nor ``detach``, which remembers where the weights once were.
         critic_params = critic_params.apply(torch.Tensor.detach)

@@ -86,6 +86,7 @@ def test_each_agent_learns_what_it_would_have_learned_alone(same_draws, clipping
     [
         (QScoreMatchingLoss, {"delay_actor": True}),
         (QScoreMatchingLoss, {"delay_qvalue": False}),
+        (QScoreMatchingLoss, {"delay_qvalue": False, "score_critics": "target"}),  # the same, there being no others
         (DiffusionQLLoss, {}),
         (DiffusionPolicyGradientLoss, {}),
     ],
