@@ -63,7 +63,8 @@ class StackedUpdate(ActorCriticUpdate):
         self.tau = first.tau
         self._targets = list(_target_pairs(params))
         self._losses = {name: self._of_all_agents(name) for name in ("qvalue_loss", "actor_loss")}
-        self._infos: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
+        self._qvalue_info: dict[str, Tensor] | None = None
+        self._actor_info: dict[str, Tensor] | None = None
 
     # The loss that the agents take turns in belongs to none of them: its weights are no state of this update.
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
@@ -102,9 +103,9 @@ class StackedUpdate(ActorCriticUpdate):
         Returns:
             ``qvalue`` and, where it is its turn, ``actor``: means over the agents.
         """
-        acts, report, *infos = self._run(batch)
+        acts, report, self._qvalue_info, actor_info = self._run(batch)
         if acts:
-            self._infos = (infos[0], infos[1])
+            self._actor_info = actor_info
         means = report[:, 0].mean(-1)
         losses = {"qvalue": means[0] / self.loss.num_qvalue_nets}
         return {**losses, "actor": means[1]} if acts else losses
@@ -115,9 +116,9 @@ class StackedUpdate(ActorCriticUpdate):
 
     def diagnostics(self) -> dict[str, Tensor]:
         """The loss's own, means over the agents."""
-        if self._infos is None:
+        if self._qvalue_info is None or self._actor_info is None:
             return {}
-        diagnostics = torch.vmap(self.loss.diagnostics)(*self._infos)
+        diagnostics = torch.vmap(self.loss.diagnostics)(self._qvalue_info, self._actor_info)
         return {name: value.mean() for name, value in diagnostics.items()}
 
     def _of_all_agents(self, name: str) -> Callable[..., Any]:
