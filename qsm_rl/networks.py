@@ -244,7 +244,10 @@ class ScoreMLP(nn.Module):
         Returns:
             Predicted noise, shape ``(*B, A)``.
         """
-        inputs = torch.cat([noisy_action, observation, self.time_mlp(t)], -1)
+        time = self.time_mlp(t)
+        if not observation.is_floating_point():  # integers do not say in which precision the network is
+            noisy_action, observation = noisy_action.to(time.dtype), observation.to(time.dtype)
+        inputs = torch.cat([noisy_action, observation, time], -1)
         check_input_size(self.mlp[0], inputs.shape[-1], observation.shape[-1])
         return self.mlp(inputs)
 
@@ -281,7 +284,8 @@ class ScoreMLP(nn.Module):
         of_time = nn.functional.linear(time, time_weight).unbind(0)
 
         def predict(index: int, noisy_action: Tensor) -> Tensor:
-            hidden = nn.functional.linear(noisy_action, action_weight) + of_observation + of_time[index]
+            of_action = nn.functional.linear(noisy_action.to(action_weight.dtype), action_weight)
+            hidden = of_action + of_observation + of_time[index]
             return rest(hidden)
 
         return predict

@@ -105,9 +105,12 @@ def test_a_chain_calls_what_was_changed_about_the_layers(change):
     torch.testing.assert_close(network.reverse_chain(observation, torch.tensor([3]))(0, noisy), expected)
 
 
-def test_observations_in_integers_are_as_those_in_floats():
-    network, noisy, observation = ScoreMLP(4, 2, (16,)), torch.randn(6, 2), torch.randint(5, (6, 4))
-    chains = [network.reverse_chain(x, torch.tensor([3]))(0, noisy) for x in (observation, observation.float())]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_observations_in_integers_are_as_those_in_floats(dtype):
+    network, noisy, observation = ScoreMLP(4, 2, (16,)).to(dtype), torch.randn(6, 2), torch.randint(5, (6, 4))
+    own, t = (noisy.to(dtype), observation.to(dtype)), torch.full((6,), 3)
+    torch.testing.assert_close(network(noisy, observation, t), network(*own, t))
+    chains = [network.reverse_chain(o, t[:1])(0, a) for a, o in ((noisy, observation), own)]
     torch.testing.assert_close(*chains)
 
 
