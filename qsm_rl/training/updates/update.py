@@ -33,7 +33,9 @@ LossMethod = Callable[[TensorDictBase], tuple[Tensor, dict[str, Tensor]]]
 
 
 class NonFiniteLossError(TrainingError):
-    """A loss or its gradient is NaN or infinite. Raised before the weights are touched.
+    """A loss or its gradient is NaN or infinite. Raised before the step of the networks that the loss trains.
+
+    What the same update stepped before stays as it is then: the critics, where it is the actor's loss.
 
     Attributes:
         updates_since: updates called for since then, all of which left the weights alone.

@@ -129,6 +129,38 @@ def test_a_dump_reproduces_an_update_to_the_bit(tmp_path):
     assert str(error.value).startswith(str(repeated.value)) and fault.about["message"] == str(repeated.value)
 
 
+def test_a_dump_of_the_actors_loss_has_the_critics_behind_their_step(tmp_path):
+    frames, module = build("Slide")
+    run(frames, module)
+    module.faults, replay, update = tmp_path, module.writer.replay, module.update
+    batch, infos = replay.sample(), []
+    replay.sample = lambda count: batch
+    before = {name: value.clone() for name, value in update.state_dict().items()}
+    actor_loss = update._actor_loss
+
+    def infinite(batch):
+        loss, info = actor_loss(batch)
+        infos.append(info)
+        return loss * float("inf"), info
+
+    update._actor_loss = infinite
+    with pytest.raises(NonFiniteLossError, match="loss_actor is inf"):
+        module.training_step(next(iter(build("Slide")[0])), 0)
+    (folder,) = tmp_path.iterdir()
+    fault = read_fault(folder)
+    moved = {name for name, value in fault.weights.items() if not torch.equal(value, before[name])}
+    assert moved and all("qvalue_network" in name for name in moved)
+
+    # As the page on faults says it.
+    again = build("Slide")[1].update
+    again.load_state_dict(fault.weights)
+    torch.set_rng_state(fault.random_state)
+    again.loss.qvalue_loss(fault.batch)
+    _, info = again.loss.actor_loss(fault.batch)
+    for name, value in info.items():
+        assert torch.equal(value, infos[0][name]), name
+
+
 def test_metrics_average_losses_and_count_only_whole_episodes():
     frames, module = build("Slide", total=60)
     returns, losses = [], []
