@@ -120,6 +120,11 @@ def build_network(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> S
             f"{WEIGHTS} holds the weights alone of a {str(config['weights_of'])[:40]} with parts that only their own "
             "code can build; build it, and load_state_dict(safetensors.torch.load_file(...))"
         )
+    if "actor" in config and "action_dim" not in config:
+        raise ValueError(
+            f"it is a {str(config['actor'])[:40]}, no diffusion policy; qsm_rl.training.load_actor reads those of any "
+            "recipe"
+        )
     sizes = (config["observation_dim"], config["action_dim"])
     settings = {name: config[name] for name in NETWORK if name in config}
     if not all(isinstance(size, int) for size in sizes) or len(settings["hidden_dims"]) > len(weights):

@@ -12,7 +12,7 @@ from torch import nn
 from torchrl.data import Bounded
 
 from qsm_rl import DDIMSampler, DDPMSampler, DiffusionActor, NoiseSchedule, ScoreMLP
-from qsm_rl.training import UserError, load_actor, make_environment, publish_actor
+from qsm_rl.training import TanhActor, TanhGaussianActor, UserError, load_actor, make_environment, publish_actor
 
 
 @pytest.mark.parametrize("sampler", [DDPMSampler(clip="clean", temperature=0.5), DDIMSampler(3, eta=0.5)])
@@ -82,6 +82,14 @@ def test_of_an_actor_of_ones_own_the_weights_are_published(tmp_path, kind, norma
         assert torch.equal(again.state_dict()[name], value), name
     with pytest.raises(UserError, match=r"holds the weights alone of a .* build it, and load_state_dict"):
         load_actor(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [TanhActor, TanhGaussianActor])
+def test_an_actor_of_a_baseline_is_named_where_a_diffusion_policy_is_read(tmp_path, kind):
+    kind(4, Bounded(-3.0, 3.0, (1,)), (8,)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"it is a {kind.__name__}, no diffusion policy.*load_actor"):
+        DiffusionActor.from_pretrained(tmp_path)
+    assert isinstance(load_actor(tmp_path), kind)
 
 
 @pytest.mark.parametrize(
