@@ -123,7 +123,7 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
         self._batch_normalizers = (batch_normalizers(self.qvalue_network, delay_qvalue),)  # not a module of the loss
         self.num_qvalue_nets = len(critics)
         # The very head of the module that the critics' weights are put into.
-        self.value_head = critic_head([self.qvalue_network]) or ScalarHead(loss_function)
+        self.value_head = ScalarHead(loss_function) if (head := critic_head([self.qvalue_network])) is None else head
         self.loss_function = loss_function
         self.target_aggregation = target_aggregation
         self.target_action_noise_std = target_action_noise_std

@@ -192,11 +192,12 @@ def same_tensors(one: object, other: object) -> bool:
     return all(map(torch.equal, *tensors))
 
 
-def structure(value: Any, seen: frozenset[int] = frozenset()) -> Any:
+def structure(value: Any, seen: set[int] | None = None) -> Any:
     """All that a critic computes with but the numbers in its tensors, as ``first_difference`` compares it.
 
     Other objects than modules, heads, functions and plain values count by their class alone.
     """
+    seen = set() if seen is None else seen  # what was met before, as in a circle
     value = getattr(value, "_orig_mod", value)  # of a compiled module, which carries a number of its own
     if isinstance(value, PLAIN):
         return value
@@ -206,9 +207,9 @@ def structure(value: Any, seen: frozenset[int] = frozenset()) -> Any:
         return [structure(x, seen) for x in value]
     if isinstance(value, BuiltinFunctionType):  # not by its object, a method of a dictionary say
         return value.__qualname__
-    if id(value) in seen:  # a circle
+    if id(value) in seen:
         return "..."
-    seen |= {id(value)}
+    seen.add(id(value))
     if isinstance(value, FunctionType):
         held = [cell.cell_contents for cell in value.__closure__ or ()]
         return [value.__code__, *structure([held, value.__defaults__, value.__kwdefaults__], seen)]

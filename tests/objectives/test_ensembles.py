@@ -107,6 +107,18 @@ def test_defaults_of_a_function_count():
         make_loss(*critics)
 
 
+def test_layers_that_know_one_another_are_compared_once():
+    """Each holds all of them: every path through them would be more than a million."""
+
+    def make():
+        blocks = [Network() for _ in range(10)]
+        for block in blocks:
+            block.siblings = blocks
+        return Network(squash=blocks[0])
+
+    make_loss(make(), make())
+
+
 @pytest.mark.parametrize(
     ("heads", "message"),
     [

@@ -43,6 +43,7 @@ def publish_actor(
     """
     about = {"env": env, "action_repeat": action_repeat}
     norms = [norm for norm in environment.modules() if isinstance(norm, RunningObservationNorm)]
+    reason = f"only its own code can build a {type(actor).__name__}."
     if isinstance(actor, Actor):
         published = actor
         for norm in norms:
@@ -51,7 +52,8 @@ def publish_actor(
             published.save_pretrained(folder, about)
             return
         except ValueError as error:  # at the end of a long run is no time to refuse a network
-            warnings.warn(f"{folder} holds the weights alone: {error}", stacklevel=2)
+            reason = str(error)
+    warnings.warn(f"{folder} holds the weights alone: {reason}", stacklevel=2)
     weights = {name: value.clone() for name, value in actor.state_dict().items() if isinstance(value, Tensor)}
     statistics = {f"observation_norm.{name}": getattr(norm, name) for norm in norms for name in ("mean", "variance")}
     write_files(folder, weights | statistics, {**about, "weights_of": type(actor).__name__})
