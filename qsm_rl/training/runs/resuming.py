@@ -7,6 +7,7 @@ import math
 from dataclasses import asdict
 from typing import Any
 
+import yaml
 from torchrl.envs import EnvBase
 
 from qsm_rl.comparison import first_difference, first_non_finite
@@ -93,7 +94,10 @@ def check_never_stored(config: TrainingConfiguration, folder: RunFolder) -> None
     columns = read_metrics(folder.metrics) if folder.metrics.exists() else {}
     last = max(columns.get("frames", []), default=0)
     evaluated = not math.isnan((columns.get("eval/return_mean") or [math.nan])[-1])
-    ended = bool(folder.published) and last >= config.total_frames and evaluated
+    # The frames that it was begun for: those of now may have been raised to go on, and with the last one of then came a
+    # checkpoint.
+    begun_for = yaml.safe_load((folder.path / CONFIGURATION_FILE).read_text(encoding="utf-8"))["total_frames"]
+    ended = bool(folder.published) and last >= begun_for and evaluated
     # Rows of the frame of the first checkpoint are written before it, so a killed process may leave them. It comes with
     # the end of a batch.
     batch = config.frames_per_batch * config.devices

@@ -93,6 +93,18 @@ def test_rows_up_to_the_first_checkpoint_s_batch_are_no_lost_checkpoints(tmp_pat
         check_never_stored(config, folder)
 
 
+@pytest.mark.parametrize("total_frames", ["60", "120"])
+def test_a_run_that_ended_before_its_first_period_has_lost_a_checkpoint(tmp_path, total_frames):
+    """The last frame brings one; more frames to go on for do not change that."""
+    given = ("--checkpoint_every", "100", "--run_dir", str(tmp_path / "run"))
+    folder = RunFolder.open(parse("--total_frames", "60", *given), "some_recipe")
+    folder.metrics.write_text("frames,eval/return_mean\n60,1.0\n")
+    folder.actor.mkdir()
+    (folder.actor / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="has a log up to frame 60 and no checkpoint"):
+        check_never_stored(parse("--total_frames", total_frames, *given), folder)
+
+
 def test_a_log_without_a_row_is_no_lost_checkpoint(tmp_path):
     config = parse("--run_dir", str(tmp_path / "run"))
     folder = RunFolder.open(config, "some_recipe")
