@@ -292,8 +292,8 @@ class TrainingRun(Generic[Configuration]):
     def _check_space(self, module: OffPolicyModule, written: int, stored: int) -> None:
         """Room for the ``written`` transitions of the whole run, ``stored`` of which lie on the disk already."""
         config = self.config
-        capacity = module.writer.replay.storage.max_size
-        rows = min(capacity, written)
+        capacity = module.writer.replay.storage.max_size  # of this rank
+        rows = min(capacity * config.devices, written)
         try:
             check_space(
                 self.folder.path,
