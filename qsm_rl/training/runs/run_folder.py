@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import time
 from dataclasses import dataclass, field, replace
@@ -139,9 +140,10 @@ class RunFolder:
     def _refuse_links(self) -> None:
         """A link in a run folder from somebody else could lead any file of the reader's away."""
         own = [self.path / CONFIGURATION_FILE, self.metrics, self.checkpoints, self.actor, self.learning_curve]
-        own += [self.videos, self.faults, self.path / RUN_ID, self.path / "tensorboard", *self.path.glob("seed_*")]
-        inside = [path for folder in (self.checkpoints, self.actor) for path in folder.rglob("*")]
-        for path in (*own, *inside):
+        agents = [*self.path.glob("seed_*")]
+        own += [self.videos, self.faults, self.path / RUN_ID, self.path / "tensorboard", *agents]
+        inside = (path for folder in (self.checkpoints, self.actor, *agents) for path in folder.rglob("*"))
+        for path in itertools.chain(own, inside):
             if path.is_symlink():
                 raise UserError(f"{path} is a symbolic link, which no run makes; put the file itself there.")
 

@@ -72,10 +72,20 @@ def test_locks_are_asked_for_where_nfs_gives_them(tmp_path, monkeypatch):
     assert not in_use(folder.path / "config.yaml")
 
 
-@pytest.mark.parametrize("name", ["logger_id.txt", "videos", "seed_0", "tensorboard", "metrics.csv"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("config.yaml", "metrics.csv", "learning_curve.png", "logger_id.txt"),
+        *("tensorboard", "videos", "faults", "checkpoints", "actor", "seed_0"),
+        *("checkpoints/replay/rows.safetensors", "actor/config.json", "seed_0/config.yaml", "seed_0/actor/config.json"),
+    ],
+)
 def test_links_in_a_resumed_run_are_refused(tmp_path, name):
     RunFolder.open(parse("--run_dir", str(tmp_path / "run")), "some_recipe").close()
-    (tmp_path / "run" / name).symlink_to(tmp_path)
+    link = tmp_path / "run" / name
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(tmp_path)
     with pytest.raises(UserError, match=f"{name} is a symbolic link"):
         RunFolder.open(dataclasses.replace(parse(), resume=tmp_path / "run"), "some_recipe")
 
