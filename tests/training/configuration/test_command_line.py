@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +13,7 @@ from qsm_rl.training import (
     UserError,
     parse_configuration,
 )
-from qsm_rl.training.configuration.command_line import _warn, saved_text
+from qsm_rl.training.configuration.command_line import _refuse_own_code, _warn, check_plain_yaml, saved_text
 
 
 def parse(*arguments: str) -> QSMConfiguration:
@@ -35,6 +36,9 @@ def test_preset_fills_only_what_neither_flags_nor_yaml_give(tmp_path):
     path.write_text("preset: paper\nnum_steps: 7\nbatch_size: 32\n")
     config = parse("--batch_size", "64", "--config", str(path))  # the flag wins although it comes first
     assert (config.batch_size, config.num_steps, config.schedule) == (64, 7, "vp")
+    assert parse("--batch_size", "64", f"--config={path}") == config
+    (tmp_path / "link.yaml").symlink_to(path)
+    assert parse("--config", str(tmp_path / "link.yaml")).num_steps == 7
     assert config.actor_hidden_dims == (512, 512)
 
 
@@ -65,7 +69,9 @@ def _warnings_anew():
     ("given", "warning"),
     [
         ("--score_scale 60", "--score_scale changes nothing without --score_target scaled"),
+        ("--score_scale=60", "--score_scale changes nothing without --score_target scaled"),
         ("--score_scale=60 --score_target scaled", ""),
+        ("--preset paper --critic simba --critic_layer_norm false", ""),  # as it is in the preset
         (f"--score_scale {QSMConfiguration().score_scale}", ""),  # as a grid gives all that a configuration has
         ("--score_scale 60 --preset paper", ""),
         ("--preset paper --score_target boltzmann", ""),  # the preset's scale was not asked for
@@ -92,7 +98,7 @@ def test_a_flag_without_effect_is_named(capsys, given, warning):
 def test_tau_counts_for_a_delayed_actor_and_a_file_may_hold_everything(tmp_path, capsys):
     parse_configuration(DiffusionQLConfiguration, ["--tau", "0.01", "--delay_actor", "true"])
     path = tmp_path / "all.yaml"
-    path.write_text(saved_text(QSMConfiguration()))
+    path.write_text(saved_text(dataclasses.replace(QSMConfiguration(), score_scale=60.0)))
     parse("--config", str(path))
     assert capsys.readouterr().err == ""
     for _ in range(2):  # told once
@@ -158,7 +164,8 @@ def test_resume_takes_everything_from_the_run_and_lets_only_total_frames_grow(tm
     RunFolder.open(config, "some_recipe")
     resumed = parse("--resume", str(folder))
     assert resumed == dataclasses.replace(config, run_dir=None, resume=folder, warmup_frames=200)  # as capped
-    assert parse("--resume", str(folder), "--total_frames", "2000").total_frames == 2000
+    assert [parse("--resume", str(folder), "--total_frames", n).total_frames for n in ("1000", "2000")] == [1000, 2000]
+    assert parse("--resume", str(folder), "--stop_at_return", "5").stop_at_return == 5
     with pytest.raises(UserError, match="999"):
         parse("--resume", str(folder), "--total_frames", "999")
     with pytest.raises(UserError, match="--seed"):
@@ -166,8 +173,40 @@ def test_resume_takes_everything_from_the_run_and_lets_only_total_frames_grow(tm
     (folder / "config.yaml").write_text("env: Hopper-v5\n")
     with pytest.raises(UserError, match=r"lacks.*actor_ema.*another version"):
         parse("--resume", str(folder))
-    with pytest.raises(UserError, match="nowhere"):
+    (folder / "config.yaml").write_text(f"{saved_text(config)}run_dir: null\n")
+    with pytest.raises(UserError, match=r"holds run_dir, which no run saves"):
+        parse("--resume", str(folder))
+    with pytest.raises(UserError, match=r"nowhere.* give the folder of a run[.]$"):
         parse("--resume", str(tmp_path / "nowhere"))
+    (tmp_path / "seeds" / "seed_0").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"many seeds go on by the command that began them[.]$"):
+        parse("--resume", str(tmp_path / "seeds"))
+    (folder / "config.yaml").rename(tmp_path / "elsewhere.yaml")
+    (folder / "config.yaml").symlink_to(tmp_path / "elsewhere.yaml")
+    with pytest.raises(UserError, match=r"config.yaml does not exist"):
+        parse("--resume", str(folder))
+
+
+@pytest.mark.parametrize(
+    ("values", "refused"),
+    [
+        *(({"env": "mine.sub:Some-v0"}, True), ({"env": "mine"}, False), ({"env": "theirs:Some-v0"}, False)),
+        *(({"logger": "mine.sub.Some"}, True), ({"logger": {"class_path": "mine.Some"}}, True)),
+        *(({"logger": {"class_path": "nowhere.Some"}}, False), ({"env": ".mine:Some-v0"}, False), (None, False)),
+    ],
+)
+def test_no_module_comes_with_a_run_s_folder(tmp_path, monkeypatch, values, refused):
+    for folder in ("run", "other"):
+        (tmp_path / folder).mkdir()
+        monkeypatch.syspath_prepend(tmp_path / folder)
+    (tmp_path / "run" / "mine.py").touch()
+    (tmp_path / "other" / "theirs").mkdir()  # a package without a file of its own
+    monkeypatch.chdir(tmp_path)
+    if refused:
+        with pytest.raises(UserError, match="run brings the module mine with it, which is not run"):
+            _refuse_own_code(Path("run"), values)
+    else:
+        _refuse_own_code(Path("run"), values)
 
 
 def test_a_run_of_another_recipe_is_named(tmp_path):
@@ -176,6 +215,28 @@ def test_a_run_of_another_recipe_is_named(tmp_path):
     )
     with pytest.raises(UserError, match=r"written by recipes/mujoco_sac\.py of qsm_rl 0\.0\.1 \(this is"):
         parse("--resume", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        *(("a: []\n" * 30, True), (20 * "[" + 20 * "]", True), (21 * "[" + 21 * "]", False)),
+        *(("a: 1\n".ljust(1 << 20), True), ("a: 1\n".ljust((1 << 20) + 1), False)),
+    ],
+    ids=["many lists", "20 levels", "21 levels", "1 MiB", "a byte more"],
+)
+def test_a_file_is_neither_deep_nor_large(tmp_path, text, plain):
+    (tmp_path / "some.yaml").write_text(text)
+    if plain:
+        check_plain_yaml(tmp_path / "some.yaml")
+    else:
+        with pytest.raises(UserError, match="is no plain YAML file"):
+            check_plain_yaml(tmp_path / "some.yaml")
+
+
+def test_a_flag_is_written_out():
+    with pytest.raises(UserError, match=r"--total_frame.*did you mean --total_frames"):
+        parse("--total_frame", "5")
 
 
 def test_a_width_that_is_no_list_is_explained():

@@ -10,6 +10,7 @@ import torch
 
 from qsm_rl.training import QSMConfiguration, UserError, choose_arithmetic, choose_device, limit_threads
 from qsm_rl.training.configuration import hardware
+from qsm_rl.training.configuration.hardware import set_products
 
 
 def test_auto_takes_a_gpu_if_there_is_one():
@@ -19,6 +20,30 @@ def test_auto_takes_a_gpu_if_there_is_one():
 def test_a_gpu_that_is_not_there_is_named_with_how_many_there_are():
     with pytest.raises(UserError, match=rf"cuda:63.*{torch.cuda.device_count()} GPUs.*--device cpu"):
         choose_device("cuda:63")
+
+
+def test_gpus_are_counted_from_0_and_named_with_their_index(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [str(choose_device(name)) for name in ("cuda", "cuda:1")] == ["cuda:0", "cuda:1"]
+    with pytest.raises(UserError, match="--device cuda:2: this machine shows 2 GPUs"):
+        choose_device("cuda:2")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UserError, match="no MPS here"):
+        choose_device("mps")
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "products"),
+    [
+        *(("float32", "cuda:0", ["highest"]), ("tf32", "cuda:0", ["high"]), ("bfloat16", "cuda:0", ["high"])),
+        ("float32", "cpu", []),
+    ],
+)
+def test_a_gpu_s_products_follow_the_precision(monkeypatch, precision, device, products):
+    asked = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    set_products(precision, torch.device(device))
+    assert asked == products
 
 
 @pytest.mark.parametrize(
@@ -81,6 +106,11 @@ def test_on_a_gpu_auto_compiles_and_the_precision_follows_the_card(monkeypatch, 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     config = choose_arithmetic(QSMConfiguration(), torch.device("cuda:0"))
     assert (config.compile, config.precision) == (True, precision)
+
+
+def test_on_mps_nothing_is_compiled_unless_asked_for():
+    config = choose_arithmetic(QSMConfiguration(), torch.device("mps"))
+    assert (config.compile, config.precision) == (False, "float32")
 
 
 def test_agents_that_share_a_gpu_are_not_compiled(monkeypatch):

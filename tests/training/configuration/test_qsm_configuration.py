@@ -69,3 +69,39 @@ def test_diffusion_ql_has_the_same_defaults():
     shared = {field.name: field.default for field in dataclasses.fields(DiffusionQLConfiguration) if field.name in qsm}
     assert {"critic", "critic_learning_rate", "target_aggregation", "warmup_frames", "num_steps"} < set(shared)
     assert shared == {name: qsm[name] for name in shared}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"score_particles": 1}, {"score_spread": 0.0}, {"score_spread": 1.1}, {"score_scale": 0.0}),
+        *({"score_spread": 0.2, "score_target": "scaled"}, {"score_temperature": 0.0}, {"eval_best_of": 0}),
+        *(
+            {"critic_support": ends, "critic_bins": 51}
+            for ends in ((0.0, 0.0), (-float("inf"), 0.0), (0.0, float("inf")))
+        ),
+        *(
+            {"critic_support": (-2.0, -1.0), "critic_bins": 51},
+            {"entropy_samples": 1},
+            {"actor_learning_rate_decay": 0},
+        ),
+    ],
+    ids=str,
+)
+def test_what_is_just_beyond_a_range_is_refused(options):
+    with pytest.raises(UserError, match=rf"^--{next(iter(options))} must be "):
+        QSMConfiguration(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"score_particles": 2, "entropy_samples": 2, "actor_learning_rate_decay": 1, "score_spread": 1.0},
+        *({"critic_support": (-1.0, 0.0), "critic_bins": 2}, {"critic_support": (0.0, 1.0), "critic_bins": 2}),
+        *({"gamma": 1.0}, {"gamma": 1.0, "critic_bins": 51, "critic_support": (-9.0, 9.0)}),
+    ],
+    ids=str,
+)
+def test_the_ends_of_the_ranges_are_taken(options):
+    config = QSMConfiguration(**options)
+    assert {name: getattr(config, name) for name in options} == options

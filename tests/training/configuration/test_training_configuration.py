@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from qsm_rl.training import (
@@ -8,6 +10,7 @@ from qsm_rl.training import (
     UserError,
     parse_configuration,
 )
+from qsm_rl.training.configuration.training_configuration import COUNTS
 
 
 def parse(*arguments: str) -> QSMConfiguration:
@@ -74,7 +77,39 @@ def test_a_batch_has_as_many_frames_of_every_environment(frames_per_batch, num_e
     assert config.frames_per_batch == collected
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({name: 0} for name in COUNTS),
+        *({"seed": 2**32}, {"critic_learning_rate": 0.0}, {"critic_hidden_dims": ()}, {"stop_at_return": math.nan}),
+        *({"gamma": -0.1}, {"tau": 1.1}, {"normalize_observation": True, "devices": 2}, {"device": "cuda:"}),
+        *({"device": "xcpu"}, {"num_envs": 3, "num_workers": 2}),
+    ],
+    ids=str,
+)
+def test_what_is_just_beyond_a_range_is_refused(options):
+    with pytest.raises(UserError, match=rf"^--{next(iter(options))} must be "):
+        TrainingConfiguration(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict.fromkeys(COUNTS, 1),
+        *({"seed": 2**32 - 1, "gamma": 0.0, "tau": 1.0}, {"gamma": 1.0, "stop_at_return": 0.0, "warmup_frames": 0}),
+        *({"device": "cuda:12"}, {"device": "mps"}, {"device": "cuda"}, {"num_envs": 4, "num_workers": 2}),
+    ],
+    ids=str,
+)
+def test_the_ends_of_the_ranges_are_taken(options):
+    config = TrainingConfiguration(**options)
+    assert {name: getattr(config, name) for name in options} == options
+
+
 def test_a_configuration_without_presets_has_the_default_alone():
     assert TrainingConfiguration.preset_values("default", "Hopper-v5") == {}
+    assert TrainingConfiguration.preset_values("paper", "Hopper-v5") == {}  # which the checks refuse
+    QSMConfiguration.preset_values("paper", "Hopper-v5").clear()
+    assert QSMConfiguration.preset_values("paper", "Hopper-v5")["num_steps"] == 5, "they are a copy"
     with pytest.raises(UserError, match="--preset must be one of default, got 'paper'"):
         TrainingConfiguration(preset="paper")
