@@ -5,10 +5,10 @@ import random
 import numpy as np
 import pytest
 import torch
-from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.envs.utils import ExplorationType, exploration_type, set_exploration_type
 
 from qsm_rl import DiffusionActor, NoiseSchedule, ScoreMLP
-from qsm_rl.training import UserError, evaluate_policy, make_environment
+from qsm_rl.training import UserError, evaluate_agents, evaluate_policy, make_environment
 from tests.training.small_trainer import env_id
 
 
@@ -82,6 +82,8 @@ def test_every_episode_counts_however_long():
     metrics = result.metrics()
     assert metrics["eval/return_mean"] == pytest.approx(np.mean(counts[1:]))
     assert metrics["eval/return_std"] == pytest.approx(np.std(counts[1:]))
+    assert (metrics["eval/return_min"], metrics["eval/return_max"]) == (min(counts[1:]), max(counts[1:]))
+    assert metrics["eval/episode_length"] == pytest.approx(np.mean(counts[1:]))
 
 
 def test_an_environment_without_end_is_named(monkeypatch):
@@ -89,3 +91,28 @@ def test_an_environment_without_end_is_named(monkeypatch):
     evaluate, _ = make_evaluator("Slide", 1)
     with pytest.raises(UserError, match="max_episode_steps"):
         evaluate(0)
+    with pytest.raises(UserError, match="max_episode_steps"):
+        evaluate_two_agents(0)
+
+
+def evaluate_two_agents(seed, seen=None):
+    """Agents that act at random, in two environments each."""
+
+    def policy(tensordict):
+        if seen is not None:
+            seen.append(exploration_type())
+        return tensordict.set("action", torch.rand(2, 2, 2) * 2 - 1)
+
+    environment = make_environment(env_id("Slide"), num_envs=4)
+    results = evaluate_agents(environment, policy, agents=2, seed=seed, device=torch.device("cpu"))
+    assert environment.is_closed
+    return results
+
+
+def test_agents_sample_with_random_numbers_of_the_evaluation_s_own():
+    state, seen = torch.get_rng_state(), []
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        first = evaluate_two_agents(1, seen)
+    assert set(seen) == {ExplorationType.RANDOM} and torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(99)
+    assert evaluate_two_agents(1) == first != evaluate_two_agents(2)

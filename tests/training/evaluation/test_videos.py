@@ -94,6 +94,68 @@ def test_what_stands_in_the_way_is_said_in_a_line(name, monkeypatch):
         check_filming(name, partial(make_environment, name))
 
 
+def test_a_film_has_the_simulator_s_own_speed(tmp_path):
+    """Of slow ones every frame is a picture; where none is told it counts as that of the film."""
+    for told, speed in ((10.0, 10.0), (60.0, 30.0), (100.0, 100 / 3), (None, 30.0)):
+        metadata = {} if told is None else {"render_fps": told}
+        environment = SimpleNamespace(vector_env=SimpleNamespace(envs=[SimpleNamespace(metadata=metadata)]))
+        assert Film(tmp_path / "film.mp4", environment)._pictures_per_second == pytest.approx(speed)
+
+
+def test_a_film_of_an_episode_of_one_frame_has_its_picture_and_one_of_none_no_file(name, tmp_path):
+    imageio = pytest.importorskip("imageio")
+    pytest.importorskip("imageio_ffmpeg")
+    environment = make_environment(name, filmed=True)
+    environment.reset()
+    with Film(tmp_path / "none.mp4", environment):
+        pass
+    with pytest.raises(KeyboardInterrupt), Film(tmp_path / "stopped.mp4", environment) as film:
+        film.watch(0)
+        raise KeyboardInterrupt
+    with Film(tmp_path / "one.mp4", environment) as film:
+        film.watch(0)
+        film.watch(0)
+    assert [path.name for path in tmp_path.iterdir()] == ["one.mp4"]
+    assert film.pictures == sum(1 for _ in imageio.get_reader(tmp_path / "one.mp4")) == 1
+
+
+def test_what_no_video_can_be_made_of_is_refused_before_there_is_a_folder(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"an mp4 file, got .*film\.avi"):
+        Film(tmp_path / "new" / "film.avi", None)
+    with pytest.raises(TypeError, match=r"its render\(\) returned list"):
+        videos.render(SimpleNamespace(vector_env=SimpleNamespace(envs=[SimpleNamespace(render=lambda: [])])))
+    monkeypatch.setattr(videos.importlib.util, "find_spec", lambda package: package if package == "imageio" else None)
+    with pytest.raises(UserError, match=r'pip install "qsm_rl\[video\]"'):
+        Film(tmp_path / "new" / "film.mp4", None)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("told", "displays", "works", "tried", "chosen"),
+    [
+        ("egl", {}, "osmesa", [], "egl"),
+        ("", {}, "osmesa", ["egl", "osmesa"], "osmesa"),
+        ("", {"DISPLAY": ":0"}, "glfw", ["glfw"], "glfw"),
+        ("", {"WAYLAND_DISPLAY": "wayland-0"}, "egl", ["glfw", "egl"], "egl"),
+        ("", {}, "none", ["egl", "osmesa"], ""),
+    ],
+)
+def test_the_first_renderer_that_works_is_chosen(monkeypatch, told, displays, works, tried, chosen):
+    names = []
+
+    def run(command, env, **options):
+        names.append(env["MUJOCO_GL"])
+        return SimpleNamespace(returncode=int(names[-1] != works))
+
+    monkeypatch.setattr(videos.subprocess, "run", run)
+    monkeypatch.setattr(videos.sys, "platform", "linux")
+    monkeypatch.setenv("MUJOCO_GL", told)
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.setenv(name, displays.get(name, ""))
+    videos.choose_renderer()
+    assert (names, videos.os.environ["MUJOCO_GL"]) == (tried, chosen)
+
+
 def test_mujoco_is_drawn_without_a_display(monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", "")
     videos.choose_renderer()
