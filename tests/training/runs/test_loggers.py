@@ -97,6 +97,7 @@ def test_what_stands_in_the_way_of_a_logger_is_said_in_a_line(tmp_path, monkeypa
         (["--logger", "no.such.Logger"], "no.such.Logger.*No module named 'no'"),
         (["--logger", "torch.nn.Linear"], "not correspond to a subclass of Logger"),
         (["--logger", RECORDER, "--logger.colour", "red"], "Option 'colour' is not accepted.*--logger.help"),
+        (["--logger", RECORDER, "--logger.save_dir", "here"], "Option 'save_dir' is not accepted"),
     ):
         with pytest.raises(UserError, match=f"^--logger: .*{words}") as caught:
             parse_configuration(QSMConfiguration, flags)
