@@ -28,9 +28,10 @@ Scores = dict[str, list[list[float]]]
 
 def make_grid(options: argparse.Namespace) -> list[rl.Cell]:
     """The cells, seed by seed, so that every algorithm has its first result early."""
+    sixth = max(1, options.total_frames // 6)
     settings: dict[str, Any] = {
         "total_frames": options.total_frames,
-        "eval_every": options.eval_every or max(1, options.total_frames // 6),
+        "eval_every": sixth if options.eval_every is None else options.eval_every,
         "eval_episodes": options.eval_episodes,
     }
     if options.hidden_dims:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +101,8 @@ def test_cells_differ_in_the_algorithm_only(tmp_path):
         ("mujoco_qsm", "{" + shared + '"preset": "paper", "total_frames": 1000}'),
     }
     assert len({cell.folder for cell in cells}) == 12
+    cells = compare.make_grid(compare.parse([*GRID, "--eval_every", "9", "--output", str(tmp_path)]))
+    assert {json.loads(cell.settings)["eval_every"] for cell in cells} == {9}
 
 
 @pytest.mark.parametrize(
@@ -110,6 +113,7 @@ def test_cells_differ_in_the_algorithm_only(tmp_path):
         (["--envs", "Hoper-v5"], ["Hoper-v5", "did you mean Hopper-v5"]),
         (["--seeds", "0"], ["--seeds must be at least 1, got 0"]),
         (["--total_frames", "-3"], ["total_frames", "-3"]),
+        (["--eval_every", "0"], ["--eval_every must be at least 1, got 0"]),
     ],
 )
 def test_bad_input_is_named_before_anything_runs(tmp_path, capsys, arguments, words):
