@@ -30,11 +30,12 @@ def test_run_folder_is_made_once_and_used_by_one_process(tmp_path, monkeypatch):
     again = dataclasses.replace(config, run_dir=folder.path)
     with pytest.raises(UserError, match=r"already holds a run.*--resume"):
         RunFolder.open(again, "some_recipe")
+    (folder.checkpoints / "replay").mkdir(parents=True)
+    (folder.checkpoints / "replay" / "rows.incomplete").touch()
     with pytest.raises(UserError, match="in use by another process"):
         RunFolder.open(dataclasses.replace(config, resume=folder.path), "some_recipe")
-    folder.close()
-    (folder.checkpoints / "replay").mkdir(parents=True)
-    (folder.checkpoints / "replay" / "rows.incomplete").touch()  # of a killed process
+    assert list(folder.checkpoints.rglob("*.incomplete")), "the other process is writing it"
+    folder.close()  # as if it had been killed
     RunFolder.open(dataclasses.replace(config, resume=folder.path), "some_recipe").close()
     assert not list(folder.checkpoints.rglob("*.incomplete"))
     other = tmp_path / "other"
@@ -127,3 +128,48 @@ def test_a_process_of_a_higher_rank_that_no_run_has_started_is_refused(monkeypat
     monkeypatch.delenv("QSM_RL_RUN_FOLDER", raising=False)
     with pytest.raises(UserError, match=r"LOCAL_RANK is 1 here.* begin the run once, without torchrun"):
         RunFolder.open(parse(), "mujoco_qsm")
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_process_of_a_higher_rank_joins_the_folder_of_rank_0_and_holds_no_lock(tmp_path, monkeypatch, resumed):
+    first = RunFolder.open(parse("--run_dir", str(tmp_path / "run")), "some_recipe")
+    config = dataclasses.replace(parse(), resume=first.path if resumed else None)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    joined = RunFolder.open(config, "some_recipe")
+    assert (joined.path, joined.resumed) == (first.path, resumed)
+    joined.close()
+    assert in_use(first.path / "config.yaml")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    first.close()
+
+
+def test_a_run_that_could_not_begin_leaves_nothing_but_what_others_have_put_there(tmp_path):
+    folder = RunFolder.open(parse("--run_dir", str(tmp_path / "run")), "some_recipe")
+    folder.discard()
+    assert not folder.path.exists()
+    folder = RunFolder.open(parse("--run_dir", str(tmp_path / "run")), "some_recipe")
+    (folder.path / "notes.txt").touch()
+    folder.discard()
+    assert [path.name for path in folder.path.iterdir()] == ["notes.txt"]
+
+
+def test_actors_are_published_once_they_are_whole(tmp_path):
+    folder = RunFolder.open(parse("--run_dir", str(tmp_path / "run")), "some_recipe")
+    for name in ("actor", "seed_1/actor", "seed_0/actor"):
+        (folder.path / name).mkdir(parents=True)
+    assert folder.published == []
+    for name in ("actor", "seed_1/actor", "seed_0/actor"):
+        (folder.path / name / "config.json").touch()
+    assert folder.published == [folder.path / name for name in ("actor", "seed_0/actor", "seed_1/actor")]
+
+
+def test_a_run_whose_settings_cannot_be_written_is_not_gone_on_with(tmp_path, monkeypatch):
+    config = parse("--run_dir", str(tmp_path / "run"))
+    RunFolder.open(config, "some_recipe").close()
+
+    def refused(*arguments, **options):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("pathlib.Path.open", refused)
+    with pytest.raises(UserError, match=r"config\.yaml cannot be written: Permission denied"):
+        RunFolder.open(dataclasses.replace(config, resume=tmp_path / "run"), "some_recipe")
