@@ -167,8 +167,7 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
         self._in_keys = None
 
     def _value_estimator_keys(self) -> dict[str, NestedKey]:
-        keys = self.tensor_keys
-        return {"value": keys.value, "reward": keys.reward, "done": keys.done, "terminated": keys.terminated}
+        return {name: getattr(self.tensor_keys, name) for name in ("value", "reward", "done", "terminated")}
 
     def make_value_estimator(self, value_type: ValueEstimators | None = None, **hyperparams: float) -> Self:
         """Chooses the value estimator; call it before ``load_state_dict``.
@@ -191,6 +190,8 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
         else:
             if value_type is not ValueEstimators.TD0 and 0 in map(hyperparams.get, ("gamma", "lmbda")):
                 raise ValueError(f"{value_type.name} with a gamma or lmbda of 0 is TD0: take ValueEstimators.TD0.")
+            if value_type is ValueEstimators.TD1:  # the same; TorchRL's TD1 mixes episodes up under torch.compile
+                value_type, hyperparams = ValueEstimators.TDLambda, dict(**hyperparams, lmbda=1.0)
             dispatch_value_estimator(
                 self,
                 value_type,
@@ -296,8 +297,7 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
         super().reset_parameters_recursive()
         self.qvalue_network_params.data.update_(redrawn_weights(self.trained_critics()))
         for name in ("actor_network", "qvalue_network"):
-            target = self._modules.get(f"target_{name}_params")
-            if target is not None:
+            if (target := self._modules.get(f"target_{name}_params")) is not None:
                 target.data.update_(self._modules[f"{name}_params"].data)
 
     # --- parts ---

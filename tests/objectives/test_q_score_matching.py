@@ -367,6 +367,16 @@ def test_returns_by_hand(ending, name):
     torch.testing.assert_close(info["target_value"], torch.tensor(RETURNS[ending][name]))
 
 
+@pytest.mark.parametrize("name", ["TD1", "TDLambda"])
+def test_compiled_returns_end_with_their_episodes(name):
+    loss = hand_loss(Line(0.0, 1.0)).make_value_estimator(ValueEstimators[name], gamma=0.5)
+    batch = make_transitions((2, 4))
+    batch["next", "done"][0, 1] = batch["next", "terminated"][0, 1] = True
+    estimate, values = loss.value_estimator.value_estimate, torch.rand(2, 4, 1)
+    compiled = torch.compile(estimate, backend="eager")(batch.copy(), next_value=values)
+    torch.testing.assert_close(compiled, estimate(batch.copy(), next_value=values))
+
+
 # --- the next action ---
 
 
