@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 
-from qsm_rl.training import curve_intervals, interval_estimates, mean_interval, performance_profiles
+from qsm_rl.training import UserError, curve_intervals, interval_estimates, mean_interval, performance_profiles
 
 
 def test_a_curve_s_intervals_are_those_of_its_points_and_of_the_width_that_the_bootstrap_has():
@@ -33,6 +35,19 @@ def test_aggregates_by_hand_leave_numpys_generator_alone():
     assert values == {"interquartile mean": 0.55, "median": 0.675, "mean": 0.675, "optimality gap": 0.45}
     assert all(low <= value <= high and low < high for value, low, high in one["a"].values())
     assert interval_estimates(scores) == one
+
+
+def test_the_median_is_over_tasks_and_as_many_samples_are_drawn_as_asked_for():
+    assert interval_estimates({"a": [[0.0, 1.0, 5.0]]}, repetitions=2)["a"]["median"] == (1.0, 1.0, 1.0)
+    returns = np.random.default_rng(0).normal(size=(9, 1))
+    assert mean_interval(returns, repetitions=3) != mean_interval(returns)
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rliable", None)
+    for estimate in (lambda: mean_interval([[1.0]]), lambda: interval_estimates({"a": [[1.0]]})):
+        with pytest.raises(UserError, match=r'intervals over seeds need rliable: pip install "qsm_rl\[results\]"'):
+            estimate()
 
 
 def test_performance_profile_by_hand():

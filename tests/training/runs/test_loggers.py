@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from pathlib import Path
 
 import pytest
+from lightning.pytorch import loggers as lightning_loggers
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from qsm_rl.training import QSMConfiguration, UserError, parse_configuration, read_metrics
@@ -45,6 +47,27 @@ def test_a_table_that_begins_anew_keeps_no_columns(tmp_path):
     assert read_metrics(path) == {"frames": []}
 
 
+@pytest.mark.parametrize(
+    ("text", "columns"),
+    [
+        ("", {"frames": []}),
+        ("a,b\n1,2\n", {"a": [], "b": []}),  # another table
+        ("frames,a\nx,1\n5,2\n7\n", {"frames": [5], "a": [2]}),
+    ],
+)
+def test_what_is_no_row_of_a_log_is_left_out(tmp_path, text, columns):
+    (tmp_path / "metrics.csv").write_text(text)
+    assert read_metrics(tmp_path / "metrics.csv") == columns
+
+
+def test_a_table_that_was_removed_is_written_anew(tmp_path):
+    table = MetricsTable(tmp_path / "metrics.csv")
+    table.log_metrics({"a": 1.0}, step=100)
+    table.path.unlink()
+    table.log_metrics({"a": 2.0}, step=200)
+    assert read_metrics(table.path) == {"frames": [100, 200], "a": [1, 2]}
+
+
 class Recorder(DummyLogger):
     """A logger as of another library: keeps what it is given in a list."""
 
@@ -74,6 +97,8 @@ def test_any_logger_by_class_path_gets_its_arguments_the_folder_and_the_settings
     assert choice == {"class_path": RECORDER, "init_args": {"project": "pendulum"}}
     logger = chosen_logger(choice, tmp_path, {"seed": 3})
     assert (logger.project, logger.save_dir_given, logger.params) == ("pendulum", tmp_path, {"seed": 3})
+    assert not (tmp_path / loggers.RUN_ID).exists(), "nobody knows how it names runs"
+    check_logger(choice)
     (tmp_path / "a.yaml").write_text(json.dumps({"logger": choice}))
     assert parse_configuration(QSMConfiguration, ["--config", str(tmp_path / "a.yaml")]).logger == choice
 
@@ -83,6 +108,24 @@ def test_a_resumed_run_goes_on_in_the_service_s_record_of_it(tmp_path, monkeypat
     first = chosen_logger(choose(), tmp_path, {})
     assert (first.project, first.run_id) == (tmp_path.name, None)
     assert chosen_logger(choose(), tmp_path, {}).run_id == "the-service-s-id"
+    assert chosen_logger(choose("--logger.project", "mine"), tmp_path, {}).project == "mine"
+
+
+@pytest.mark.parametrize("given", [None, "mine"])
+def test_a_project_of_weights_and_biases_is_the_user_s_or_the_kit_s(tmp_path, monkeypatch, given):
+    monkeypatch.setenv("WANDB_PROJECT", given or "")
+    if given is None:
+        monkeypatch.delenv("WANDB_PROJECT")
+    chosen_logger({"class_path": RECORDER}, tmp_path, {})
+    assert loggers.os.environ["WANDB_PROJECT"] == (given or "qsm_rl")
+
+
+def test_lightning_s_loggers_take_names_and_ids_as_they_are_given():
+    for path, service in loggers.SERVICES.items():
+        parameters = inspect.signature(getattr(lightning_loggers, path.rpartition(".")[2])).parameters
+        free = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+        assert service.id_argument in parameters and (free or service.name_argument in parameters)
+        assert service.id_argument in ("id", "run_id", "experiment_key") and "name" in service.name_argument
 
 
 def test_what_stands_in_the_way_of_a_logger_is_said_in_a_line(tmp_path, monkeypatch):

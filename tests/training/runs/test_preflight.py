@@ -34,9 +34,10 @@ def check(folder, **options) -> None:
         "row": ROW,
         "checkpoint_every": 5_000,
         "state": state,
+        "device": torch.device("cpu"),
         **options,
     }
-    check_space(folder, device=torch.device("cpu"), **options)
+    check_space(folder, **options)
 
 
 def test_a_row_is_counted_by_hand():
@@ -75,3 +76,48 @@ def test_in_a_container_files_that_were_read_lately_give_way(tmp_path, monkeypat
     assert preflight.available_memory(torch.device("cpu")) == 9000 - 7000 + 2500
     (tmp_path / "memory.max").write_text("max\n")  # no limit: the machine's own memory counts
     assert preflight.available_memory(torch.device("cpu")) > 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("meminfo", "cgroup", "free"),
+    [
+        ("MemTotal: 9 kB\nMemAvailable: 7 kB\n", {}, 7 << 10),
+        ("MemAvailable: 7 kB\n", {"max": "99999", "current": "9", "stat": "inactive_file 5"}, 7 << 10),
+        ("MemAvailable: 7 kB\n", {"max": "20", "current": "90", "stat": "inactive_file 5"}, 0),
+        ("MemAvailable: 7 kB\n", {"max": "20", "current": "9", "stat": "anon 5"}, 7 << 10),
+        ("MemTotal: 9 kB\n", {}, None),  # an old kernel
+        (None, {}, None),
+    ],
+)
+def test_free_memory_is_what_machine_and_container_both_give(tmp_path, monkeypatch, meminfo, cgroup, free):
+    monkeypatch.setattr(preflight, "CGROUP", tmp_path)
+    monkeypatch.setattr(preflight, "Path", lambda name: tmp_path / "meminfo")
+    if meminfo is not None:
+        (tmp_path / "meminfo").write_text(meminfo)
+    for name, content in cgroup.items():
+        (tmp_path / f"memory.{name}").write_text(content)
+    assert preflight.available_memory(torch.device("cpu")) == free
+
+
+def test_memory_is_asked_for_only_where_it_is_known_and_taken(tmp_path, machine):
+    machine(None, 10**12)
+    check(tmp_path)
+    machine(0, 10**12)
+    check(tmp_path, device=None, capacity=10**25)  # in files
+    machine(93_000_000, 10**12)
+    check(tmp_path, device=torch.device("cuda:0"), capacity=10**25)  # a GPU has no addresses to spare
+
+
+def test_rows_that_are_stored_give_no_room_to_checkpoints(tmp_path, machine):
+    need = 10_000 * 93 + 3 * 12_000_000 + (64 << 20)
+    machine(93_000_000, need)
+    check(tmp_path, rows=10, stored=500)
+    machine(93_000_000, need - 1)
+    with pytest.raises(UserError, match=r"930\.0 kB for the replay buffer"):
+        check(tmp_path, rows=10, stored=500)
+    assert [preflight._size(count) for count in (999, 1000, 10**6, 10**9)] == [
+        "999 bytes",
+        "1.0 kB",
+        "1.0 MB",
+        "1.0 GB",
+    ]

@@ -72,3 +72,30 @@ def test_speed_follows_a_change_within_its_memory():
             count, now = count + rate, now + 1.0
             value = speed.update(count, now)
     assert 10 < value < 16  # a minute after the change; the plain average is 55
+
+
+def test_a_line_of_a_resumed_run_without_an_evaluation_that_goes_beyond_its_frames(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: clock.now)
+    stream = io.StringIO()
+    callback = progress.Progress(SimpleNamespace(total_frames=100), SimpleNamespace(last=None), stream)
+    module = SimpleNamespace(env_frames=70, grad_steps=500)
+    callback.on_train_start(None, module)
+    clock.now, module.env_frames, module.grad_steps = 15.0, 130, 530
+    ended = torch.tensor([[True], [False], [True]])
+    following = {"episode_end": ended, "episode_reward": torch.tensor([[1.0], [2.0], [-5000.0]])}
+    callback.on_train_batch_end(None, module, None, TensorDict({"next": following}, [3]), 0)
+    callback.on_train_end(None, module)  # nothing new
+    line = "130/100 frames (100%), 4 frames/s, 2 updates/s, 00:00 left; return: train -5000, eval -\n"
+    assert stream.getvalue() == line
+
+
+def test_speeds_are_finite_where_no_time_has_passed():
+    speed = progress.Speed(0, 1.0)
+    assert speed.update(0, 1.0) == 0 and speed.update(1, 1.0) < float("inf")
+
+
+def test_words_are_whole_from_110_columns_on(monkeypatch):
+    for columns, words in ((110, True), (109, False)):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert ("left; return: train" in shown(Terminal(), monkeypatch, seconds_per_frame=0.25)) == words

@@ -49,8 +49,8 @@ def slide():
             "frames: 100; warm-up: 20 frames of random actions, a fifth of total_frames instead of",
         ),
         ({"devices": 3}, 0, "frames: 100, rounded up to 120 by batches of 30; warm-up"),
-        ({"total_frames": 105}, 105, "frames: 105; warm-up"),  # it published no actor
-        ({"total_frames": 105}, 101, "frames: 105, rounded up to 111 by batches of 10; warm-up"),
+        ({"total_frames": 105, "warmup_frames": 10}, 105, "frames: 105; warm-up"),  # it published no actor
+        ({"total_frames": 105, "warmup_frames": 10}, 101, "frames: 105, rounded up to 111 by batches of 10; warm-up"),
         ({"num_envs": 2, "checkpoint_every": 50}, 0, "every checkpoint cuts the episodes, here after 25 frames each"),
         ({"compile": True}, 0, "compiled (which takes about a minute at the first one)"),
         ({"devices": 2}, 0, "device: cpu, 2 processes together, "),
@@ -63,6 +63,7 @@ def test_a_run_says_what_it_will_do(tmp_path, slide, capsys, settings, first_fra
     said = capsys.readouterr().out
     assert "observation 2, action 2; preset default, seed 0" in said and f"run folder: {folder.path}" in said
     assert any(told.startswith(line) or told.endswith(line) for told in said.splitlines()), said
+    assert ("a fifth of" in said) == (config.warmup_frames > 20)
     assert ("cuts the episodes" in said) == (config.num_envs > 1)
     assert (", compiled" in said, "together" in said) == (config.compile is True, config.devices > 1)
     assert said.endswith("stop with Ctrl-C at any time; the run can be resumed\n")
@@ -112,21 +113,21 @@ def test_the_callbacks_have_the_settings_they_are_named_for(tmp_path, slide, mon
     assert writer[-1] is stop, "a rank above 0 stores its replay buffer and ends with the others"
 
 
-def finish(folder, capsys, *, frame=100, total=100, stored=100, signal=None, target=None, reached=None, usual=100):
+def finish(folder, capsys, *, frame=100, total=100, stored=100, videos=None, **how):
     """What a run prints that has ended at a frame."""
     closed = []
-    stop, evaluation = StopSignals(), Evaluation(None, 10, None, 2, None)
-    stop.signal = signal
+    stop, evaluation = StopSignals(), Evaluation(None, 10, None, 2, None, videos=videos)
+    stop.signal = how.get("signal")
     evaluation.results = {"": EvaluationResult((1.0, 3.0), (5, 5)), "best_of_2": EvaluationResult((4.0, 4.0), (5, 5))}
-    at = StopAtReturn(evaluation, target)
-    at.reached = reached
+    at = StopAtReturn(evaluation, how.get("target"))
+    at.reached = how.get("reached")
     writer = CheckpointWriter.__new__(CheckpointWriter)
     writer.last_frame = stored
     logger = SimpleNamespace(finalize=closed.append)
     trainer = SimpleNamespace(loggers=[logger], callbacks=[evaluation, at, writer, stop])
     module = SimpleNamespace(env_frames=frame, env=DEFAULTS["env"])
     frames = SimpleNamespace(total_frames=total, close=lambda: closed.append("frames"))
-    code = running.finish_run(trainer, module, frames, folder, usual_frames=usual)
+    code = running.finish_run(trainer, module, frames, folder, usual_frames=how.get("usual", 100))
     assert closed == ["frames", "success"] and not in_use(folder.path / "config.yaml")
     return code, capsys.readouterr().out.splitlines()
 
@@ -204,6 +205,11 @@ def test_a_run_that_reached_its_return_says_how_to_go_on_without(tmp_path, capsy
         "stopped at frame 50: the evaluation's return of 2.0 is at least --stop_at_return 2",
         where.format(resume=f"python recipes/mujoco_qsm.py --resume {folder.path}"),
     ]
+
+
+def test_a_run_with_videos_says_where_they_are(tmp_path, capsys):
+    _, folder = begin(tmp_path)
+    assert f"videos: {folder.videos}" in finish(folder, capsys, videos=folder.videos)[1]
 
 
 def test_a_return_that_was_given_up_on_resuming_is_given_up_in_the_command_too(tmp_path, capsys):
