@@ -36,6 +36,7 @@ class VectorEnvironment(EnvBase):
         count = vector_env.num_envs
         super().__init__(device="cpu", batch_size=[count])
         self.vector_env = vector_env
+        self.is_closed = False  # TorchRL's base begins closed, and `close` would close nothing
         low, high = (torch.as_tensor(bound).expand(count, -1) for bound in _bounds(vector_env))
         size = vector_env.single_observation_space.shape[0]  # type: ignore[index]
         self.action_spec = Bounded(low, high, shape=low.shape)

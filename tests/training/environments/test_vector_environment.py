@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torchrl.envs import GymWrapper, RewardSum, StepCounter, TransformedEnv
 from torchrl.envs.transforms import Compose
 
+from qsm_rl.training import make_environment
 from qsm_rl.training.environments.vector_environment import VectorEnvironment
-from tests.training.small_trainer import Countdown
+from tests.training.small_trainer import Countdown, env_id
 
 
 def batch_of_three(mode=AutoresetMode.DISABLED):
@@ -32,3 +35,15 @@ def test_it_steps_sums_and_counts_as_torchrls_wrapper_and_transforms_do():
 def test_a_vector_environment_that_resets_by_itself_is_refused():
     with pytest.raises(ValueError, match=r"AutoresetMode.DISABLED, got .*SAME_STEP"):
         VectorEnvironment(batch_of_three(AutoresetMode.SAME_STEP))
+
+
+@pytest.mark.parametrize("normalize_observation", [False, True])
+def test_closing_closes_every_environment_once(normalize_observation):
+    environment, closed = make_environment(env_id("Slide"), num_envs=2, normalize_observation=normalize_observation), []
+    for number, env in enumerate(environment.vector_env.envs):
+        env.unwrapped.close = partial(closed.append, number)
+    environment.reset()
+    assert not environment.is_closed
+    environment.close()
+    environment.close()
+    assert environment.is_closed and closed == [0, 1]

@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from tensordict.nn import TensorDictModule
 from torchrl.envs.utils import ExplorationType, exploration_type, set_exploration_type
 
 from qsm_rl import DiffusionActor, NoiseSchedule, ScoreMLP
@@ -86,6 +87,13 @@ def test_every_episode_counts_however_long():
     assert metrics["eval/episode_length"] == pytest.approx(np.mean(counts[1:]))
 
 
+def test_episodes_that_a_time_limit_ends_count_too():
+    policy = TensorDictModule(lambda observation: (-observation).clamp(-1, 1), ["observation"], ["action"])  # stays
+    environment = make_environment(env_id("Slide"))
+    assert evaluate_policy(environment, policy, episodes=2, seed=0).lengths == (40, 40)
+    assert environment.vector_env.closed
+
+
 def test_an_environment_without_end_is_named(monkeypatch):
     monkeypatch.setattr("qsm_rl.training.evaluation.evaluate.LONGEST_EPISODE", 3)  # it takes longer to slide off
     evaluate, _ = make_evaluator("Slide", 1)
@@ -104,9 +112,10 @@ def evaluate_two_agents(seed, seen=None):
         return tensordict.set("action", torch.rand(2, 2, 2) * 2 - 1)
 
     environment = make_environment(env_id("Slide"), num_envs=4)
-    results = evaluate_agents(environment, policy, agents=2, seed=seed, device=torch.device("cpu"))
-    assert environment.is_closed
-    return results
+    try:
+        return evaluate_agents(environment, policy, agents=2, seed=seed, device=torch.device("cpu"))
+    finally:
+        assert environment.vector_env.closed
 
 
 def test_agents_sample_with_random_numbers_of_the_evaluation_s_own():
