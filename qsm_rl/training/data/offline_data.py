@@ -14,7 +14,7 @@ from torchrl.envs import EnvBase
 
 from qsm_rl.training.data.checkpoints import CheckpointFolder
 from qsm_rl.training.data.public_data import read_d4rl, read_minari
-from qsm_rl.training.data.replay import ENTRIES, ReplayArchive, TransitionWriter
+from qsm_rl.training.data.replay import ENTRIES, ReplayArchive, TransitionWriter, manifests_of_ranks
 from qsm_rl.training.errors import UserError
 
 __all__ = ["DatasetCollector", "OfflineWriter", "read_dataset"]
@@ -132,7 +132,7 @@ def _from_folder(folder: Path, wanted: dict[str, Any]) -> TensorDictBase:
                 )
         rows: list[TensorDict] = []
         # Processes that train together have a replay buffer each.
-        for number, manifest in enumerate([state["replay"], *state.get("replay_of_other_ranks", [])]):
+        for number, manifest in enumerate(manifests_of_ranks(state)):
             rows += ReplayArchive.of_rank(folder / "checkpoints", number).rows(manifest)
         return torch.cat(rows)
     storage = folder / "storage" if (folder / "storage").is_dir() else folder

@@ -20,7 +20,7 @@ from qsm_rl.atomic_files import read_bounded, write_atomically
 from qsm_rl.comparison import first_difference, first_non_finite
 from qsm_rl.training.errors import UserError
 
-__all__ = ["ReplayArchive", "TransitionWriter", "row_bytes"]
+__all__ = ["ReplayArchive", "TransitionWriter", "manifests_of_ranks", "row_bytes"]
 
 LARGEST_HEADER = 1 << 16  # bytes of a segment beside its rows
 NEXT = ("observation", "reward", "done", "terminated")
@@ -137,6 +137,11 @@ def row_bytes(entries: dict[str, Any]) -> int:
     """
     sizes = ((getattr(torch, dtype.removeprefix("torch.")).itemsize, shape) for dtype, shape in entries.values())
     return sum(size * math.prod(shape) for size, shape in sizes)
+
+
+def manifests_of_ranks(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """The manifests of the replay buffers of all processes that trained together, in their order."""
+    return [state["replay"], *state.get("replay_of_other_ranks", [])]
 
 
 class Segment(NamedTuple):

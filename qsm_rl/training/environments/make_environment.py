@@ -19,11 +19,13 @@ from typing import Any
 import gymnasium
 import mujoco
 import numpy as np
+import torch
 from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers import TransformAction, TransformObservation
 from torchrl.envs import EnvBase, TransformedEnv
 
+from qsm_rl.action_box import ActionBox
 from qsm_rl.training.environments.environment_check import check_environment
 from qsm_rl.training.environments.observation_statistics import RunningObservationNorm
 from qsm_rl.training.environments.vector_environment import VectorEnvironment
@@ -238,10 +240,13 @@ def _make_gymnasium_env(
     actions, observations = env.action_space, env.observation_space
     if not (isinstance(actions, Box) and len(actions.shape) == 1 and np.issubdtype(actions.dtype, np.floating)):
         raise ValueError(f"{name} has the action space {actions}; a 1-D Box of real numbers is needed: choose another.")
-    with np.errstate(over="ignore", invalid="ignore"):  # as the policy sees them, see ActionBox
-        low, high = actions.low.astype(np.float32), actions.high.astype(np.float32)
-        fit = (low < high) & np.isfinite(high - low) & np.isfinite(high + low)
-    if not (fit.size and fit.all()):
+    try:
+        with np.errstate(over="ignore"):
+            bounds = [torch.from_numpy(bound.astype(np.float32)) for bound in (actions.low, actions.high)]
+        fit = ActionBox(*bounds).action_dim > 0
+    except ValueError:
+        fit = False
+    if not fit:
         raise ValueError(
             f"{name} has the unbounded or empty action space {actions}; finite bounds low < high are needed, in "
             "float32, too: choose another environment, or bound it with gymnasium.wrappers.TransformAction before "

@@ -18,7 +18,7 @@ from torchrl.envs import EnvBase
 
 from qsm_rl.training.data.checkpoints import CheckpointFolder
 from qsm_rl.training.data.frames import FramesDataset, period_ended
-from qsm_rl.training.data.replay import ReplayArchive
+from qsm_rl.training.data.replay import ReplayArchive, manifests_of_ranks
 from qsm_rl.training.data.worker_collector import WorkerCollector
 from qsm_rl.training.environments.observation_statistics import copy_observation_statistics
 from qsm_rl.training.errors import TrainingError
@@ -28,7 +28,6 @@ from qsm_rl.training.random_state import derived_seed
 from qsm_rl.training.ranks import any_rank, gather_objects, rank
 from qsm_rl.training.runs.module import OffPolicyModule
 from qsm_rl.training.runs.plotting import plot_learning_curve
-from qsm_rl.training.runs.resuming import manifests_of_ranks
 from qsm_rl.training.runs.run_folder import RunFolder
 
 __all__ = [

@@ -7,14 +7,13 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-import yaml
 from torchrl.envs import EnvBase
 
 from qsm_rl.comparison import first_difference, first_non_finite
 from qsm_rl.training.configuration.command_line import CONFIGURATION_FILE, NOT_SAVED
 from qsm_rl.training.configuration.training_configuration import TrainingConfiguration
 from qsm_rl.training.data.frames import FramesDataset
-from qsm_rl.training.data.replay import ReplayArchive
+from qsm_rl.training.data.replay import ReplayArchive, manifests_of_ranks
 from qsm_rl.training.errors import UserError
 from qsm_rl.training.ranks import rank
 from qsm_rl.training.runs.loggers import read_metrics
@@ -96,8 +95,7 @@ def check_never_stored(config: TrainingConfiguration, folder: RunFolder) -> None
     evaluated = not math.isnan((columns.get("eval/return_mean") or [math.nan])[-1])
     # The frames that it was begun for: those of now may have been raised to go on, and with the last one of then came a
     # checkpoint.
-    begun_for = yaml.safe_load((folder.path / CONFIGURATION_FILE).read_text(encoding="utf-8"))["total_frames"]
-    ended = bool(folder.published) and last >= begun_for and evaluated
+    ended = bool(folder.published) and last >= folder.settings["total_frames"] and evaluated
     # Rows of the frame of the first checkpoint are written before it, so a killed process may leave them. It comes with
     # the end of a batch.
     batch = config.frames_per_batch * config.devices
@@ -131,11 +129,6 @@ def check_unfinished(config: TrainingConfiguration, folder: RunFolder, first_fra
                 f"the run is finished: its evaluation at frame {frame:,.0f} gave {value:.1f}, at least "
                 f"--stop_at_return {target:g}; raise that or give --stop_at_return null to go on."
             )
-
-
-def manifests_of_ranks(state: dict[str, Any]) -> list[dict[str, Any]]:
-    """The manifests of the replay buffers of all processes that trained together, in their order."""
-    return [state["replay"], *state.get("replay_of_other_ranks", [])]
 
 
 def restore_checkpoint(

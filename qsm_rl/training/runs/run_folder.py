@@ -8,7 +8,9 @@ import os
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
+
+import yaml
 
 from qsm_rl.atomic_files import sweep_temporaries
 from qsm_rl.training.configuration.command_line import CONFIGURATION_FILE, saved_text
@@ -54,12 +56,12 @@ class RunFolder:
             UserError: if the folder holds anything, cannot be made, is in use by another process, or, resumed, holds
                 symbolic links in place of its files; or if something else than rank 0 has started this process.
         """
-        if rank() > 0 and FOLDER_OF_RANK_0 not in os.environ:
-            raise UserError(
-                f"LOCAL_RANK is {rank()} here, as for a process that another one has started, and none has: --devices "
-                "starts its processes by itself; begin the run once, without torchrun."
-            )
         if rank() > 0:
+            if FOLDER_OF_RANK_0 not in os.environ:
+                raise UserError(
+                    f"LOCAL_RANK is {rank()} here, as for a process that another one has started, and none has: "
+                    "--devices starts its processes by itself; begin the run once, without torchrun."
+                )
             return cls(Path(os.environ[FOLDER_OF_RANK_0]), recipe, resumed=configuration.resume is not None)
         if configuration.resume is not None:
             folder = cls(Path(configuration.resume), recipe, resumed=True)
@@ -88,6 +90,11 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"--run_dir {path} cannot be made: {error.strerror}; choose another folder.") from error
         return cls(path, recipe)._locked()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What config.yaml holds: that with which the run was begun; what was changed on resuming is not in it."""
+        return yaml.safe_load((self.path / CONFIGURATION_FILE).read_text(encoding="utf-8"))
 
     @property
     def metrics(self) -> Path:

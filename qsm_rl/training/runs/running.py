@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torchrl.envs import EnvBase
 
-from qsm_rl.training.configuration.command_line import CONFIGURATION_FILE, saved_text
+from qsm_rl.training.configuration.command_line import saved_text
 from qsm_rl.training.configuration.training_configuration import TrainingConfiguration
 from qsm_rl.training.data.frames import FramesDataset
 from qsm_rl.training.data.replay import ReplayArchive
@@ -191,7 +191,7 @@ def finish_run(
     target = _callback(trainer, StopAtReturn)
     resume = f"{script} --resume {shlex.quote(str(folder.path))}"
     # What was changed on resuming, which config.yaml does not know.
-    saved = yaml.safe_load((folder.path / CONFIGURATION_FILE).read_text(encoding="utf-8"))
+    saved = folder.settings
     longer = f" --total_frames {frames.total_frames}" if frames.total_frames > saved["total_frames"] else ""
     if target.target != (math.inf if saved["stop_at_return"] is None else saved["stop_at_return"]):
         resume += f" --stop_at_return {'null' if target.target == math.inf else target.target}"
