@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ import gymnasium
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, ScalarFormatter
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torchrl.collectors import Collector
 from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer
@@ -86,6 +86,12 @@ def make_batch(size: int, device: torch.device) -> TensorDict:
     return TensorDict({**entries, "next": following}, [size]).to(device)
 
 
+def draw_together(replay: TensorDictReplayBuffer) -> Iterator[TensorDictBase]:
+    """Batches as a run draws them, sixteen at once."""
+    while True:
+        yield from replay.sample(16 * SIZE["batch"]).split(SIZE["batch"])
+
+
 def take_turns(contenders: dict[str, Callable[[], object]], seconds: float, device: torch.device) -> dict[str, float]:
     """Calls per second of each contender: the median over turns of a few calls each."""
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -112,7 +118,7 @@ def take_turns(contenders: dict[str, Callable[[], object]], seconds: float, devi
 
 def measure_update(seconds: float, device: torch.device, jax_python: str | None) -> list[Row]:
     batch = make_batch(SIZE["batch"], device)
-    replay = TensorDictReplayBuffer(storage=LazyTensorStorage(100_000, device=device), batch_size=SIZE["batch"])
+    replay = TensorDictReplayBuffer(storage=LazyTensorStorage(100_000, device=device))
     replay.extend(make_batch(100_000, device))
     eager = make_update(SIZE, device)
     best = rl.choose_arithmetic(rl.QSMConfiguration(), device)
@@ -124,16 +130,18 @@ def measure_update(seconds: float, device: torch.device, jax_python: str | None)
     contenders = {
         f"hand-written PyTorch, {plain}": lambda: floor.update(batch),
         f"qsm_rl, {plain}": lambda: eager(batch.copy()),
-        f"qsm_rl, {plain}, with replay sampling": lambda: eager(replay.sample()),
+        f"qsm_rl, {plain}, with replay sampling": lambda: eager(replay.sample(SIZE["batch"])),
         name: lambda: fastest(batch.copy()),
     }
     if on_gpu:
         graphed, agents = make_update(SIZE, device, cuda_graph=True), 8
         stacked = rl.StackedUpdate([make_update(SIZE, device) for _ in range(agents)], range(agents), cuda_graph=True)
         batches = torch.stack([make_batch(SIZE["batch"], device) for _ in range(agents)], 1)
+        drawn = draw_together(replay)
         contenders |= {
             "qsm_rl, CUDA graph": lambda: graphed(batch.copy()),
-            f"{name}, with replay sampling": lambda: fastest(replay.sample()),
+            f"{name}, with replay sampling": lambda: fastest(replay.sample(SIZE["batch"])),
+            f"{name}, with replay sampling as recipes do": lambda: fastest(next(drawn)),
             STACKED: lambda: stacked(batches),
         }
     peer = "JAX, one jitted function"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -13,6 +12,7 @@ from torch.optim import Adam
 from torchrl.objectives import LossModule
 
 from qsm_rl.training.updates.cuda_graphs import CudaGraph
+from qsm_rl.training.updates.piecewise_adam import PiecewiseAdam
 from qsm_rl.training.updates.update import NonFiniteLossError, Update, cosine_decay
 
 __all__ = ["LOSS_NAMES", "ActorCriticUpdate", "StepOutputs"]
@@ -61,9 +61,9 @@ class ActorCriticUpdate(Update):
         rate: float | Tensor = actor_learning_rate
         if cuda_graph:  # which reads the rate where it lies, and a number would be recorded
             rate = torch.tensor(actor_learning_rate, device=device)
-        options: dict[str, Any] = {"fused": True, "capturable": cuda_graph}
-        actor = Adam(actor_parameters, lr=rate, **options)
-        critic = Adam(critic_parameters, lr=critic_learning_rate, betas=(critic_adam_beta1, 0.999), **options)
+        adam = partial(PiecewiseAdam if cuda_graph else Adam, fused=True, capturable=cuda_graph)
+        actor = adam(actor_parameters, lr=rate)
+        critic = adam(critic_parameters, lr=critic_learning_rate, betas=(critic_adam_beta1, 0.999))
         super().__init__(loss, {"actor": actor, "critic": critic})
         self.actor_parameters = list(actor_parameters)
         self.critic_parameters = list(critic_parameters)
@@ -120,6 +120,8 @@ class ActorCriticUpdate(Update):
         raise NotImplementedError
 
     def _set_actor_rate(self) -> None:
+        if self.actor_learning_rate_decay is None:
+            return
         steps = self.num_updates // self.policy_delay - 1
         rate = self.actor_learning_rate * cosine_decay(steps, self.actor_learning_rate_decay)
         group = self.optimizers["actor"].param_groups[0]
