@@ -98,7 +98,7 @@ def take_turns(contenders: dict[str, Callable[[], object]], seconds: float, devi
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     calls = {}
     for name, call in contenders.items():  # warm up, and let a turn last about a third of a second
-        for _ in range(3):
+        for _ in range(5):  # of a CUDA graph the fourth call records it
             call()
         synchronize()
         begin = time.perf_counter()

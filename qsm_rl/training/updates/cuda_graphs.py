@@ -28,6 +28,9 @@ class CudaGraph:
         function: takes a batch of one shape and returns tensors, nested in tuples and dictionaries, none of which asks
             for a gradient. It must not read anything back from the GPU, and changes state in place only. What it draws
             from PyTorch's generator of the GPU is drawn anew by each launch.
+
+    Raises:
+        ValueError: when called with a batch that lacks an entry of the recorded one or has another shape.
     """
 
     def __init__(self, function: Callable[[TensorDictBase], Any]) -> None:
@@ -46,7 +49,15 @@ class CudaGraph:
                 return self._warm_up(batch)
             self._record(batch)
         assert self._graph is not None
-        torch._foreach_copy_(list(self._inputs.values()), [batch.get(key) for key in self._inputs])
+        values = [batch.get(key, None) for key in self._inputs]
+        for (key, expected), value in zip(self._inputs.items(), values, strict=True):
+            if value is None or value.shape != expected.shape:
+                found = "is missing" if value is None else f"has shape {tuple(value.shape)}"
+                raise ValueError(
+                    f"{key!r} {found}, but the CUDA graph was recorded with {tuple(expected.shape)}: "
+                    "give batches of one size and with the same entries, or update without cuda_graph."
+                )
+        torch._foreach_copy_(list(self._inputs.values()), values)
         self._graph.replay()
         return self._outputs
 

@@ -12,7 +12,8 @@ from torch.optim import Adam
 
 __all__ = ["PiecewiseAdam"]
 
-PIECES = 24  # with the biases about as many tensors as one launch takes, which is 36
+BLOCK = 65_536  # numbers that PyTorch's kernel gives each block
+PIECES = 32  # about as many as one launch takes, which is 36
 ALIGNED = 64  # numbers of which a piece is a multiple: the kernel reads four at once where they lie on such an address
 
 
@@ -20,8 +21,8 @@ class PiecewiseAdam(Adam):
     """PyTorch's fused Adam, to the bit, on parameters cut in pieces, for updates that watch ``found_inf``.
 
     Its kernel gives each block 65,536 numbers, so that the weights of two layers of 512 keep six of the 132
-    multiprocessors of an H100 busy. Pieces of a twenty-fourth of all weights keep four times as many; state and
-    ``state_dict`` are those of whole parameters. Asks for ``fused=True`` and knows no ``amsgrad``.
+    multiprocessors of an H100 busy; pieces keep some thirty busy. Networks of more than two million weights are left
+    whole. State and ``state_dict`` are those of whole parameters. Asks for ``fused=True`` and knows no ``amsgrad``.
 
     Attributes:
         found_inf: scalar on the parameters' device; where it is not 0 a step changes nothing.
@@ -68,7 +69,7 @@ class PiecewiseAdam(Adam):
 
 
 def _cut(tensors: list[Tensor], size: int) -> list[tuple[Tensor, ...]]:
-    """Views of equal parts of tensors of one shape; the tensors themselves where one has another layout."""
-    if not all(tensor.is_contiguous() for tensor in tensors):
+    """Views of equal parts of tensors of one shape; the tensors themselves if parts are no use or one is not flat."""
+    if size >= BLOCK or not all(tensor.is_contiguous() for tensor in tensors):
         return [tuple(tensors)]
     return list(zip(*(tensor.detach().view(-1).split(size) for tensor in tensors), strict=True))

@@ -124,6 +124,23 @@ def test_a_state_goes_from_a_graph_to_none_and_back(without_graphs):
         assert group["capturable"] == second and isinstance(group["lr"], torch.Tensor) == second
 
 
+def test_a_graph_takes_batches_like_the_recorded_one_only():
+    class Recorded:
+        def replay(self):
+            seen.append(graph._inputs["x"].clone())
+
+    seen = []
+    graph = CudaGraph(lambda batch: batch["x"])
+    graph._graph, graph._inputs = Recorded(), {"x": torch.zeros(4), ("next", "y"): torch.zeros(4, 2)}
+    following = TensorDict({"y": torch.ones(4, 2)}, [4])
+    graph(TensorDict({"x": torch.ones(4), "next": following, "more": torch.ones(4)}, [4]))
+    with pytest.raises(ValueError, match=r"'x' has shape \(1,\).*recorded with \(4,\)"):
+        graph(TensorDict({"x": torch.zeros(1), "next": following[:1]}, [1]))
+    with pytest.raises(ValueError, match=r"\('next', 'y'\) is missing"):
+        graph(TensorDict({"x": torch.zeros(4)}, [4]))
+    assert torch.equal(torch.stack(seen), torch.ones(1, 4))
+
+
 @needs_cuda
 def test_a_graph_gives_what_its_function_gives():
     offset = torch.zeros((), device="cuda")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import Adam
 
-from qsm_rl.training.updates.piecewise_adam import ALIGNED, PiecewiseAdam
+from qsm_rl.training.updates.piecewise_adam import ALIGNED, BLOCK, PIECES, PiecewiseAdam
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
@@ -93,6 +93,19 @@ def test_a_state_goes_from_adam_to_it_and_back():
     other.load_state_dict(states[0])
     step_both(pair, 1)
     assert_equal(pair)
+
+
+def test_weights_are_cut_while_a_card_would_idle(monkeypatch):
+    lengths = []
+    monkeypatch.setattr(torch, "_fused_adam_", lambda weights, *_, **options: lengths.append([len(x) for x in weights]))
+    for size in (100_000, PIECES * BLOCK, PIECES * BLOCK + 1):
+        parameter = nn.Parameter(torch.zeros(size))
+        parameter.grad = torch.zeros(size)
+        optimizer = PiecewiseAdam([parameter], fused=True)
+        optimizer.found_inf = torch.zeros(())
+        optimizer.step()
+    assert lengths[0] == [3136] * 31 + [100_000 - 31 * 3136]
+    assert lengths[1:] == [[PIECES * BLOCK], [PIECES * BLOCK + 1]]
 
 
 def test_nothing_to_train_is_nothing_to_do():
