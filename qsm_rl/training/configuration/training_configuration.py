@@ -179,7 +179,7 @@ class TrainingConfiguration:
         self._check("preset", self.preset in self.presets, f"one of {', '.join(self.presets)}")
         for name in COUNTS:
             self._check(name, getattr(self, name) >= 1, "at least 1")
-        self._check("seed", 0 <= self.seed < 2**32, "from 0 to 4294967295")
+        self._check("seed", 0 <= self.seed <= 2**32 - self.seeds, f"from 0 to {2**32 - self.seeds}")
         self._check("warmup_frames", self.warmup_frames >= 0, "0 or more")
         for name in ("updates_per_frame", "actor_learning_rate", "critic_learning_rate"):
             self._check(name, 0 < getattr(self, name) < math.inf, "a number above 0")

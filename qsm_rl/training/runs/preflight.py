@@ -49,8 +49,9 @@ def check_space(
 
     Args:
         folder: the run's folder.
-        rows: transitions that the replay buffer will hold.
-        capacity: those that it could; their memory is asked for with the first one, and taken as it is written to.
+        rows: transitions that the replay buffers of all processes will hold.
+        capacity: those that one of them could. Their memory is asked for with the first one; a GPU's is taken then, a
+            CPU's as it is written to.
         row: bytes of one, see ``row_bytes``.
         checkpoint_every: frames between checkpoints, whose rows lie on the disk beside the buffer's.
         state: the update's tensors; Adam keeps two more of each.
@@ -61,9 +62,10 @@ def check_space(
         UserError: naming the need, what is free, and what to lower.
     """
     free = None if device is None else available_memory(device)
-    if free is not None and rows * row > free:
+    held = capacity if device is not None and device.type == "cuda" else rows
+    if free is not None and held * row > free:
         raise UserError(
-            f"the replay buffer needs {_size(rows * row)} of memory for {rows:,} transitions of {row} bytes, and "
+            f"the replay buffer needs {_size(held * row)} of memory for {held:,} transitions of {row} bytes, and "
             f"{_size(free)} are free on {device}; lower --replay_size to {free * 3 // 4 // row:,}."
         )
     if device is not None and device.type == "cpu":

@@ -297,8 +297,7 @@ class TrainingRun(Generic[Configuration]):
         try:
             check_space(
                 self.folder.path,
-                # On a GPU all of the buffer is taken with the first row; elsewhere memory is taken as it is written to.
-                rows=capacity if self.device.type == "cuda" else rows,
+                rows=rows,
                 capacity=capacity,
                 row=row_bytes(module.writer.entries(self.environment.fake_tensordict())),
                 checkpoint_every=config.checkpoint_every,

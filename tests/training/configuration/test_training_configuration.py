@@ -81,7 +81,13 @@ def test_a_batch_has_as_many_frames_of_every_environment(frames_per_batch, num_e
     "options",
     [
         *({name: 0} for name in COUNTS),
-        *({"seed": 2**32}, {"critic_learning_rate": 0.0}, {"critic_hidden_dims": ()}, {"stop_at_return": math.nan}),
+        *(
+            {"seed": 2**32},
+            {"seed": 2**32 - 1, "seeds": 2},
+            {"critic_learning_rate": 0.0},
+            {"critic_hidden_dims": ()},
+            {"stop_at_return": math.nan},
+        ),
         *({"gamma": -0.1}, {"tau": 1.1}, {"normalize_observation": True, "devices": 2}, {"device": "cuda:"}),
         *({"device": "xcpu"}, {"num_envs": 3, "num_workers": 2}),
     ],

@@ -105,7 +105,10 @@ def test_memory_is_asked_for_only_where_it_is_known_and_taken(tmp_path, machine)
     machine(0, 10**12)
     check(tmp_path, device=None, capacity=10**25)  # in files
     machine(93_000_000, 10**12)
-    check(tmp_path, device=torch.device("cuda:0"), capacity=10**25)  # a GPU has no addresses to spare
+    # A GPU's is taken whole, by each process on its own, and the disk holds the rows of all.
+    check(tmp_path, device=torch.device("cuda:0"), capacity=1_000_000, rows=3_000_000)
+    with pytest.raises(UserError, match="1,000,001 transitions of 93 bytes"):
+        check(tmp_path, device=torch.device("cuda:0"), capacity=1_000_001, rows=10)
 
 
 def test_rows_that_are_stored_give_no_room_to_checkpoints(tmp_path, machine):

@@ -31,7 +31,7 @@ def test_room_is_asked_for_what_the_run_will_write_and_has_not_yet(monkeypatch):
     assert asked["row"] == 4 * (2 + 2 + 2 + 1) + 2 and all(isinstance(v, torch.Tensor) for v in asked["state"].values())
     asked = asked_for(monkeypatch, folder, 1600, 1200, replay_storage="disk")
     assert (asked["rows"], asked["stored"], asked["device"]) == (1000, 1000, None)
-    assert asked_for(monkeypatch, folder, 600, 200, device="cuda:0")["rows"] == 1000
+    assert asked_for(monkeypatch, folder, 600, 200, device="cuda:0")["rows"] == 600
 
 
 def test_the_buffers_of_all_processes_are_asked_for(monkeypatch):
