@@ -15,7 +15,7 @@ __all__ = ["ActionBox"]
 
 
 class ActionBox(Float32Buffers):
-    """Affine map between environment units ``[low, high]`` and box units ``[-1, 1]``, by dimension.
+    """Affine map between environment units ``[low, high]`` and box units ``[-1, 1]``, per dimension.
 
     Args:
         low: lower bounds in environment units, shape ``(A,)``.
@@ -99,19 +99,19 @@ class ActionBox(Float32Buffers):
         return self.low.shape[0]
 
     def to_box(self, action: Tensor) -> Tensor:
-        """Environment units to box units, shape ``(*B, A)`` both; bounds go to -1 and 1, nothing is clipped."""
+        """Converts environment units to box units, both ``(*B, A)``; the bounds map to -1 and 1, nothing is clipped."""
         return (action - (self.high + self.low) / 2) * (2 / (self.high - self.low))
 
     def from_box(self, action: Tensor) -> Tensor:
-        """Box units to environment units, shape ``(*B, A)`` both; noised actions map beyond the bounds, unclipped."""
+        """Converts box units to environment units, both ``(*B, A)``; noised actions may lie beyond the bounds."""
         return action * ((self.high - self.low) / 2) + (self.high + self.low) / 2
 
     def clamp(self, action: Tensor) -> Tensor:
-        """Clips an action in environment units to the bounds, rounding errors of the affine map included."""
+        """Clips an action in environment units to the bounds, which also removes rounding errors of the affine map."""
         return action.clamp(self.low, self.high)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        # Actions would leave the spec that the actor was built with.
+        # With other bounds, actions would leave the spec that the actor was built with.
         for name, own in (("low", self.low), ("high", self.high)):
             loaded = state_dict.get(prefix + name)
             if loaded is not None and not torch.equal(loaded.to(own), own):
@@ -128,7 +128,7 @@ class ActionBox(Float32Buffers):
 
 
 def _rounded_inwards(bound: Tensor, inwards: float) -> Tensor:
-    """A bound in float32, in memory of its own: the nearest number, or the next one where that lies outside."""
+    """A copy of a bound in float32: the nearest number, or the next one inwards if the nearest lies outside."""
     rounded = bound.float().clone()
     outside = (bound - rounded.to(bound.dtype)) * math.copysign(1.0, inwards) > 0
     return torch.where(outside, torch.nextafter(rounded, torch.full_like(rounded, inwards)), rounded)

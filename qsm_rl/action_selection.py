@@ -1,4 +1,4 @@
-"""What happens between the policy's samples and the environment: the choice among several, and exploration."""
+"""What happens between the policy's samples and the environment: the choice among several samples, and exploration."""
 
 from __future__ import annotations
 
@@ -21,29 +21,31 @@ __all__ = ["BestOfN", "GaussianExploration"]
 
 
 class BestOfN(TensorDictModuleBase):
-    """Acts by the best of N samples of a policy, as the critics see them.
+    """Acts with the best of N samples of a policy, as judged by the critics.
 
-    ``a = argmax_n Q(s, a_n)`` with ``a_1 .. a_N`` drawn from the policy (for diffusion policies Hansen-Estruch et al.
-    2023, IDQL, arXiv 2304.10573). The larger N, the greedier: a policy of density ``pi(a)`` becomes one of density
-    ``N F(Q(a))^(N - 1) pi(a)``, where F is the distribution function of Q under pi. It also leans harder on the
-    critics' errors.
+    ``a = argmax_n Q(s, a_n)`` with ``a_1 .. a_N`` drawn from the policy (for diffusion policies, Hansen-Estruch et al.
+    2023, IDQL, arXiv 2304.10573). The larger N is, the greedier the policy: one of density ``pi(a)`` becomes one of
+    density ``N F(Q(a))^(N - 1) pi(a)``, where F is the distribution function of Q under pi. A larger N also exploits
+    the critics' errors more.
 
-    Give it the critics that train, ``loss.trained_critics(live=True)``, and it follows them. Put it in the actor's
-    place: ``TensorDictSequential(BestOfN(actor, critics, num_samples=8), GaussianExploration(spec))``.
+    Give it the critics that are being trained, ``loss.trained_critics(live=True)``, and it always uses their current
+    weights. It takes the actor's place:
+    ``TensorDictSequential(BestOfN(actor, critics, num_samples=8), GaussianExploration(spec))``.
 
     Args:
-        actor: reads observations and writes the action, for example [`DiffusionActor`][qsm_rl.DiffusionActor].
-            Under exploration types that make its samples equal, so is their best.
+        actor: reads observations and writes the action, for example [`DiffusionActor`][qsm_rl.DiffusionActor]. Under
+            exploration types that make its samples equal, the best of them is that same action.
         critics: one or more critics that read the action in environment units.
-        num_samples: N, at least 1; 1 is the actor itself. Usual range 4 to 64; its cost is that of a batch N times as
-            large.
-        aggregation: how the critics are joined, as in [`aggregate_q_values`][qsm_rl.functional.aggregate_q_values].
-            ``"min"`` is wary of actions on which they differ.
+        num_samples: N, at least 1; 1 is the actor itself. Usual range 4 to 64; acting costs as much as with a batch N
+            times as large.
+        aggregation: how the critics' values are combined, as in
+            [`aggregate_q_values`][qsm_rl.functional.aggregate_q_values]. ``"min"`` avoids actions on which they
+            disagree.
         value_key: entry that the critics write, ``(*B, 1)``.
-        action_key: entry that the actor writes its action to; its only out_key when not given.
+        action_key: entry to which the actor writes its action; by default the actor's only out_key.
 
     Raises:
-        ValueError: if ``num_samples`` is below 1, there is no critic, ``aggregation`` is unknown, or it is not told
+        ValueError: if ``num_samples`` is below 1, there is no critic, ``aggregation`` is unknown, or it is unclear
             which of the actor's entries is the action.
 
     Examples:
@@ -89,9 +91,9 @@ class BestOfN(TensorDictModuleBase):
         self.out_keys = [self.action_key]
 
     def train(self, mode: bool = True) -> BestOfN:
-        """Sets the actor's mode; the critics, which are only asked, are in evaluation.
+        """Sets the actor's mode; the critics, which are only evaluated, stay in evaluation mode.
 
-        In training they would change the batch statistics of the loss whose weights they share.
+        In training mode they would change the batch statistics of the loss whose weights they share.
         """
         super().train(mode)
         self.critics.eval()
@@ -111,7 +113,7 @@ class BestOfN(TensorDictModuleBase):
     def _q_value(self, critic: nn.Module, samples: TensorDictBase) -> Tensor:
         """A critic's Q-values ``(N, *B, 1)``."""
         q_value = critic(samples.copy()).get(self.value_key, None)
-        # Not the batch_size: of a call by keywords that is empty, and the batch in the entries alone.
+        # Not the batch_size: it is empty in a call with keywords, where only the entries have the batch dimensions.
         expected = (*samples.get(self.action_key).shape[:-1], 1)
         if q_value is None or q_value.shape != expected:
             found = "nothing" if q_value is None else f"shape {tuple(q_value.shape)}"
@@ -122,14 +124,15 @@ class BestOfN(TensorDictModuleBase):
 class GaussianExploration(TensorDictModuleBase):
     """Adds Gaussian noise to the action in box units and clips it to the bounds, as the QSM authors do when acting.
 
-    Acts under ``ExplorationType.RANDOM`` or none, and leaves the action alone otherwise. Put it behind the actor for
-    collection, ``TensorDictSequential(actor, GaussianExploration(spec))``, and leave it out for evaluation. TorchRL's
-    AdditiveGaussianModule has one sigma in environment units; here the noise follows each dimension's range.
+    Adds noise under ``ExplorationType.RANDOM`` or no exploration type, and leaves the action alone otherwise. For
+    collection, put it after the actor, ``TensorDictSequential(actor, GaussianExploration(spec))``; for evaluation,
+    leave it out. TorchRL's AdditiveGaussianModule has one sigma in environment units; here the noise scales with each
+    dimension's range.
 
     Args:
-        action_spec: bounded action spec, the action as its last dimension.
+        action_spec: bounded action spec with the action as its last dimension.
         std: standard deviation in box units, at least 0; more explores more widely around what the policy samples.
-            Usual range 0 to 0.2; the authors take 0.1.
+            Usual range 0 to 0.2; the authors use 0.1.
         action_key: entry that is read and written.
 
     Raises:

@@ -39,14 +39,14 @@ class _Mish(torch.autograd.Function):
         slope = (4 * x * q_squared * (1 - q)).div(one_plus).sub(q_squared).add(1).div(one_plus)
         return grad_output * slope
 
-    jvp = backward  # elementwise: forward mode, as torch.func.hessian takes it, multiplies by the same slope
+    jvp = backward  # elementwise: forward mode, as in torch.func.hessian, multiplies by the same slope
 
 
 def mish(x: Tensor) -> Tensor:
     """``x tanh(softplus(x))`` (Misra 2020, arXiv 1908.08681), equal to torch's within 1e-6.
 
-    Float32 and compiled code on CPU take a form of their own with a single sigmoid, three to four times as fast as
-    torch's, whose share of an update would be a fifth. Elsewhere this is ``torch.nn.functional.mish``.
+    On the CPU, float32 and compiled code use a form with a single sigmoid, which is three to four times as fast as
+    torch's; torch's would take a fifth of an update. Elsewhere this is ``torch.nn.functional.mish``.
 
     Args:
         x: any shape.

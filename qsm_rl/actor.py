@@ -38,17 +38,17 @@ NORM = "observation_norm."
 class DiffusionActor(TensorDictModule):
     """A diffusion policy: turns Gaussian noise into an action by the reverse chain of a learned noise prediction.
 
-    Under ``ExplorationType.RANDOM`` (TorchRL's collectors' default) or none, calling the actor samples the policy.
-    Under any other type it follows the mean of each reverse step from zero noise: repeatable, but neither the mean nor
-    the mode of the policy, which usually has several modes; evaluate with RANDOM, as the QSM authors do. Actions are
-    always inside the spec. Diffusion runs in box units, ``[-1, 1]^A``; the tensordict's actions are in environment
-    units.
+    Under ``ExplorationType.RANDOM`` (the default of TorchRL's collectors) or no exploration type, calling the actor
+    samples the policy. Under any other type it starts from zero noise and follows the mean of each reverse step. The
+    result is repeatable, but it is neither the mean nor the mode of the policy, which usually has several modes;
+    evaluate with RANDOM, as the QSM authors do. Actions are always inside the spec. Diffusion runs in box units,
+    ``[-1, 1]^A``; the actions in the tensordict are in environment units.
 
     Args:
         score_network: any module called as ``score_network(noisy_action (*B, A), observation (*B, O), t (*B,))`` that
-            returns the predicted noise ``(*B, A)``, for example [`ScoreMLP`][qsm_rl.ScoreMLP]. A method
-            ``reverse_chain`` like that class's is used for sampling where there is one.
-        action_spec: bounded action spec, ``Bounded`` with the action as its last dimension.
+            returns the predicted noise ``(*B, A)``, for example [`ScoreMLP`][qsm_rl.ScoreMLP]. If it has a method
+            ``reverse_chain`` like that class's, sampling uses it.
+        action_spec: a ``Bounded`` spec with the action as its last dimension.
         noise_schedule: the forward process; its number of steps is the length of the chain for
             [`DDPMSampler`][qsm_rl.DDPMSampler].
         sampler: the reverse process; default ``DDPMSampler()``, the authors'.
@@ -98,7 +98,7 @@ class DiffusionActor(TensorDictModule):
         action_dim = getattr(score_network, "action_dim", box.action_dim)
         if action_dim != box.action_dim:
             raise ValueError(
-                f"the score network is of actions of size {action_dim}, but the action_spec's is {box.action_dim}."
+                f"the score network is for actions of size {action_dim}, but the action_spec has size {box.action_dim}."
             )
         policy = DiffusionPolicy(score_network, box, noise_schedule, sampler)
         super().__init__(policy, in_keys=in_keys, out_keys=out_keys)
@@ -130,7 +130,7 @@ class DiffusionActor(TensorDictModule):
         return Composite({self.out_keys[0]: Bounded(box.low.clone(), box.high.clone(), dtype=torch.float32)})
 
     def observation(self, tensordict: TensorDictBase) -> Tensor:
-        """The in_keys of a tensordict joined in order.
+        """Joins the in_keys of a tensordict in their order.
 
         Args:
             tensordict: holds every in_key, each ``(*B, size)``.
@@ -140,7 +140,7 @@ class DiffusionActor(TensorDictModule):
 
         Raises:
             KeyError: if an in_key is missing.
-            ValueError: if one has other dimensions than those of the batch and a last one.
+            ValueError: if the shape of an entry is not the batch size followed by one feature dimension.
         """
         observations = [tensordict.get(key) for key in self.in_keys]
         if any(observation is None for observation in observations):
@@ -152,7 +152,7 @@ class DiffusionActor(TensorDictModule):
             if observation.shape[:-1] != tensordict.batch_size:
                 raise ValueError(
                     f"the observation {key!r} has shape {tuple(observation.shape)}, expected "
-                    f"{(*tensordict.batch_size, 'size')}; of images give the features of an encoder that ran before."
+                    f"{(*tensordict.batch_size, 'size')}; for images, give the features of an encoder."
                 )
         return torch.cat(observations, -1) if len(observations) > 1 else observations[0]
 
@@ -200,22 +200,23 @@ class DiffusionActor(TensorDictModule):
         min_std: float = 0.0,
         return_chain: bool = False,
     ) -> Tensor | tuple[Tensor, ReverseChain]:
-        """Samples the policy by the whole reverse chain, whatever the exploration type.
+        """Samples the policy by running the whole reverse chain, whatever the exploration type.
 
         Args:
             observation: joined observation, shape ``(*B, O)``.
             initial_noise: start of the chain, shape ``(*B, A)``; drawn from N(0, I) when not given.
             step_noise: fresh noise of each reverse step in order of use, shape ``(steps, *B, A)``; drawn when not
-                given. A None in a sequence takes that step's mean; a step without noise, as the last one is, uses none.
-            min_std: floor of the standard deviation of every step's fresh noise, at least 0. Above 0 every step has a
-                density, the last one too; the policy is then a little wider than the sampler's own.
+                given. In a sequence, None takes that step's mean. A step whose standard deviation is 0, such as the
+                last one, ignores its noise.
+            min_std: floor on the standard deviation of every step's fresh noise, at least 0. Above 0, every step has a
+                density, including the last one, and the policy is a little wider than the sampler's own.
             return_chain: whether to return the chain as well, from which
-                [`chain_log_prob`][qsm_rl.DiffusionActor.chain_log_prob] takes likelihoods.
+                [`chain_log_prob`][qsm_rl.DiffusionActor.chain_log_prob] computes likelihoods.
 
         Returns:
             Actions in box units, shape ``(*B, A)``, inside the box, and with ``return_chain`` the
-            [`ReverseChain`][qsm_rl.ReverseChain]. Gradients flow through the chain unless disabled; where something is
-            clipped, only those that lead back into the box ([`clamp_inward`][qsm_rl.functional.clamp_inward]).
+            [`ReverseChain`][qsm_rl.ReverseChain]. Gradients flow through the chain unless disabled; where a value is
+            clipped, only gradients that lead back into the box pass ([`clamp_inward`][qsm_rl.functional.clamp_inward]).
 
         Examples:
             >>> from qsm_rl import ScoreMLP
@@ -233,19 +234,20 @@ class DiffusionActor(TensorDictModule):
         return action if chain is None else (action, chain)
 
     def chain_log_prob(self, observation: Tensor, chain: ReverseChain) -> Tensor:
-        """Log-likelihood of every step of a sampled chain under the actor as it is now.
+        """Log-likelihood of every step of a sampled chain under the actor's current weights.
 
-        ``log N(samples[i]; mean_i(states[i]), stds[i]^2 I)``: of the draws before clipping, since clipped ones have no
-        density. The sum over steps is that of the chain given its start, whose gradient is the score of the policy
-        (Black et al. 2023, arXiv 2305.13301, section 4; Ren et al. 2024, arXiv 2409.00588, section 4).
+        The value is ``log N(samples[i]; mean_i(states[i]), stds[i]^2 I)``, taken at the draws before clipping, since
+        clipped ones have no density. The sum over the steps is the log-likelihood of the chain given its start; its
+        gradient is the score of the policy (Black et al. 2023, arXiv 2305.13301, section 4; Ren et al. 2024, arXiv
+        2409.00588, section 4).
 
         Args:
             observation: joined observation, shape ``(*B, O)``.
-            chain: what [`sample`][qsm_rl.DiffusionActor.sample] returned for it, by this actor or an earlier one, with
-                a ``min_std`` above 0 where a step has no noise of its own.
+            chain: what [`sample`][qsm_rl.DiffusionActor.sample] returned for this observation, called on this actor or
+                an earlier version of it; with a ``min_std`` above 0 if the sampler has steps without noise.
 
         Returns:
-            Shape ``(steps, *B)``, with a gradient to the actor; give it a detached chain for the score alone.
+            Shape ``(steps, *B)``, with a gradient to the actor. For the score alone, pass a detached chain.
 
         Raises:
             ValueError: if a step of the chain has no noise.
@@ -263,23 +265,23 @@ class DiffusionActor(TensorDictModule):
         return self.module.chain_log_prob(observation, chain)
 
     def save_pretrained(self, folder: Path | str, about: Mapping[str, Any] | None = None) -> None:
-        """Writes the actor as two files that need no code to be read, model.safetensors and config.json.
+        """Writes the actor to two files that can be read without running code, model.safetensors and config.json.
 
         Args:
-            folder: made when missing; files of an earlier call are replaced, each in one step.
-            about: plain values kept in config.json beside the settings, such as the environment's name.
+            folder: created if missing; files of an earlier call are replaced, each in one step.
+            about: plain values stored in config.json alongside the settings, such as the environment's name.
 
         Raises:
-            ValueError: if the score network is not a [`ScoreMLP`][qsm_rl.ScoreMLP], which alone can be built anew from
-                numbers; nothing is written then.
-            OSError: if the disk is full or not writable; earlier files are as they were.
+            ValueError: if the score network is not a [`ScoreMLP`][qsm_rl.ScoreMLP], the only kind that can be rebuilt
+                from its settings; nothing is written then.
+            OSError: if the disk is full or not writable; earlier files are left unchanged.
         """
         network, statistics = self.score_network, {}
         if isinstance(network, NormalizedObservations):
             statistics = {"mean": network.mean, "variance": network.variance}
             network = network.network
         parts = {
-            NETWORK: {name: tensor.float() for name, tensor in network.state_dict().items()},  # also of one in bfloat16
+            NETWORK: {name: tensor.float() for name, tensor in network.state_dict().items()},  # from bfloat16, too
             BOX: self.box.state_dict(),
             SCHEDULE: self.noise_schedule.state_dict(),
             NORM: statistics,
@@ -296,17 +298,17 @@ class DiffusionActor(TensorDictModule):
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> DiffusionActor:
-        """The actor that ``save_pretrained`` wrote, or a training run in its folder ``actor``, on the CPU.
+        """Loads to the CPU the actor that ``save_pretrained`` wrote, or a training run in its folder ``actor``.
 
-        It acts as the one that was saved: with the same noise the actions are equal. Reading runs no code, so an actor
+        It acts as the saved actor did: with the same noise, the actions are equal. Reading runs no code, so an actor
         from somebody else is safe to open.
 
         Args:
             folder: holds model.safetensors and config.json.
 
         Raises:
-            ValueError: if a file is missing, malformed or from another version, they do not fit each other, or a weight
-                is not finite.
+            ValueError: if a file is missing, malformed or from another version, if the two files do not fit each other,
+                or if a weight is not finite.
 
         Examples:
             >>> from tempfile import TemporaryDirectory
@@ -362,5 +364,5 @@ def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _key(key: Any) -> NestedKey:
-    """A key as JSON keeps it, where a nested one is a list."""
+    """A key read from JSON, which stores a nested key as a list."""
     return tuple(key) if isinstance(key, list) else key

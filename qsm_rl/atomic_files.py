@@ -1,4 +1,4 @@
-"""Files that are either there in full or not at all, whatever kills the process, and are read without surprises."""
+"""Files that exist either in full or not at all, even if the process is killed, and safe reading of files."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ TEMPORARY = ".incomplete"
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file beside its target, flushes it to the disk, and puts it in place in one step.
+    """Writes a temporary file next to the target, flushes it to the disk, and renames it into place.
 
     Args:
         path: the target; an existing file is replaced only when the new one is complete.
-        write: writes the file whose path it is given.
+        write: a function that writes a file to the path it is given.
 
     Raises:
-        OSError: if the disk is full or not writable; the target is as it was, and nothing is left behind.
+        OSError: if the disk is full or not writable; the target is unchanged, and nothing is left behind.
     """
     temporary = path.with_name(path.name + TEMPORARY)
     try:
@@ -44,7 +44,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_csv_atomically(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes a CSV file with a header as ``write_atomically`` does; what a row lacks stays empty."""
+    """Writes a CSV file with a header as ``write_atomically`` does; columns that a row lacks stay empty."""
 
     def write(temporary: Path) -> None:
         with temporary.open("w", newline="", encoding="utf-8") as file:
@@ -56,28 +56,28 @@ def write_csv_atomically(path: Path, columns: Sequence[str], rows: Iterable[Mapp
 
 
 def sweep_temporaries(folder: Path) -> None:
-    """Removes what killed processes left half written in a folder and below it."""
+    """Removes the half-written files that killed processes left in a folder and below it."""
     for temporary in folder.rglob(f"*{TEMPORARY}"):
         temporary.unlink(missing_ok=True)
 
 
 def read_bounded(path: Path, largest: int, *, follow_links: bool = False) -> bytes:
-    """The content of a file that may come from anybody.
+    """The content of a file whose source is not trusted.
 
     Args:
         path: the file.
-        largest: most bytes that it may have.
-        follow_links: whether a symbolic link is read, which may lead anywhere.
+        largest: largest accepted size in bytes.
+        follow_links: whether to follow a symbolic link, which may lead anywhere.
 
     Raises:
-        ValueError: if it is a link, a device or a pipe, or too large.
+        ValueError: if it is a link that is not followed, a device or a pipe, or too large.
         OSError: if it is missing or cannot be read.
     """
     about = path.stat(follow_symlinks=follow_links)
     if stat.S_ISLNK(about.st_mode):
         raise ValueError("it is a symbolic link; put the file itself there")
     if not stat.S_ISREG(about.st_mode):
-        raise ValueError("it is no regular file")
+        raise ValueError("it is not a regular file")
     if about.st_size > largest:
         raise ValueError(f"it has {about.st_size:,} bytes, expected at most {largest:,}")
     return path.read_bytes()

@@ -1,4 +1,4 @@
-"""Batch renormalisation: batch normalisation that training and running statistics agree on."""
+"""Batch renormalisation: batch normalisation whose outputs in training and evaluation agree."""
 
 from __future__ import annotations
 
@@ -13,26 +13,28 @@ __all__ = ["BatchRenorm"]
 class BatchRenorm(Float32Buffers):
     r"""Normalises each feature over the batch, and ties the result to the running statistics.
 
-    Ioffe 2017, "Batch Renormalization", arXiv 1702.03275, algorithm 1. In training ``y = ((x - mean) / std r + d)
-    weight + bias`` with the batch's mean and standard deviation, ``r = clip(std / running_std, 1 / r_max, r_max)`` and
-    ``d = clip((mean - running_mean) / running_std, -d_max, d_max)``, both without gradient: where nothing is clipped,
-    the value is that of evaluation, which normalises by the running statistics alone, and the gradient that of batch
-    normalisation. Until ``warmup`` batches have been seen r = 1 and d = 0, plain batch normalisation. The defaults are
-    CrossQ's (Bhatt et al. 2024, arXiv 1902.05605 version 3).
+    Ioffe 2017, "Batch Renormalization", arXiv 1702.03275, algorithm 1. In training,
+    ``y = ((x - mean) / std r + d) weight + bias`` with the batch's mean and standard deviation,
+    ``r = clip(std / running_std, 1 / r_max, r_max)`` and
+    ``d = clip((mean - running_mean) / running_std, -d_max, d_max)``, both without gradient. Where nothing is clipped,
+    the value is that of evaluation, which normalises by the running statistics alone, while the gradient is that of
+    batch normalisation. During the first ``warmup`` batches r = 1 and d = 0, which is plain batch normalisation. The
+    defaults are CrossQ's (Bhatt et al. 2024, arXiv 1902.05605 version 3).
 
-    Statistics are computed in float32 or more, over all dimensions but the last. The running ones are buffers, changed
-    in place by each forward in training; they stay float32 under ``.to(torch.bfloat16)``, which would round 1 % away.
+    Statistics are computed in float32 or more, over all dimensions but the last. The running ones are buffers that each
+    forward pass in training mode changes in place. They stay float32 under ``.to(torch.bfloat16)``, in which a change
+    of 1 % would be rounded away.
 
     Args:
         num_features: size of the last dimension.
-        momentum: share of a batch in the running statistics, as in torch. Lower is smoother and lags more; usual range
-            0.001 to 0.1.
+        momentum: weight of each batch in the running statistics, as in torch. Lower is smoother and lags more; usual
+            range 0.001 to 0.1.
         eps: added to variances.
-        r_max: largest factor between batch and running standard deviation, at least 1. With 1, and ``d_max`` 0, this is
-            batch normalisation.
-        d_max: largest distance of the means, in running standard deviations, at least 0.
-        warmup: batches of plain batch normalisation at the start, for which the running statistics are not to be
-            trusted.
+        r_max: largest factor between batch and running standard deviation, at least 1. With ``r_max=1`` and ``d_max=0``
+            this is batch normalisation.
+        d_max: largest distance between batch and running mean, in running standard deviations, at least 0.
+        warmup: number of batches with plain batch normalisation at the start, while the running statistics are not yet
+            reliable.
 
     Raises:
         ValueError: for an argument outside its range, or in training for fewer than two samples.
@@ -80,19 +82,19 @@ class BatchRenorm(Float32Buffers):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Weight and running variance 1, bias and running mean 0, no batch seen."""
+        """Sets weight and running variance to 1, bias and running mean to 0, and forgets the batches seen."""
         for ones in (self.weight, self.running_var):
             nn.init.ones_(ones)
         for zeros in (self.bias, self.running_mean, self.num_batches):
             nn.init.zeros_(zeros)
 
     def extra_repr(self) -> str:
-        """Everything that two layers can differ in but for their weights."""
+        """Everything but the weights in which two layers can differ."""
         numbers = ("momentum", "eps", "r_max", "d_max", "warmup")
         return ", ".join([f"{self.weight.numel()}", *(f"{name}={getattr(self, name):g}" for name in numbers)])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised features, shape ``(*B, num_features)`` as the input; in training of at least 2 samples."""
+        """Normalises features ``(*B, num_features)``; in training, it needs at least 2 samples."""
         values = x.to(torch.promote_types(x.dtype, torch.float32))
         running_std = (self.running_var + self.eps).sqrt()
         if not self.training:

@@ -1,4 +1,4 @@
-"""Where read data differs from what is expected: nested dictionaries, lists, tensors and plain values."""
+"""Finds where data differs from what is expected: nested dictionaries, lists, tensors and plain values."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["first_difference", "first_non_finite"]
 
 
 def first_difference(found: Any, expected: Any, name: str = "") -> str | None:
-    """Names the first place where ``found`` is not like ``expected``.
+    """Names the first place where ``found`` differs from ``expected``.
 
-    Tensors are compared by dtype and shape, everything else by value; NaN is like NaN.
+    Tensors are compared by dtype and shape, everything else by value; NaN equals NaN.
 
     Args:
         found: what was read.
@@ -23,7 +23,7 @@ def first_difference(found: Any, expected: Any, name: str = "") -> str | None:
         name: name of the whole, for the message.
 
     Returns:
-        A sentence without its full stop, or None where they agree.
+        A sentence without its full stop, or None if they agree.
 
     Examples:
         >>> first_difference({"weight": torch.zeros(2, 3)}, {"weight": torch.zeros(4, 3)}, "critic")

@@ -21,7 +21,7 @@ class HeadLinear(OutputLinear):
     """
 
     def __init__(self, in_features: int, head: ValueHead) -> None:
-        self._head = (head,)  # asked anew at each reset, since it may get its support later; the critic registers it
+        self._head = (head,)  # asked again at each reset, as its support may be set later; the critic registers it
         super().__init__(in_features, head.num_outputs)
 
     def reset_parameters(self) -> None:
@@ -32,7 +32,7 @@ class HeadLinear(OutputLinear):
 
 
 class Critic(nn.Module):
-    """Base of the critics: ``outputs`` of the network, made a Q-value by the head where there is one.
+    """Base of the critics: the network's ``outputs``, which the head, if there is one, turns into a Q-value.
 
     Attributes:
         head: the head, or None if the network's one output is the Q-value.
@@ -65,7 +65,7 @@ class Critic(nn.Module):
 
 
 def joined(inputs: Sequence[Tensor], first: nn.Module) -> Tensor:
-    """A critic's inputs ``(*B, size)`` side by side; a ValueError where its first linear layer expects another size."""
+    """Concatenates a critic's inputs ``(*B, size)``; raises ValueError if its first layer expects another size."""
     together = torch.cat(tuple(inputs), -1)
     expected = getattr(first, "in_features", 0)
     if expected not in (0, together.shape[-1]):
@@ -77,16 +77,16 @@ def joined(inputs: Sequence[Tensor], first: nn.Module) -> Tensor:
 class QValueMLP(Critic):
     """Q-value network: an MLP on ``[observation, action]`` with relu and a linear output.
 
-    Defaults are the QSM authors' (279,041 parameters at observation 24, action 6), Xavier-uniform weights, zero biases.
-    Wrap it in a ``TensorDictModule`` with ``out_keys=["state_action_value"]`` for the loss.
+    The defaults are the QSM authors' (279,041 parameters at observation size 24 and action size 6), with Xavier-uniform
+    weights and zero biases. Wrap it in a ``TensorDictModule`` with ``out_keys=["state_action_value"]`` for the loss.
 
     Args:
-        observation_dim: observation size; None takes it from the first batch.
+        observation_dim: observation size; None infers it from the first batch.
         action_dim: action size A; the critic sees actions in environment units.
         hidden_dims: widths of the hidden layers; usual range 256 to 1024.
-        layer_norm: whether to normalise before each activation. Keeps Q-values and their action gradients bounded away
-            from the data, which stabilises learning with few frames (Ball et al. 2023, arXiv 2302.02948); the authors
-            do not.
+        layer_norm: whether to apply layer normalisation before each activation. It bounds Q-values and their action
+            gradients far from the data, which stabilises learning from few frames (Ball et al. 2023, arXiv 2302.02948);
+            the authors do not use it.
         head: None for one output, the Q-value, or a distributional head such as [`TwoHotHead`][qsm_rl.TwoHotHead],
             which brings its own loss.
 
@@ -119,7 +119,7 @@ class QValueMLP(Critic):
             self.mlp[-1] = HeadLinear(hidden_dims[-1], head)
 
     def outputs(self, *inputs: Tensor) -> Tensor:
-        """What the head reads, shape ``(*B, num_outputs)``; inputs as of ``forward``."""
+        """What the head reads, shape ``(*B, num_outputs)``; inputs as for ``forward``."""
         return self.mlp(joined(inputs, self.mlp[0]))
 
 
@@ -138,18 +138,18 @@ class ResidualBlock(nn.Module):
 
 
 class QValueSimBa(Critic):
-    """Q-value network of residual blocks with a layer norm behind them, SimBa's critic.
+    """Q-value network of residual blocks followed by a layer norm, SimBa's critic.
 
     Lee et al. 2024, "SimBa: Simplicity Bias for Scaling Up Parameters in Deep RL", arXiv 2410.09754. A linear path runs
-    from the input to the last layer, so that wide and deep critics start out simple. The paper normalises observations
-    by running statistics in front of it (the recipe's ``normalize_observation``) and initialises by orthogonal and He
-    weights; here they are Xavier-uniform as everywhere in the kit.
+    from the input to the last layer, so that wide and deep critics start out simple. The paper also normalises
+    observations by running statistics (the recipe's ``normalize_observation``) and uses orthogonal and He
+    initialisation; here, weights are Xavier-uniform, as everywhere in the kit.
 
     Args:
-        observation_dim: observation size; None takes it from the first batch.
+        observation_dim: observation size; None infers it from the first batch.
         action_dim: action size A; the critic sees actions in environment units.
-        width: size of the features. The paper takes 512; usual range 256 to 1024.
-        num_blocks: residual blocks, each as costly as eight square layers of that width. The paper takes 2.
+        width: size of the features. The paper uses 512; usual range 256 to 1024.
+        num_blocks: number of residual blocks, each as costly as eight square layers of that width. The paper uses 2.
         head: as in [`QValueMLP`][qsm_rl.QValueMLP].
 
     Raises:
@@ -182,7 +182,7 @@ class QValueSimBa(Critic):
         )
 
     def outputs(self, *inputs: Tensor) -> Tensor:
-        """What the head reads, shape ``(*B, num_outputs)``; inputs as of ``forward``."""
+        """What the head reads, shape ``(*B, num_outputs)``; inputs as for ``forward``."""
         return self.body(joined(inputs, self.body[0]))
 
 
@@ -192,19 +192,20 @@ class QValueCrossQ(Critic):
     Bhatt et al. 2024, "CrossQ: Batch Normalization in Deep Reinforcement Learning for Greater Sample Efficiency and
     Simplicity", arXiv 1902.05605 version 3. An MLP with relu whose input and hidden features are normalised over the
     batch ([`BatchRenorm`][qsm_rl.BatchRenorm]). Pass it to the loss with ``delay_qvalue=False``: the loss then runs the
-    replayed and the next state-action pairs through it in one forward, so that the batch statistics cover both, takes
-    the TD target from that same forward, and normalises by the running statistics everywhere else, for dQ/da above all.
+    replayed and the next state-action pairs through it in one forward pass, so that the batch statistics cover both,
+    and takes the TD target from that same pass. Everywhere else, above all for dQ/da, the critic normalises by its
+    running statistics.
 
-    The paper's further settings: width 2048, learning rate 1e-3, Adam's beta_1 0.5, three critic updates for each of
-    the actor's.
+    The paper's other settings are width 2048, learning rate 1e-3, beta_1 = 0.5 in Adam, and three critic updates for
+    each actor update.
 
     Args:
         observation_dim: observation size.
         action_dim: action size A; the critic sees actions in environment units.
-        hidden_dims: widths of the hidden layers. The paper takes 2048, where width pays more than in a plain critic;
-            usual range 256 to 2048.
-        momentum: share of a batch in the running statistics, as in [`BatchRenorm`][qsm_rl.BatchRenorm].
-        warmup: batches of plain batch normalisation at the start, as there.
+        hidden_dims: widths of the hidden layers. The paper uses 2048; width pays more here than in a plain critic.
+            Usual range 256 to 2048.
+        momentum: weight of each batch in the running statistics, as in [`BatchRenorm`][qsm_rl.BatchRenorm].
+        warmup: number of batches with plain batch normalisation at the start, as in ``BatchRenorm``.
         head: as in [`QValueMLP`][qsm_rl.QValueMLP].
 
     Raises:
@@ -241,5 +242,5 @@ class QValueCrossQ(Critic):
         self.body = nn.Sequential(*layers)
 
     def outputs(self, *inputs: Tensor) -> Tensor:
-        """What the head reads, shape ``(*B, num_outputs)``; inputs as of ``forward``."""
+        """What the head reads, shape ``(*B, num_outputs)``; inputs as for ``forward``."""
         return self.body(joined(inputs, self.body[1]))

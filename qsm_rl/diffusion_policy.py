@@ -19,7 +19,7 @@ __all__ = ["DiffusionPolicy"]
 
 
 class ConcatenatedScoreNetwork(nn.Module):
-    """A score network that also takes its three inputs joined, ``cat[noisy action, observation, t]``."""
+    """Lets a score network take its three inputs joined, ``cat[noisy action, observation, t]``."""
 
     def __init__(self, network: nn.Module, action_dim: int) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class ConcatenatedScoreNetwork(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         noisy_action, observation, t = inputs.tensor_split((self.action_dim, inputs.shape[-1] - 1), -1)
-        return self.network(noisy_action, observation, t.squeeze(-1).long())  # joined, they have become real numbers
+        return self.network(noisy_action, observation, t.squeeze(-1).long())  # joining has made them floats
 
 
 class DiffusionPolicy(nn.Module):
@@ -50,7 +50,7 @@ class DiffusionPolicy(nn.Module):
 
     @property
     def sampler(self) -> Sampler:
-        """The sampler, which is fixed: the steps are made once."""
+        """The sampler; it cannot be exchanged, since its steps are computed once."""
         return self._sampler
 
     @property
@@ -69,8 +69,8 @@ class DiffusionPolicy(nn.Module):
         )
 
     def chain(self, observation: Tensor) -> Callable[[int, Tensor], Tensor]:
-        """Noise prediction at each reverse step; a network's own ``reverse_chain`` shares work."""
-        if self._timesteps.device != observation.device:  # once: copied at each call they could not be in a CUDA graph
+        """Noise prediction at each reverse step; a network's own ``reverse_chain``, if any, saves work."""
+        if self._timesteps.device != observation.device:  # once: a CUDA graph cannot record a copy at each call
             self._timesteps = self._timesteps.to(observation.device)
         timesteps = self._timesteps
         network = self.score_network.network
@@ -136,7 +136,7 @@ class DiffusionPolicy(nn.Module):
         return torch.stack(log_probs)
 
     def forward(self, *observations: Tensor) -> Tensor:
-        """An action ``(*B, A)`` in environment units, sampled or deterministic by TorchRL's exploration type."""
+        """An action ``(*B, A)`` in environment units, sampled or deterministic as TorchRL's exploration type says."""
         observation = torch.cat(observations, -1) if len(observations) > 1 else observations[0]
         kind = interaction_type()
         if kind in (None, InteractionType.RANDOM):
@@ -145,7 +145,7 @@ class DiffusionPolicy(nn.Module):
             shape = (*observation.shape[:-1], self.box.action_dim)
             start = torch.zeros(shape, dtype=chain_dtype(observation), device=observation.device)
             action, _ = self.run_chain(observation, start, [None] * len(self.steps))
-        return self.box.clamp(self.box.from_box(action))  # rounded to half precision it could lie outside
+        return self.box.clamp(self.box.from_box(action))  # rounding could move it outside
 
 
 def has_own_chain(network: nn.Module) -> bool:
@@ -159,7 +159,7 @@ def has_own_chain(network: nn.Module) -> bool:
 
 
 def fitting(predicted: Tensor, noisy_action: Tensor) -> Tensor:
-    """Predicted noise in the dtype of the noised action; a ValueError if its shape is another."""
+    """Predicted noise in the dtype of the noised action; raises ValueError if the shapes differ."""
     if predicted.shape != noisy_action.shape:
         raise ValueError(
             f"the score network returned shape {tuple(predicted.shape)} for noised actions of shape "
@@ -169,10 +169,10 @@ def fitting(predicted: Tensor, noisy_action: Tensor) -> Tensor:
 
 
 def chain_dtype(observation: Tensor) -> torch.dtype:
-    """The reverse chain runs in float32 or more, and so are its actions."""
+    """The dtype of the reverse chain and of its actions: float32 or more precise."""
     return torch.promote_types(observation.dtype, torch.float32)
 
 
 def network_input(noisy_action: Tensor, observation: Tensor) -> Tensor:
-    """A noised action in half precision for a network in half precision, never in integers as observations may be."""
+    """The noised action in the observation's dtype, such as half precision; unchanged for integer observations."""
     return noisy_action.to(observation.dtype) if observation.is_floating_point() else noisy_action

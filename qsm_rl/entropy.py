@@ -1,4 +1,4 @@
-"""The entropy of a policy known by its samples, and the bonus it earns in the TD target."""
+"""The entropy of a policy, estimated from samples, and the bonus that it earns in the TD target."""
 
 from __future__ import annotations
 
@@ -13,27 +13,28 @@ __all__ = ["EntropyBonus", "nearest_neighbour_entropy"]
 
 
 def nearest_neighbour_entropy(samples: Tensor) -> Tensor:
-    """Differential entropy of a law on the box [-1, 1]^A, estimated from the distances between samples.
+    """Differential entropy of a distribution on the box [-1, 1]^A, estimated from the distances between samples.
 
     ``H = psi(N) - psi(1) + mean_n log vol(C_n)`` with C_n the cube around sample n whose half side is the distance to
-    its nearest neighbour in the maximum norm (Kozachenko and Leonenko 1987), here cut at the faces of the box: samples
-    near a face would otherwise count as if the law went on behind it.
+    its nearest neighbour in the maximum norm (Kozachenko and Leonenko 1987). Here the cubes are cut at the faces of the
+    box: samples near a face would otherwise count as if the distribution continued beyond it.
 
-    Its error, mean and standard deviation for one state over 4,000 states, in nats, at N = 16 (64): uniform actions
-    0.00 +- 0.41 (0.00 +- 0.21) in 6 dimensions and 0.00 +- 0.36 (0.00 +- 0.18) in 1; four Gaussian modes of unequal
-    weights and std 0.12 in 2 dimensions, entropy -0.12, 0.01 +- 0.45 (-0.06 +- 0.23), and with four Gaussian dimensions
-    more, entropy -2.93, 0.71 +- 0.68 (0.14 +- 0.31). The entropy of a fitted Gaussian is off by 1.46 +- 0.20 on the
-    four modes and by 0.35 +- 0.39 on uniform actions in 6 dimensions, whatever N on the modes; cubes that are not cut
-    are off by about 1.2 on the latter.
+    The errors below, for one state and in nats, are mean +- standard deviation over 4,000 states at N = 16, with those
+    at N = 64 in parentheses. Uniform actions: 0.00 +- 0.41 (0.00 +- 0.21) in 6 dimensions and 0.00 +- 0.36
+    (0.00 +- 0.18) in 1. Four Gaussian modes of unequal weights and std 0.12 in 2 dimensions, entropy -0.12:
+    0.01 +- 0.45 (-0.06 +- 0.23). The same with four more Gaussian dimensions, entropy -2.93: 0.71 +- 0.68
+    (0.14 +- 0.31). For comparison, the entropy of a fitted Gaussian is off by 1.46 +- 0.20 on the four modes, whatever
+    N, and by 0.35 +- 0.39 on uniform actions in 6 dimensions; cubes that are not cut are off by about 1.2 on the
+    latter.
 
-    Distances count as at least ``1e-3 / N``, far below those of N samples that lie apart, so that equal samples, at a
-    face of the box say, do not count as minus infinity.
+    Distances have a floor of ``1e-3 / N``, far below the distances between N distinct samples, so that equal samples,
+    for example at a face of the box, do not give minus infinity.
 
     Args:
-        samples: N >= 2 samples of each law, box units, shape ``(N, *B, A)``.
+        samples: N >= 2 samples of each distribution, in box units, shape ``(N, *B, A)``.
 
     Returns:
-        Entropy in nats, shape ``(*B,)``; at most about ``A log 2``, that of uniform actions, and sampling error above.
+        Entropy in nats, shape ``(*B,)``; apart from sampling error at most about ``A log 2``, that of uniform actions.
 
     Examples:
         >>> nearest_neighbour_entropy(torch.tensor([[0.0], [0.5]]))  # both cubes have length 1; psi(2) - psi(1) = 1
@@ -54,21 +55,22 @@ def nearest_neighbour_entropy(samples: Tensor) -> Tensor:
 class EntropyBonus(Float32Buffers):
     """Temperature times the policy's entropy, added to the next state's value in the TD target.
 
-    With it the critics learn the soft value of maximum-entropy reinforcement learning, ``V(s) = E[Q(s, a)] + lambda
-    H(pi(. | s))`` (Haarnoja et al. 2017, arXiv 1702.08165, section 2). A score target makes the policy ``exp(Q /
-    lambda)``; that is the soft-optimal policy only if the backup carries this bonus at the same lambda, so give both
-    the same temperature. Without the bonus the critics value the policy's returns alone, and the policy is greedy in
-    them up to noise of size lambda.
+    With it, the critics learn the soft value of maximum-entropy reinforcement learning,
+    ``V(s) = E[Q(s, a)] + lambda H(pi(. | s))`` (Haarnoja et al. 2017, arXiv 1702.08165, section 2). A score target
+    makes the policy ``exp(Q / lambda)``. That is the soft-optimal policy only if the TD target includes this bonus at
+    the same lambda, so give both the same temperature. Without the bonus, the critics value the policy's returns alone,
+    and the policy is greedy with respect to them up to noise of size lambda.
 
     A diffusion policy has no density in closed form. Its entropy is estimated by
     [`nearest_neighbour_entropy`][qsm_rl.entropy.nearest_neighbour_entropy] from ``num_samples`` further samples for
-    each next state, whose reverse chains are most of the cost of an update. It is the policy's own, without the noise
-    that exploration and TD target add, in box units. It may have either sign (uniform actions have ``A log 2``), and
-    where episodes end early it also rewards or punishes staying alive. Of n-step returns only the last state earns it.
+    each next state, whose reverse chains are most of the cost of an update. It is the entropy of the policy itself in
+    box units, without the noise that exploration and the TD target add. It can have either sign (uniform actions have
+    ``A log 2``), so where episodes can end early it also rewards or punishes staying alive. With n-step returns, only
+    the last state earns it.
 
     Args:
-        temperature: lambda > 0 in units of Q; more keeps the policy wider. A buffer, so that it can be scheduled.
-        num_samples: N, at least 2. More is less noisy and costs time in proportion; usual range 8 to 64.
+        temperature: lambda > 0 in units of Q; higher keeps the policy wider. A buffer, so that it can be scheduled.
+        num_samples: N, at least 2. More samples give less noise and cost proportionally more time; usual range 8 to 64.
 
     Raises:
         ValueError: if the temperature is not positive or ``num_samples`` below 2.

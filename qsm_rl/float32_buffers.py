@@ -1,4 +1,4 @@
-"""Constants that keep their precision when a model is moved to another one."""
+"""Buffers that stay in float32 when a model is converted to another precision."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ __all__ = ["FourierTimeEmbedding", "ScoreMLP", "SinusoidalTimeEmbedding", "Xavie
 
 
 class Mish(nn.Module):
-    """The activation ``qsm_rl.activations.mish``."""
+    """The activation ``qsm_rl.activations.mish`` as a module."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Applies mish elementwise."""
@@ -25,7 +25,7 @@ class Mish(nn.Module):
 class XavierLinear(nn.Linear):
     """A linear layer with Xavier-uniform weights and zero biases, the QSM authors' initialisation of every dense layer.
 
-    Also right for stacked weights ``(num_critics, out, in)``, whose fans are those of one critic.
+    Also correct for stacked weights ``(num_critics, out, in)``: the bound is that of a single critic.
     """
 
     def reset_parameters(self) -> None:
@@ -48,10 +48,10 @@ class LazyXavierLinear(nn.LazyLinear):
 
 
 class OutputLinear(XavierLinear):
-    """A ``XavierLinear`` that computes in its weights' own precision, also under ``torch.autocast``.
+    """A ``XavierLinear`` that computes in its weights' own precision, even under ``torch.autocast``.
 
     Autocast to bfloat16 keeps three significant digits: a Q-value of 100 would be rounded to a multiple of 0.5, more
-    than the reward of a step. The last layer is a thousandth of the work, so its precision costs nothing.
+    than the reward of a step. The last layer is a thousandth of the work, so full precision costs nothing there.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -79,11 +79,11 @@ def mlp(
     """A multilayer perceptron of ``XavierLinear`` layers with a linear output, an ``OutputLinear``.
 
     Args:
-        in_features: input size; None takes it from the first batch.
+        in_features: input size; None infers it from the first batch.
         hidden_dims: widths of the hidden layers.
         out_features: output size.
         activation: class of the activation after each hidden layer.
-        layer_norm: whether to normalise before each activation.
+        layer_norm: whether to apply layer normalisation before each activation.
 
     Raises:
         ValueError: if a size is below 1.
@@ -113,12 +113,12 @@ def mlp(
 
 
 class FourierTimeEmbedding(nn.Module):
-    """Learnable Fourier features ``[cos(2 pi t w), sin(2 pi t w)]`` of the raw integer timestep, as the authors'.
+    """Learnable Fourier features ``[cos(2 pi t w), sin(2 pi t w)]`` of the raw integer timestep, the authors' choice.
 
     Args:
         num_features: size of the embedding, even.
-        std: standard deviation of the initial frequencies w ~ N(0, std^2). Larger tells neighbouring timesteps
-            further apart; usual range 0.2 (raw integers) to 16 (timesteps in [0, 1]).
+        std: standard deviation of the initial frequencies w ~ N(0, std^2). Larger values separate neighbouring
+            timesteps more; usual range 0.2 (raw integers) to 16 (timesteps in [0, 1]).
 
     Raises:
         ValueError: if ``num_features`` is odd or below 2.
@@ -136,12 +136,12 @@ class FourierTimeEmbedding(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws the frequencies anew."""
+        """Redraws the frequencies."""
         nn.init.normal_(self.frequencies, std=self.std)
 
     def forward(self, t: Tensor) -> Tensor:
         """Embeds timesteps ``(*B,)`` as ``(*B, num_features)``."""
-        # No matrix product: autocast to bfloat16 would round angles from 64 on to multiples of 0.5.
+        # No matrix product: autocast to bfloat16 would round angles of 64 and more to multiples of 0.5.
         angles = 2 * math.pi * t.to(self.frequencies.dtype).unsqueeze(-1) * self.frequencies.squeeze(-1)
         return torch.cat([angles.cos(), angles.sin()], -1)
 
@@ -183,17 +183,19 @@ class SinusoidalTimeEmbedding(nn.Module):
 class ScoreMLP(nn.Module):
     """Noise prediction network: an MLP on ``[noisy action, observation, time embedding]``.
 
-    Defaults are the QSM authors' (372,006 parameters at observation 24, action 6): learnable Fourier features of the
-    raw timestep through a two-layer MLP, mish, a linear output without squashing, Xavier-uniform weights.
+    The defaults are the QSM authors' (372,006 parameters at observation size 24 and action size 6): learnable Fourier
+    features of the raw timestep passed through a two-layer MLP, mish activations, a linear output without squashing,
+    and Xavier-uniform weights.
 
     Args:
-        observation_dim: observation size; None takes it from the first batch.
+        observation_dim: observation size; None infers it from the first batch.
         action_dim: action size A.
-        hidden_dims: widths of the hidden layers. Wider fits sharper policies and costs time; usual range 256 to 1024.
+        hidden_dims: widths of the hidden layers. Wider networks fit sharper policies and cost time; usual range 256 to
+            1024.
         time_embedding: ``"fourier"`` (learnable) or ``"sinusoidal"`` (fixed).
-        time_features: size of the features of t, even.
-        time_dim: size of the embedded time that the MLP sees.
-        layer_norm: whether to normalise before each activation; the authors do not.
+        time_features: number of Fourier or sinusoidal features of t, even.
+        time_dim: size of the time embedding that the MLP sees.
+        layer_norm: whether to apply layer normalisation before each activation; the authors do not use it.
 
     Raises:
         ValueError: if a size is below 1 or ``time_embedding`` is unknown.
@@ -239,13 +241,13 @@ class ScoreMLP(nn.Module):
         Args:
             noisy_action: noised actions in box units, shape ``(*B, A)``.
             observation: observations, shape ``(*B, O)``.
-            t: timesteps ``0 .. num_steps - 1``, any number type, shape ``(*B,)``.
+            t: timesteps ``0 .. num_steps - 1``, of any numeric dtype, shape ``(*B,)``.
 
         Returns:
             Predicted noise, shape ``(*B, A)``.
         """
         time = self.time_mlp(t)
-        if not observation.is_floating_point():  # integers do not say in which precision the network is
+        if not observation.is_floating_point():  # integers do not show the network's precision
             noisy_action, observation = noisy_action.to(time.dtype), observation.to(time.dtype)
         inputs = torch.cat([noisy_action, observation, time], -1)
         check_input_size(self.mlp[0], inputs.shape[-1], observation.shape[-1])
@@ -254,8 +256,9 @@ class ScoreMLP(nn.Module):
     def reverse_chain(self, observation: Tensor, timesteps: Tensor) -> Callable[[int, Tensor], Tensor]:
         """Noise prediction along a reverse chain, where only the noisy action changes from step to step.
 
-        What the first layer makes of the observation and of each timestep is computed once, a fifth of the chain's work
-        at the default sizes. Equal to [`forward`][qsm_rl.ScoreMLP.forward] up to rounding.
+        The first layer's terms for the observation and for each timestep are computed only once; they are a fifth of
+        the chain's work at the default sizes. The result equals that of [`forward`][qsm_rl.ScoreMLP.forward] up to
+        rounding.
 
         Args:
             observation: observations, shape ``(*B, O)``.
@@ -265,13 +268,13 @@ class ScoreMLP(nn.Module):
             A function of the step's index and the noisy action ``(*B, A)`` that returns the predicted noise ``(*B,
             A)``.
         """
-        if isinstance(self.mlp[0], LazyXavierLinear):  # until its first batch
+        if isinstance(self.mlp[0], LazyXavierLinear):  # uninitialised until its first batch
             noisy_action = observation.new_zeros(*observation.shape[:-1], self.action_dim)
             self(noisy_action, observation, observation.new_zeros(observation.shape[:-1]))
         first, rest = self.mlp[0], self.mlp[1:]
         hooked = any(map(_has_hooks, (self, self.mlp, self.time_mlp, first)))
         if hooked or type(first) not in (XavierLinear, OutputLinear):
-            # Replaced, parametrised or hooked layers are called as they are.
+            # Replaced, parametrised or hooked layers go through the ordinary forward.
             return lambda index, noisy: self(noisy, observation, timesteps[index].expand(noisy.shape[:-1]))
         assert isinstance(first, XavierLinear)
         time = self.time_mlp(timesteps.to(first.weight.dtype))
@@ -292,7 +295,7 @@ class ScoreMLP(nn.Module):
 
 
 def check_input_size(layer: nn.Module, size: int, observation_size: int) -> None:
-    """Raises ValueError where a network's first layer expects another input size, which is then the observation's."""
+    """Raises ValueError, which names the right observation size, if the first layer expects another input size."""
     expected = getattr(layer, "in_features", 0)
     if expected not in (0, size):
         raise ValueError(

@@ -19,16 +19,16 @@ _LEAST_BETA = 1e-5  # 1 - beta in float32 is off by 6e-8
 
 
 class NoiseSchedule(Float32Buffers):
-    """Betas of the forward diffusion and what follows from them.
+    """Betas of the forward diffusion and the quantities derived from them.
 
     Timestep ``t = 0`` carries the least noise, ``t = num_steps - 1`` the most. All tensors are float32 buffers of shape
     ``(num_steps,)``; they follow ``.to(device)`` and stay float32 under ``.to(torch.bfloat16)``, since products of
     alphas lose their meaning in half precision. See Ho et al. 2020 (arXiv 2006.11239), section 2.
 
     Args:
-        betas: variance added at each step, every value in (0, 1), rounded to float32 too, the first at least 1e-5,
-            shape ``(num_steps,)``. Sampling starts from N(0, I), so the betas should destroy the signal: a warning is
-            given when ``sqrt(alphas_cumprod[-1]) > 0.1``.
+        betas: variance added at each step, shape ``(num_steps,)``. Every value lies in (0, 1), also after rounding to
+            float32, and the first is at least 1e-5. Sampling starts from N(0, I), so the betas should destroy the
+            signal: a warning is given when ``sqrt(alphas_cumprod[-1]) > 0.1``.
 
     Attributes:
         betas: variance added at each step.
@@ -67,7 +67,7 @@ class NoiseSchedule(Float32Buffers):
         if betas[0] < _LEAST_BETA:
             raise ValueError(
                 f"the first beta must be at least {_LEAST_BETA:g}, got {betas[0].item():g}: in float32 "
-                "what it leaves of the action is all of it."
+                "such a step leaves the action as good as unchanged."
             )
         alphas = 1 - betas
         alphas_cumprod = alphas.cumprod(0)
@@ -173,7 +173,7 @@ class NoiseSchedule(Float32Buffers):
         return F.predict_clean(noisy, predicted_noise, self._signal(t))
 
     def _signal(self, t: Tensor) -> Tensor:
-        """``alphas_cumprod`` at timesteps ``(*B,)``; an index would take a negative one for a step from the end."""
+        """``alphas_cumprod`` at timesteps ``(*B,)``; plain indexing would count a negative one from the end."""
         return self.alphas_cumprod.gather(0, t.flatten()).reshape(t.shape)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:

@@ -1,4 +1,4 @@
-"""Observations shifted and scaled by statistics that were gathered before."""
+"""Observations shifted and scaled by statistics that were gathered beforehand."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def normalize(observation: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         variance: variance of each feature, shape ``(O,)``.
 
     Returns:
-        Normalised observations in the precision of ``observation``, of integers in that of the statistics, shape
-        ``(*B, O)``.
+        Normalised observations, shape ``(*B, O)``, in the precision of ``observation``, or in that of the statistics if
+        it holds integers.
 
     Examples:
         >>> import torch
@@ -36,7 +36,7 @@ def normalize(observation: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
 
 
 class NormalizedObservations(nn.Module):
-    """A score network that takes observations as the environment gives them, and normalises them by fixed statistics.
+    """A score network that takes the environment's raw observations and normalises them by fixed statistics.
 
     Args:
         network: the score network, with a method ``reverse_chain`` as ``ScoreMLP`` has.
@@ -58,6 +58,6 @@ class NormalizedObservations(nn.Module):
         return self.network(noisy_action, normalize(observation, self.mean, self.variance), t)
 
     def reverse_chain(self, observation: Tensor, timesteps: Tensor) -> Callable[[int, Tensor], Tensor]:
-        """Noise prediction along a reverse chain, as the network's."""
+        """Noise prediction along a reverse chain, as by the network."""
         reverse_chain: Any = self.network.reverse_chain
         return reverse_chain(normalize(observation, self.mean, self.variance), timesteps)

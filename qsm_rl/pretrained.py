@@ -1,4 +1,4 @@
-"""The files of a trained actor, which need no code to be read: model.safetensors and config.json."""
+"""The files of a trained actor, which can be read without running code: model.safetensors and config.json."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ FORMAT = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 SAMPLERS = {sampler.__name__: sampler for sampler in (DDPMSampler, DDIMSampler)}
 NETWORK = ("hidden_dims", "layer_norm", "time_embedding", "time_features", "time_dim")
-LARGEST_WEIGHTS, LARGEST_CONFIG = 4 << 30, 1 << 20  # bytes, far beyond any actor
+LARGEST_WEIGHTS, LARGEST_CONFIG = 4 << 30, 1 << 20  # bytes, far more than any actor needs
 
 
 def write_files(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """Writes weights and configuration, each whole or not at all.
 
     Args:
-        folder: made when missing; files of an earlier call are replaced.
+        folder: created if missing; files of an earlier call are replaced.
         tensors: weights and buffers by name.
         config: plain values.
     """
@@ -44,7 +44,7 @@ def write_files(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str
 
 
 def read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Reads what ``write_files`` wrote; runs no code in it.
+    """Reads what ``write_files`` wrote, without running any code.
 
     Returns:
         The configuration and the tensors, on the CPU, all finite.
@@ -69,10 +69,10 @@ def read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def network_settings(network: nn.Module) -> dict[str, Any]:
-    """What ``build_network`` needs to build the network anew.
+    """What ``build_network`` needs to rebuild the network.
 
     Raises:
-        ValueError: if it is not exactly a ``ScoreMLP``.
+        ValueError: if it is not exactly a ``ScoreMLP``, is lazy, or its layers were changed.
     """
     if type(network) is not ScoreMLP:
         raise ValueError(
@@ -80,7 +80,7 @@ def network_settings(network: nn.Module) -> dict[str, Any]:
             "configuration. Save state_dict() of yours and build it in code."
         )
     if any(nn.parameter.is_lazy(parameter) for parameter in network.parameters()):
-        raise ValueError("the score network has uninitialised lazy parameters; call the actor once on a batch before.")
+        raise ValueError("the score network has uninitialised lazy parameters; call the actor once on a batch first.")
     settings = _settings(network)
     with torch.device("meta"):
         again = ScoreMLP(**settings)
@@ -106,14 +106,14 @@ def _settings(network: ScoreMLP) -> dict[str, Any]:
 
 
 def build_network(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> ScoreMLP:
-    """The network of a configuration, with its weights.
+    """Builds the network that a configuration describes, with its weights.
 
     Args:
         config: holds the entries of ``network_settings``.
-        weights: the network's state, by its own names.
+        weights: the network's state_dict.
 
     Raises:
-        ValueError: naming the first weight that does not fit.
+        ValueError: if a weight does not fit; the message names the first such weight.
     """
     if "weights_of" in config:
         raise ValueError(
@@ -122,8 +122,8 @@ def build_network(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> S
         )
     if "actor" in config and "action_dim" not in config:
         raise ValueError(
-            f"it is a {str(config['actor'])[:40]}, no diffusion policy; qsm_rl.training.load_actor reads those of any "
-            "recipe"
+            f"it is a {str(config['actor'])[:40]}, not a diffusion policy; qsm_rl.training.load_actor reads those of "
+            "any recipe"
         )
     sizes = (config["observation_dim"], config["action_dim"])
     settings = {name: config[name] for name in NETWORK if name in config}
@@ -139,10 +139,10 @@ def build_network(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> S
 
 
 def sampler_settings(sampler: Sampler) -> dict[str, Any]:
-    """What ``build_sampler`` needs.
+    """What ``build_sampler`` needs to rebuild the sampler.
 
     Raises:
-        ValueError: if it is none of the samplers here.
+        ValueError: if it is not one of the kit's samplers.
     """
     if SAMPLERS.get(type(sampler).__name__) is not type(sampler):
         raise ValueError(f"the sampler is a {type(sampler).__name__}; only {', '.join(SAMPLERS)} can be saved.")
@@ -150,7 +150,7 @@ def sampler_settings(sampler: Sampler) -> dict[str, Any]:
 
 
 def build_sampler(settings: Mapping[str, Any]) -> Sampler:
-    """The sampler of ``sampler_settings``.
+    """Builds the sampler that ``sampler_settings`` describes.
 
     Raises:
         ValueError: if the name is unknown.

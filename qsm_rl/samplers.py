@@ -1,10 +1,10 @@
-"""Samplers: which timesteps the reverse chain visits, and its one reverse step.
+"""Samplers: which timesteps the reverse chain visits, and the reverse step between them.
 
-Every sampler here has the same step. With ``clean`` the clean action implied by the predicted noise,
+All samplers share one form of step. With ``clean`` the clean action implied by the predicted noise, it is
 
-    next = clean_weight * clean + noisy_weight * noisy + noise_std * z,   z ~ N(0, I),
+    next = clean_weight * clean + noisy_weight * noisy + noise_std * z,   z ~ N(0, I).
 
-and a sampler is the table of its three coefficients at each timestep it visits.
+A sampler is the table of the three coefficients at each timestep that it visits.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ class ReverseChain(NamedTuple):
     """A sampled reverse chain, from noise to action, in box units.
 
     Attributes:
-        states: ``x_T .. x_0``: what each step started from, and the action, inside the box; shape ``(steps + 1, *B,
-            A)``.
-        samples: what each step drew before anything was clipped, the next state being this after clipping; shape
-            ``(steps, *B, A)``. A clipped state has no density, these draws have.
+        states: ``x_T .. x_0``: the starting point of each step, then the action, inside the box; shape
+            ``(steps + 1, *B, A)``.
+        samples: what each step drew, before clipping, shape ``(steps, *B, A)``. Clipping turns a draw into the next
+            state. A clipped state has no density, but these draws have one.
         stds: standard deviation of each step's Gaussian; 0 for a step without fresh noise, whose draw has no density.
     """
 
@@ -62,7 +62,7 @@ class ReverseChain(NamedTuple):
 
 
 class Sampler:
-    """What the samplers share: the clipping and the reverse step. Use ``DDPMSampler`` or ``DDIMSampler``."""
+    """Base of the samplers: the clipping and the reverse step. Use ``DDPMSampler`` or ``DDIMSampler``."""
 
     clip: Clip
 
@@ -89,21 +89,22 @@ class Sampler:
         return self.clip_sample(self.draw(noisy, predicted_noise, step, noise))
 
     def draw(self, noisy: Tensor, predicted_noise: Tensor, step: ReverseStep, noise: Tensor | None) -> Tensor:
-        """The step's draw before ``clip_sample``, from N(``mean``, noise_std^2); arguments of ``step``."""
-        mean = self._mean(noisy, predicted_noise, step, F.clamp_inward)  # a loss may go through the chain
+        """The step's draw before ``clip_sample``, from N(``mean``, noise_std^2); takes the arguments of ``step``."""
+        mean = self._mean(noisy, predicted_noise, step, F.clamp_inward)  # a loss may differentiate through it
         return mean if noise is None or step.noise_std == 0 else torch.add(mean, noise, alpha=step.noise_std)
 
     def mean(self, noisy: Tensor, predicted_noise: Tensor, step: ReverseStep) -> Tensor:
-        """Mean of the step's Gaussian, shape ``(*B, A)``; arguments of [`step`][qsm_rl.samplers.Sampler.step].
+        """Mean of the step's Gaussian, ``(*B, A)``; takes the arguments of [`step`][qsm_rl.samplers.Sampler.step].
 
-        Its gradient is its own, clip included: with any other the gradient of a likelihood is not the policy's score.
+        Its gradient is the exact one, clipping included, not that of ``clamp_inward``: with any other, the gradient of
+        a likelihood would not be the policy's score.
         """
         return self._mean(noisy, predicted_noise, step, lambda clean: clean.clamp(-1, 1))
 
     def _mean(
         self, noisy: Tensor, predicted_noise: Tensor, step: ReverseStep, clamp: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        # torch.add(x, y, alpha=c) is x + c y in one call: for one observation the calls are what a step costs.
+        # torch.add(x, y, alpha=c) is x + c y in one call; for one observation, the calls are the cost of a step.
         if self.clip == "clean":
             clean = torch.add(noisy, predicted_noise, alpha=-step.sigma).div(step.sqrt_alpha_cumprod)
             return torch.add(step.noisy_weight * noisy, clamp(clean), alpha=step.clean_weight)
@@ -112,7 +113,7 @@ class Sampler:
         return torch.add((step.noisy_weight + ratio) * noisy, predicted_noise, alpha=-ratio * step.sigma)
 
     def clip_sample(self, sample: Tensor) -> Tensor:
-        """A draw as the next step sees it, shape ``(*B, A)``: clipped to the box with clip ``"sample"``."""
+        """A draw as the next step sees it, shape ``(*B, A)``: clipped to the box if ``clip`` is ``"sample"``."""
         return F.clamp_inward(sample) if self.clip == "sample" else sample
 
 
@@ -123,10 +124,11 @@ class DDPMSampler(Sampler):
     Args:
         clip: ``"sample"`` clips the sample to the box after each step, as the QSM authors do, with the variance
             ``beta_t``. ``"clean"`` clips the predicted clean action instead and takes the variance of the posterior
-            ``q(a_{t-1} | a_t, a_0)``, ``beta_t (1 - alphas_cumprod_{t-1}) / (1 - alphas_cumprod_t)``: intermediate
-            samples may then leave the box, as the noised actions of training do. None clips nothing (variance
-            ``beta_t``). The posterior's variance is the least that may be right, and samples of few steps are narrower
-            with it: of a policy of standard deviation 0.158 ``cosine(10)`` gives 0.094, with ``beta_t`` 0.157.
+            ``q(a_{t-1} | a_t, a_0)``, ``beta_t (1 - alphas_cumprod_{t-1}) / (1 - alphas_cumprod_t)``; intermediate
+            samples may then leave the box, as the noised actions in training do. None clips nothing (variance
+            ``beta_t``). The posterior's variance is a lower bound on the correct one, so with few steps the samples are
+            too narrow: for a policy of standard deviation 0.158, ``cosine(10)`` gives 0.094 with it and 0.157 with
+            ``beta_t``.
         temperature: factor on the fresh noise of each step, at least 0. Below 1 the policy is greedier, above 1 it
             explores more; the initial noise is not scaled. 1 samples what was learned.
 
@@ -170,14 +172,14 @@ class DDPMSampler(Sampler):
 
 @dataclass(frozen=True)
 class DDIMSampler(Sampler):
-    """Implicit sampling, deterministic given its start for ``eta = 0``.
+    """Implicit sampling; with ``eta = 0`` it is deterministic given the initial noise.
 
     Song et al. 2021 (arXiv 2010.02502), equation 12.
 
     Args:
-        num_steps: how many of the schedule's timesteps to visit, evenly spaced with both ends; None visits all. Fewer
-            are faster and coarser.
-        eta: 0 adds no noise after the start, 1 as much as the ancestral sampler's posterior.
+        num_steps: how many of the schedule's timesteps to visit, evenly spaced and including both ends; None visits
+            all. Fewer are faster and coarser.
+        eta: 0 adds no noise after the start; 1 adds as much as the ancestral sampler with the posterior's variance.
         clip: ``"clean"`` clips the predicted clean action and recomputes the noise from it, ``"sample"`` clips the
             sample after each step, None clips nothing.
 

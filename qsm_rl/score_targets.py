@@ -1,7 +1,7 @@
-"""Score targets: how the critic becomes the denoiser's regression target. The formulas stand in ``functional``.
+"""Score targets: how the critic becomes the denoiser's regression target. The formulas are in ``functional``.
 
-The predicted noise eps is ``-sigma_t`` times a score. A target says which score, made from the critic: an actor that
-predicts it samples the policy that the target stands for.
+The predicted noise eps is ``-sigma_t`` times a score. A score target derives that score from the critic, and an actor
+that predicts it samples the policy to which the score belongs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ QValue = Callable[[Tensor], Tensor]
 
 
 class ScoreTarget(Float32Buffers):
-    """Base of the score targets. A target of one's own overrides ``forward`` and names what it reports.
+    """Base of the score targets. Your own target overrides ``forward`` and names what it reports.
 
     Attributes:
         info_keys: names of the entries of the info dictionary that [`forward`][qsm_rl.ScoreTarget.forward] returns.
@@ -57,8 +57,8 @@ class ScoreTarget(Float32Buffers):
         """The regression target of the predicted noise.
 
         Args:
-            q_value: maps actions in box units ``(K, *B, A)`` to Q-values ``(K, *B)``, critics already reduced;
-                differentiable in the action.
+            q_value: maps actions in box units ``(K, *B, A)`` to Q-values ``(K, *B)``, already aggregated over the
+                critics; differentiable in the action.
             noisy_action: noised actions in box units, shape ``(*B, A)``.
             t: integer timesteps, shape ``(*B,)``.
             noise_schedule: the schedule that noised them.
@@ -107,13 +107,13 @@ class GradientScoreTarget(ScoreTarget):
 class ScaledQScore(GradientScoreTarget):
     """The QSM authors' target, ``eps* = -M_q dQ/da`` at the noised action (Psenka et al. 2024, arXiv 2312.11752).
 
-    One gradient of the critics. Strong in practice and the default of the loss. Without a factor ``sigma_t`` it is not
-    the score of any fixed policy: actions are drawn uphill with the same force at every noise level, and with a large
-    scale the samples gather at the faces of the box. Take it to reproduce the paper.
+    Costs one gradient of the critics. It works well in practice and is the default of the loss. Without a factor
+    ``sigma_t`` it is not the score of any fixed policy: it pulls actions uphill with the same force at every noise
+    level, and with a large scale the samples gather at the faces of the box. Use it to reproduce the paper.
 
     Args:
-        scale: M_q > 0. Larger makes the policy greedier; it has to fit the size of the rewards. The authors use 50, and
-            120 on quadruped-walk and humanoid-walk.
+        scale: M_q > 0. Larger makes the policy greedier; it has to suit the size of the rewards. The authors use 50,
+            and 120 on quadruped-walk and humanoid-walk.
         max_norm: largest Euclidean norm of a sample's dQ/da; None clips nothing. Guards against a critic that is steep
             far from its data.
 
@@ -143,9 +143,9 @@ class ScaledQScore(GradientScoreTarget):
 class BoltzmannQScore(GradientScoreTarget):
     """``eps* = -sigma_t dQ/da / temperature`` at the noised action.
 
-    One gradient of the critics. The score of ``exp(Q / temperature)`` in the limit of no noise; at higher noise it
-    takes Q at the noised action in place of the noised policy, so narrow modes are weighted wrongly. Take it when the
-    scale of Q is known and a true temperature is wanted at the price of one gradient.
+    Costs one gradient of the critics. In the limit of no noise, this is the score of ``exp(Q / temperature)``; at
+    higher noise it uses Q at the noised action in place of the noised policy, so narrow modes are weighted wrongly. Use
+    it when the scale of Q is known and you want a true temperature at the cost of one gradient.
 
     Args:
         temperature: lambda > 0 in units of Q. Lower is greedier.
@@ -176,13 +176,14 @@ class BoltzmannQScore(GradientScoreTarget):
 class NormalizedQScore(BoltzmannQScore):
     """[`BoltzmannQScore`][qsm_rl.BoltzmannQScore] with dQ/da divided by its mean absolute value over the batch.
 
-    One gradient of the critics. One temperature then serves every scale of rewards and every stage of training; the
-    price is that the policy's spread does not shrink where the critic knows more. Stateless. Take it as the first
-    choice for a new task.
+    Costs one gradient of the critics. Thanks to the division, one temperature suits every scale of rewards and every
+    stage of training; the price is that the policy's spread does not shrink where the critic knows more. The target
+    keeps no state. Use it as the first choice for a new task.
 
     Args:
-        temperature: lambda > 0, without a unit. Lower is greedier; usual range 0.03 to 0.3. Below what the schedule's
-            least noise can follow samples scatter to the faces of the box: 0.1 suits ``cosine(10)``, not ``vp(5)``.
+        temperature: lambda > 0, dimensionless. Lower is greedier; usual range 0.03 to 0.3. If it is too low for the
+            least noise of the schedule to follow, samples scatter to the faces of the box: 0.1 suits ``cosine(10)``,
+            not ``vp(5)``.
         max_norm: largest Euclidean norm of a sample's dQ/da after the division; None clips nothing.
         sigma: whether the target carries the factor ``sigma_t``. Without it this is the authors' target with ``M_q`` in
             units of the gradient's size: the same pull at every noise level.
@@ -212,29 +213,30 @@ class PosteriorQScore(ScoreTarget):
     r"""The exact target of the policy ``pi(a) ~ exp(Q(a) / temperature)`` on the box, at every noise level.
 
     ``eps* = (a_t - sqrt(alphas_cumprod_t) E[a_0 | a_t]) / sigma_t``, where ``a_0`` lies in the box with weight
-    ``exp(Q(a_0) / temperature) N(a_t; sqrt(alphas_cumprod_t) a_0, sigma_t^2 I)``. Particles are drawn from that
-    Gaussian restricted to the box, which spreads over the whole box at high noise and shrinks to the neighbourhood of
-    ``a_t`` at low noise, and in part uniformly, which finds a mode that the Gaussian misses. Only values of Q are used:
-    the gradient form of the same expectation drops the faces of the box, where ``exp(Q / temperature)`` does not
-    vanish.
+    ``exp(Q(a_0) / temperature) N(a_t; sqrt(alphas_cumprod_t) a_0, sigma_t^2 I)``. One part of the particles is drawn
+    from that Gaussian restricted to the box, which spreads over the whole box at high noise and shrinks to the
+    neighbourhood of ``a_t`` at low noise. The other part is drawn uniformly, which finds modes that the Gaussian
+    misses. Only values of Q are used, since the gradient form of the same expectation ignores the faces of the box,
+    where ``exp(Q / temperature)`` does not vanish.
 
-    ``num_particles`` evaluations of the critics for each sample, no gradient. The reference when a policy has to have
-    the right weights on several modes; needs few action dimensions, since the share of particles that hit a mode falls
-    with every dimension: watch the effective sample size, below about 10 the target is mostly noise.
+    Costs ``num_particles`` evaluations of the critics for each sample, and no gradient. It is the reference when a
+    policy must have the right weights on several modes. It needs few action dimensions, since the share of particles
+    that hit a mode falls with every dimension. Watch the effective sample size: below about 10, the target is mostly
+    noise.
 
     Args:
         temperature: lambda > 0, in units of Q, or of Q's spread with ``normalize``. Lower is greedier and needs more
             particles.
-        num_particles: K, at least 2; the error falls as one over its root. Usual range 32 to 512.
+        num_particles: K, at least 2; the error falls as ``1 / sqrt(K)``. Usual range 32 to 512.
         uniform_fraction: share of the particles drawn uniformly in the box, in [0, 1]. More finds modes far from the
-            noised action; less aims better when there are many action dimensions or little noise.
+            noised action; less is more accurate when there are many action dimensions or little noise.
         normalize: whether the temperature is in units of the spread of Q: the standard deviation over the particles of
             a sample, averaged over the batch. One temperature then serves every scale of rewards.
-        chunk_size: particles for which the critics are evaluated at once; None for all. Bounds the memory.
+        chunk_size: number of particles for which the critics are evaluated at once; None for all. Limits the memory.
 
     Raises:
-        ValueError: if ``temperature`` is not positive, ``num_particles`` is below 2, ``uniform_fraction`` outside [0,
-            1], or ``chunk_size`` below 1.
+        ValueError: if ``temperature`` is not positive, ``num_particles`` is below 2, ``uniform_fraction`` lies outside
+            [0, 1], or ``chunk_size`` is below 1.
 
     Examples:
         >>> _ = torch.manual_seed(0)
@@ -293,7 +295,7 @@ class PosteriorQScore(ScoreTarget):
         temperature = self.temperature
         if self.normalize:
             temperature = temperature * F.mean_absolute(q_values.std(0))
-        # Only differences of Q count; Q itself over a small temperature would swallow what the proposal's density adds.
+        # Only differences of Q matter; Q itself over a small temperature would drown the proposal's density.
         log_weights = (q_values - q_values.amax(0)) / temperature
         log_weights = log_weights + F.log_mixture_weight(particles, mean, std, split / self.num_particles)
         return particles, log_weights, temperature
@@ -306,15 +308,15 @@ class PosteriorGradientQScore(PosteriorQScore):
     r"""The gradient form of [`PosteriorQScore`][qsm_rl.PosteriorQScore], wrong at the faces of the box.
 
     ``eps* = -sigma_t E[dQ/da(a_0) | a_t] / (temperature sqrt(alphas_cumprod_t))``, the same expectation integrated by
-    parts (target score identity, De Bortoli et al. 2024, arXiv 2402.08667). What integration by parts leaves at the
-    faces of the box is dropped, so it is exact only where ``exp(Q / temperature)`` vanishes there. For Q = 4a on [-1,
-    1], temperature 1 and a_t = 0 it gives -4, -12, -50 at alphas_cumprod .5, .1, .0064 where the truth is -.72, -.25,
-    -.06. It is for comparison: at low noise its variance is less than the posterior mean's, at high noise the factor
-    ``1 / sqrt(alphas_cumprod_t)`` makes it so large that training goes astray (root mean square error 438 at t = 19 and
-    0.04 at t = 0 of ``cosine(20)`` for Q = -20 a^2, temperature 1 and 64 particles).
+    parts (target score identity, De Bortoli et al. 2024, arXiv 2402.08667). The boundary terms at the faces of the box
+    are dropped, so it is exact only where ``exp(Q / temperature)`` vanishes there. For Q = 4a on [-1, 1], temperature 1
+    and a_t = 0 it gives -4, -12, -50 at alphas_cumprod .5, .1, .0064, where the truth is -.72, -.25, -.06. It is meant
+    for comparison. At low noise, its variance is lower than that of the posterior mean; at high noise, the factor
+    ``1 / sqrt(alphas_cumprod_t)`` makes it so large that training fails (root mean square error 438 at t = 19 and 0.04
+    at t = 0 of ``cosine(20)`` for Q = -20 a^2, temperature 1 and 64 particles).
 
-    ``num_particles`` evaluations of the critics and as many gradients. Arguments, errors and diagnostics as of
-    [`PosteriorQScore`][qsm_rl.PosteriorQScore].
+    Costs ``num_particles`` evaluations of the critics and as many gradients. Arguments, errors and diagnostics are
+    those of [`PosteriorQScore`][qsm_rl.PosteriorQScore].
 
     Examples:
         >>> target, info = PosteriorGradientQScore(1.0, num_particles=100)(
@@ -329,7 +331,7 @@ class PosteriorGradientQScore(PosteriorQScore):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """See ``ScoreTarget.forward``; reports ``effective_sample_size``, shape ``(*B,)``."""
         particles, log_weights, temperature = self._weighted_particles(q_value, noisy_action, t, noise_schedule)
-        # Of chunks (k, *B, A) the leading dimension is the critics' particle dimension already.
+        # The leading dimension of a chunk (k, *B, A) is already the critics' particle dimension.
         q_scores = self._in_chunks(torch.func.grad(lambda chunk: q_value(chunk).sum()), particles)
         cumprod = noise_schedule.alphas_cumprod[t]
         target, size = F.posterior_gradient_noise(q_scores, cumprod, temperature, log_weights)

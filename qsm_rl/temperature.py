@@ -1,4 +1,4 @@
-"""Tuning of a score target's temperature towards a spread of actions."""
+"""Tuning of a score target's temperature towards a given spread of actions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["SpreadTuner"]
 
 
 class SpreadTuner(nn.Module):
-    """Moves the temperature of a score target until the policy's actions have a wanted spread.
+    """Adjusts the temperature of a score target until the policy's actions have the wanted spread.
 
     SAC tunes its temperature towards an entropy (Haarnoja et al. 2018, arXiv 1812.05905, section 5); a diffusion policy
     has no density in closed form, but its samples show their spread. Each step multiplies the temperature by
@@ -20,11 +20,11 @@ class SpreadTuner(nn.Module):
 
     Args:
         score_target: a target with a ``temperature`` buffer, which is changed in place.
-        target_spread: wanted standard deviation of the actions of one observation in box units, averaged over action
+        target_spread: wanted standard deviation of the actions for one observation, in box units, averaged over action
             dimensions and observations, in (0, 1]. Larger explores more; uniform actions have 0.577. Usual range 0.1 to
             0.4.
-        rate: speed, in (0, 1]. Larger follows faster and swings more; the policy needs time to follow. Usual range
-            0.001 to 0.01 for one step an update.
+        rate: speed of the adjustment, in (0, 1]. Larger follows faster and oscillates more, since the policy needs time
+            to follow. Usual range 0.001 to 0.01 for one step per update.
 
     Raises:
         ValueError: if the target has no temperature, or a number is out of range.
@@ -52,11 +52,12 @@ class SpreadTuner(nn.Module):
 
     @torch.no_grad()
     def forward(self, actions: Tensor) -> Tensor:
-        """One step.
+        """Takes one step.
 
         Args:
-            actions: samples of the policy in box units, shape ``(N, *B, A)``: N >= 2 for each observation. Few read
-                low: 0.90 of a Gaussian's standard deviation at N = 8, as the recipe has it, 0.56 at N = 2.
+            actions: samples of the policy in box units, shape ``(N, *B, A)``: N >= 2 for each observation. Few samples
+                underestimate the spread: they give 0.90 of a Gaussian's standard deviation at N = 8, the recipe's
+                choice, and 0.56 at N = 2.
 
         Returns:
             The measured spread, shape ``()``.

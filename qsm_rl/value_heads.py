@@ -25,12 +25,12 @@ def symexp(values: Tensor) -> Tensor:
 
 
 def two_hot(values: Tensor, support: Tensor) -> Tensor:
-    """The weights on the two neighbours in a support whose weighted mean is the value.
+    """Weights on the two neighbouring points of a support whose weighted mean is the value.
 
     The projection of Bellemare et al. 2017 (arXiv 1707.06887, equation 7) for a single atom, on any increasing support.
 
     Args:
-        values: shape ``(*B,)``; outside the support they count as its nearest end.
+        values: shape ``(*B,)``; values outside the support count as its nearest end.
         support: increasing points, shape ``(K,)``, K >= 2.
 
     Returns:
@@ -43,25 +43,26 @@ def two_hot(values: Tensor, support: Tensor) -> Tensor:
                 [0.0000, 0.0000, 1.0000]])
     """
     assert support.ndim == 1, support.shape
-    # The share of each interval that lies below the value, 1, .., 1, a fraction, 0, .., 0, drops by the weights.
+    # The share of each interval below the value is 1, .., 1, a fraction, 0, .., 0; its decreases are the weights.
     share = ((values.unsqueeze(-1) - support[:-1]) / support.diff()).clamp(0, 1)
     return nn.functional.pad(share, (1, 0), value=1.0) - nn.functional.pad(share, (0, 1))
 
 
-# A policy earns more than the random actions that the support is chosen from: with 3 a fifth of the targets of
-# cartpole-swingup was clipped in the end, and the return after 30,000 frames was 527 where it is 650 with 10.
+# A trained policy earns more than the random actions from which the support is chosen. With 3, a fifth of the targets
+# on cartpole-swingup were clipped in the end, and the return after 30,000 frames was 527, against 650 with 10.
 SUPPORT_HEADROOM = 10.0
 
 
 def return_bound(rewards: Tensor, discounts: Tensor) -> float:
-    """The largest size of a discounted return, ``max(abs(r) / (1 - discount))``, by the rewards seen.
+    """Bound on the size of a discounted return, ``max(abs(r) / (1 - discount))``, from the rewards seen.
 
     Args:
         rewards: rewards, or discounted sums of rewards over some steps, ``(*B,)``.
-        discounts: discount of the value behind each of them, gamma to the number of steps, below 1, ``(*B,)``.
+        discounts: discount of the value after each of them, gamma to the power of the number of steps, below 1,
+            ``(*B,)``.
 
     Returns:
-        The bound; where all rewards are 0, that of rewards of size 1.
+        The bound; if all rewards are 0, the one for rewards of size 1.
 
     Raises:
         ValueError: if a discount is 1, for which there is no bound.
@@ -79,8 +80,8 @@ def return_bound(rewards: Tensor, discounts: Tensor) -> float:
 class ValueHead:
     """Base of the value heads. A critic with one has a method ``outputs(*inputs) -> (*B, num_outputs)``.
 
-    The loss reads the outputs of all critics by one head, so it has no weights of its own; what it gathers on the way
-    it keeps in buffers, as an ``nn.Module`` too.
+    The loss applies one head to the outputs of all critics, so a head has no trainable weights. A head that gathers
+    something during training keeps it in buffers and is an ``nn.Module``, too.
 
     Attributes:
         bounded: whether Q-values have bounds to which TD targets are clipped.
@@ -90,11 +91,11 @@ class ValueHead:
 
     @property
     def num_outputs(self) -> int:
-        """Outputs of the critic that the head reads."""
+        """Number of outputs of the critic that the head reads."""
         raise NotImplementedError
 
     def initial_outputs(self) -> Tensor:
-        """What a new critic puts out for every input, shape ``(num_outputs,)``."""
+        """What a new critic outputs for every input, shape ``(num_outputs,)``."""
         return torch.zeros(self.num_outputs)
 
     def value(self, outputs: Tensor) -> Tensor:
@@ -106,13 +107,13 @@ class ValueHead:
         raise NotImplementedError
 
     def clipped(self, target: Tensor) -> Tensor:
-        """Which TD targets ``(*B,)`` the loss clips, booleans of the same shape; asked of bounded heads only."""
+        """Which TD targets ``(*B,)`` the loss clips, booleans of the same shape; only called on bounded heads."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class ScalarHead(ValueHead):
-    """The output is the Q-value, and a distance to the target is its loss.
+    """The output is the Q-value, and the loss is its distance from the target.
 
     Args:
         loss_function: ``"l2"``, ``"l1"`` or ``"smooth_l1"``.
@@ -142,22 +143,23 @@ class ScalarHead(ValueHead):
 class TwoHotHead(ValueHead, nn.Module):
     """Regression as classification: logits over a value support, trained by cross-entropy to the two-hot target.
 
-    The Q-value is the mean ``sum_i softmax(outputs)_i z_i`` over the support z. Two-hot targets keep their mean, so the
-    Q-value that minimises the loss is the mean of the TD targets, as with squared error; but the gradient does not grow
-    with the returns, which trains larger critics on noisier targets more steadily (Farebrother et al. 2024, arXiv
-    2403.03950; with symlog Hafner et al. 2023, arXiv 2301.04104, equation 10).
+    The Q-value is the mean ``sum_i softmax(outputs)_i z_i`` over the support z. Two-hot targets preserve the mean, so
+    the Q-value that minimises the loss is the mean of the TD targets, as with squared error. But the gradient does not
+    grow with the returns, so larger critics train more steadily on noisier targets (Farebrother et al. 2024, arXiv
+    2403.03950; with symlog, Hafner et al. 2023, arXiv 2301.04104, equation 10).
 
-    A critic starts at Q near 0 for every input. Targets outside the support are clipped to its ends and counted
-    (``target_clipped`` of the losses), so choose it around all returns that can occur: rewards in ``[r_min, r_max]``
-    give ``[r_min, r_max] / (1 - gamma)``. Without ends the head waits for them: a loss chooses them from rewards seen,
-    by ``choose_value_support``. They are part of the state_dict.
+    A critic starts at Q near 0 for every input. Targets outside the support are clipped to its ends, and the losses
+    report their share as ``target_clipped``. The support should therefore cover all returns that can occur: rewards in
+    ``[r_min, r_max]`` give ``[r_min, r_max] / (1 - gamma)``. A head created without ends waits for them: the loss's
+    ``choose_value_support`` derives them from rewards seen. The ends are part of the state_dict.
 
     Args:
-        low: lower end of the support; None, with ``high``, leaves both to be set later.
-        high: its upper end; 0 lies between the two or is one of them.
-        num_bins: points of the support, at least 2. More resolve finer and cost little; usual range 51 to 255.
-        symlog: whether the points are evenly spaced in ``symlog`` rather than in value, fine near 0 and coarse far
-            out, for returns of unknown size.
+        low: lower end of the support; if it and ``high`` are None, both are set later.
+        high: its upper end; 0 must lie between the two or be one of them.
+        num_bins: number of points of the support, at least 2. More resolve finer and cost little; usual range 51 to
+            255.
+        symlog: whether the points are evenly spaced in ``symlog`` rather than in value, fine near 0 and coarse far from
+            it, for returns of unknown size.
 
     Attributes:
         low: lower end, -1 until it is set.
@@ -189,10 +191,11 @@ class TwoHotHead(ValueHead, nn.Module):
             self.set_support(low, high)
 
     def set_support(self, low: float | None, high: float | None) -> None:
-        """Sets the ends of the support; what a critic has learned on another one counts on this one.
+        """Sets the ends of the support; what a critic has learned so far is reinterpreted on the new one.
 
-        A new critic's Q is near 0 only where 0 lies in the middle, as ``choose_support`` has it. Behind another support
-        call ``loss.reset_parameters_recursive()``, or give the ends at once.
+        A new critic's Q stays near 0 only if 0 lies in the middle of the support, as ``choose_support`` has it. After
+        setting any other support, call ``loss.reset_parameters_recursive()``; or pass the ends when you create the
+        head.
 
         Raises:
             ValueError: if the support is empty or without 0.
@@ -202,7 +205,7 @@ class TwoHotHead(ValueHead, nn.Module):
         self.low, self.high, self.has_support = float(low), float(high), True
 
     def choose_support(self, rewards: Tensor, discounts: Tensor) -> None:
-        """Sets both ends to ``SUPPORT_HEADROOM`` times ``return_bound``, unless there is a support already."""
+        """Sets the ends to +- ``SUPPORT_HEADROOM`` times ``return_bound``, unless there is a support already."""
         if not self.has_support:
             bound = SUPPORT_HEADROOM * return_bound(rewards, discounts)
             self.set_support(-bound, bound)
@@ -220,7 +223,7 @@ class TwoHotHead(ValueHead, nn.Module):
         return symexp(torch.linspace(low, high, self.num_bins, dtype=dtype, device=device))
 
     def initial_outputs(self) -> Tensor:
-        """Logits of a Q-value near 0, shape ``(num_bins,)``: 99 % on the two-hot weights of 0, 1 % on all points."""
+        """Logits of a Q-value near 0, shape ``(num_bins,)``: 99 % on the two-hot weights of 0, 1 % over all points."""
         weights = two_hot(torch.tensor(0.0), self.support())
         return (0.99 * weights + 0.01 / self.num_bins).log()
 
@@ -254,7 +257,7 @@ class TwoHotHead(ValueHead, nn.Module):
         return torch.tensor([self.low, self.high] if self.has_support else [math.nan, math.nan], dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Takes over what [`get_extra_state`][qsm_rl.TwoHotHead.get_extra_state] returned."""
+        """Restores what [`get_extra_state`][qsm_rl.TwoHotHead.get_extra_state] returned."""
         low, high = state.tolist()
         if not math.isnan(low):
             self.set_support(low, high)

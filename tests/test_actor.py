@@ -233,7 +233,7 @@ def test_actor_needs_one_out_key():
 
 def test_parts_of_the_wrong_kind_are_refused_at_once():
     options = {"action_spec": SPEC, "noise_schedule": NoiseSchedule.vp(5)}
-    with pytest.raises(ValueError, match="of actions of size 2, but the action_spec's is 3"):
+    with pytest.raises(ValueError, match="for actions of size 2, but the action_spec has size 3"):
         DiffusionActor(ScoreMLP(4, 2), **options)
     with pytest.raises(TypeError, match=r"sampler must be an object such as DDPMSampler\(\), got <class"):
         DiffusionActor(ScoreMLP(4, 3), sampler=DDPMSampler, **options)

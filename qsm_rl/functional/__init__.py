@@ -1,8 +1,9 @@
 """The formulas of the kit as pure functions on tensors.
 
-Notation, everywhere the same: ``T = num_steps``, ``t`` in ``0 .. T-1`` with ``t = 0`` the least noise,
-``alphas = 1 - betas``, ``alphas_cumprod[t]`` the product of ``alphas[0..t]``, ``sigma_t = sqrt(1 -
-alphas_cumprod[t])``. Actions are in box units: the box is ``[-1, 1]^A``. ``q_score`` is the action gradient dQ/da.
+Notation, the same everywhere: ``T = num_steps``; ``t`` in ``0 .. T-1``, with ``t = 0`` the least noise;
+``alphas = 1 - betas``; ``alphas_cumprod[t]`` is the product of ``alphas[0..t]``;
+``sigma_t = sqrt(1 - alphas_cumprod[t])``. Actions are in box units: the box is ``[-1, 1]^A``. ``q_score`` is the action
+gradient dQ/da.
 """
 
 from qsm_rl.functional.diffusion import (

@@ -49,7 +49,7 @@ def cosine_betas(num_steps: int, offset: float = 0.008, max_beta: float = 0.999)
     Args:
         num_steps: number of diffusion steps T, at least 1.
         offset: the paper's ``s``; keeps the first betas from vanishing.
-        max_beta: ceiling of every beta; the last step would otherwise divide by zero.
+        max_beta: upper limit of every beta; without it, the last step would divide by zero.
 
     Returns:
         Betas in (0, ``max_beta``], float64, shape ``(num_steps,)``.
@@ -67,8 +67,8 @@ def linear_betas(num_steps: int, beta_start: float = 1e-4, beta_end: float = 2e-
     """Betas that grow linearly from ``beta_start`` to ``beta_end`` (Ho et al. 2020, arXiv 2006.11239, section 4).
 
     Args:
-        num_steps: number of diffusion steps T, at least 1. The two defaults suit T = 1000; with few steps noise remains
-            far from N(0, I) at the end.
+        num_steps: number of diffusion steps T, at least 1. The two defaults suit T = 1000; with few steps, the last
+            noised action is still far from N(0, I).
         beta_start: beta of the first step.
         beta_end: beta of the last step.
 
@@ -123,12 +123,12 @@ def predict_clean(noisy: Tensor, predicted_noise: Tensor, alphas_cumprod_t: Tens
 
 
 def clamp_inward(action: Tensor) -> Tensor:
-    """Clips to the box, and passes the gradient of a step that leads back into it.
+    """Clips to the box, but passes gradients that lead back into it.
 
-    ``clamp`` has no gradient outside the box: a policy that maximises Q through it and whose actions have all left the
-    box never comes back. Here a coordinate outside keeps the gradient by which gradient descent would move it towards
-    the box, and loses the one that would move it further away. Inside, value and gradient are those of ``clamp``; for
-    ``tanh`` policies the same is known as inverting gradients (Hausknecht and Stone 2016, arXiv 1511.04143).
+    ``clamp`` has no gradient outside the box, so a policy that maximises Q through it never comes back once all its
+    actions have left the box. Here a coordinate outside keeps a gradient by which gradient descent would move it
+    towards the box, and loses one that would move it further away. Inside, value and gradient are those of ``clamp``.
+    Inverting gradients (Hausknecht and Stone 2016, arXiv 1511.04143) are a related idea.
 
     Args:
         action: actions in box units, any shape.
@@ -144,7 +144,7 @@ def clamp_inward(action: Tensor) -> Tensor:
     """
     if not torch.is_grad_enabled():
         return action.clamp(-1, 1)
-    # Whether a gradient is wanted is not asked of the action: under vmap it says no.
+    # action.requires_grad is not consulted: under vmap it is False.
     return (_ClampInward if torch.compiler.is_compiling() else _EagerClampInward).apply(action)
 
 
@@ -169,7 +169,7 @@ class _ClampInward(torch.autograd.Function):
 
 
 class _EagerClampInward(_ClampInward):
-    """With forward mode, which torch.compile refuses: there it is clamp, no direction of descent being known."""
+    """Adds forward mode, which torch.compile refuses: that of clamp, since no direction of descent is known."""
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Gradients of Q through a sampled reverse chain, and by the likelihood of its steps."""
+"""Formulas of the policy gradients: through a sampled reverse chain, and by the likelihood of its steps."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def leave_one_out_advantage(q_values: Tensor) -> Tensor:
 
 
 def normalized_q_value(q_value: Tensor, other_q_value: Tensor) -> Tensor:
-    """A critic's Q-values in units of another's mean size, ``Q_1 / mean(abs(Q_2))``, the latter without gradient.
+    """A critic's Q-values divided by another's mean size, ``Q_1 / mean(abs(Q_2))``; Q_2 gets no gradient.
 
     Makes the weight of the Q term independent of the scale of rewards (Wang et al. 2023, arXiv 2208.06193, below
     equation 3; dividing by the other critic is what the authors' code does).
 
     Args:
         q_value: Q-values, shape ``(*B,)``.
-        other_q_value: those of another critic, any shape.
+        other_q_value: Q-values of another critic, any shape.
 
     Returns:
         Shape ``(*B,)``.

@@ -19,7 +19,7 @@ def truncated_normal(mean: Tensor, std: Tensor, uniform: Tensor) -> Tensor:
     """Samples of N(mean, std^2) restricted to the box [-1, 1], by inversion of the distribution function.
 
     Args:
-        mean: means, any distance outside the box, broadcastable with ``uniform``.
+        mean: means, at any distance from the box, broadcastable with ``uniform``.
         std: standard deviations > 0, broadcastable likewise.
         uniform: draws of U(0, 1), shape ``(*S)``.
 
@@ -37,16 +37,16 @@ def truncated_normal(mean: Tensor, std: Tensor, uniform: Tensor) -> Tensor:
     std = std.double()
     low, high = _normal_cdf((-1 - center) / std), _normal_cdf((1 - center) / std)
     quantile = torch.special.ndtri(low + (high - low) * uniform.double())
-    # Beyond that the mass sits at the face of the box.
+    # Further out, all of the mass sits at the face of the box.
     sample = torch.nan_to_num(center + std * quantile, nan=1.0, posinf=1.0, neginf=1.0).clamp(-1, 1)
     return (side * sample).to(mean.dtype)
 
 
 def log_mixture_weight(particles: Tensor, mean: Tensor, std: Tensor, uniform_fraction: float) -> Tensor:
-    """Logarithm of ``N(mean, std^2)`` over the density of a proposal that mixes it with the uniform law, on the box.
+    """Logarithm of the ratio of ``N(mean, std^2)`` to its mixture with the uniform distribution, on the box.
 
-    A share ``uniform_fraction`` of the particles is uniform in the box, the others are
-    [`truncated_normal`][qsm_rl.functional.truncated_normal]. Each is weighted by the whole mixture's density (the
+    The mixture is the proposal: a share ``uniform_fraction`` of the particles is uniform in the box, the others come
+    from [`truncated_normal`][qsm_rl.functional.truncated_normal]. Each is weighted by the whole mixture's density (the
     balance heuristic, Veach and Guibas 1995), so weights stay bounded wherever either part has mass.
 
     Args:
@@ -65,7 +65,7 @@ def log_mixture_weight(particles: Tensor, mean: Tensor, std: Tensor, uniform_fra
     action_dim = particles.shape[-1]
     z = (particles - mean) / std
     log_normal = -(0.5 * z.square() + std.log() + 0.5 * math.log(2 * math.pi)).sum(-1)
-    # Mirrored as in truncated_normal, so that the mass of a far box does not cancel.
+    # Mirrored as in truncated_normal, so that the mass of a distant box is not lost to cancellation.
     center, std = -mean.double().abs(), std.double()
     mass = _normal_cdf((1 + center) / std) - _normal_cdf((center - 1) / std)
     log_mass = mass.clamp_min(torch.finfo(torch.float64).tiny).log().sum(-1).to(particles.dtype)
@@ -119,8 +119,9 @@ def posterior_gradient_noise(
 
     ``-sigma_t E[dQ/da(a_0) | a_t] / (temperature sqrt(alphas_cumprod_t))``.
 
-    Integration by parts makes it of the posterior mean (target score identity, De Bortoli et al. 2024, arXiv
-    2402.08667), which leaves out the faces of the box: equal only where ``exp(Q / temperature)`` vanishes there.
+    It follows from the posterior mean through integration by parts (target score identity, De Bortoli et al. 2024,
+    arXiv 2402.08667). The boundary terms at the faces of the box are dropped, so the two are equal only where
+    ``exp(Q / temperature)`` vanishes there.
 
     Args:
         q_scores: dQ/da at the particles, shape ``(K, *B, A)``.

@@ -1,4 +1,4 @@
-"""From the values of critics to the denoiser's target."""
+"""From the critics' values to the denoiser's target."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def action_gradient(q_value: Callable[[Tensor], Tensor], action: Tensor) -> Tens
         >>> action_gradient(lambda a: -(a**2).sum(-1), torch.tensor([[0.5, -1.0]]))
         tensor([[-1.,  2.]])
     """
-    # func.grad rather than autograd.grad: the latter cannot be captured by torch.compile on an intermediate.
-    # Detached: of features that an encoder made the gradient depends, too.
+    # func.grad rather than autograd.grad: torch.compile cannot capture the latter on an intermediate tensor.
+    # Detached: the gradient depends on the features of an encoder, too.
     return torch.func.grad(lambda a: q_value(a.unsqueeze(0)).sum())(action.detach()).detach()
 
 
 def check_aggregation(name: str, aggregation: object) -> None:
-    """Raises ValueError unless ``aggregate_q_values`` takes it."""
+    """Raises ValueError unless ``aggregate_q_values`` accepts it."""
     finite = isinstance(aggregation, (int, float)) and math.isfinite(aggregation)
     if not (finite or aggregation in ("min", "mean")):
         raise ValueError(f"{name} must be 'min', 'mean' or a finite number rho, got {aggregation!r}.")
@@ -49,8 +49,8 @@ def check_aggregation(name: str, aggregation: object) -> None:
 def aggregate_q_values(q_values: Tensor, aggregation: Literal["min", "mean"] | float) -> Tensor:
     """One Q-value from those of an ensemble: the minimum, the mean, or ``mean - rho std`` (the population's std).
 
-    The minimum is clipped double Q-learning (Fujimoto et al. 2018, arXiv 1802.09477, equation 10). Of two critics it is
-    the case ``rho = 1``; of more it grows more pessimistic with their number, which ``mean - rho std`` does not.
+    The minimum is clipped double Q-learning (Fujimoto et al. 2018, arXiv 1802.09477, equation 10). With two critics, it
+    is the case ``rho = 1``; with more, it grows more pessimistic with their number, which ``mean - rho std`` does not.
 
     Args:
         q_values: shape ``(num_critics, *B)``.
@@ -87,7 +87,7 @@ def scaled_q_score(q_score: Tensor, scale: Tensor | float) -> Tensor:
 
 
 def boltzmann_q_score(q_score: Tensor, sigma_t: Tensor, temperature: Tensor | float) -> Tensor:
-    """``-sigma_t dQ/da / temperature``, the noise that belongs to the score of ``exp(Q / temperature)``.
+    """``-sigma_t dQ/da / temperature``, the noise that corresponds to the score of ``exp(Q / temperature)``.
 
     Exact as ``sigma_t`` goes to 0 (Song et al. 2021, arXiv 2011.13456, section 3, with Q at the noised action in place
     of the noised density).
@@ -109,7 +109,7 @@ def boltzmann_q_score(q_score: Tensor, sigma_t: Tensor, temperature: Tensor | fl
 
 
 def clip_norm(vectors: Tensor, max_norm: float) -> Tensor:
-    """Scales every vector longer than ``max_norm`` down to that Euclidean norm; its direction stays.
+    """Scales every vector longer than ``max_norm`` down to that Euclidean norm and keeps its direction.
 
     Args:
         vectors: shape ``(*B, A)``.
@@ -128,12 +128,12 @@ def clip_norm(vectors: Tensor, max_norm: float) -> Tensor:
 
 
 def mean_absolute(values: Tensor) -> Tensor:
-    """Mean of the absolute value over all entries, floored so that it can be divided by; of no entries 1.
+    """Mean absolute value over all entries, with a floor so that it can be a divisor; 1 if there are no entries.
 
     Examples:
         >>> mean_absolute(torch.tensor([-1.0, 3.0]))
         tensor(2.)
     """
-    if values.numel() == 0:  # NaN would reach the gradient of what is divided, though it counts for nothing
+    if values.numel() == 0:  # NaN would reach the gradient of the dividend, although it has no weight
         return values.new_ones(())
     return values.abs().mean().clamp_min(torch.finfo(values.dtype).tiny ** 0.5)

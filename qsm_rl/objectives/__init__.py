@@ -1,4 +1,4 @@
-"""The losses of the kit, one file each, on ``diffusion_actor_critic``; the other files are what that is made of."""
+"""The losses of the kit, one file each, built on ``diffusion_actor_critic``; the other files are its parts."""
 
 from qsm_rl.objectives.diffusion_policy_gradient import DiffusionPolicyGradientLoss
 from qsm_rl.objectives.diffusion_ql import DiffusionQLLoss

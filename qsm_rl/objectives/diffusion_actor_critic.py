@@ -49,8 +49,8 @@ __all__ = ["DiffusionActorCriticLoss"]
 class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
     """Base of the losses that train critics by temporal differences at samples of a diffusion actor.
 
-    A loss adds its ``actor_loss``, and to ``diagnostic_keys`` and ``diagnostics`` what that reports. The arguments are
-    those of [`QScoreMatchingLoss`][qsm_rl.QScoreMatchingLoss], which documents them.
+    A subclass adds its ``actor_loss`` and extends ``diagnostic_keys`` and ``diagnostics`` by what that reports. The
+    arguments are documented in [`QScoreMatchingLoss`][qsm_rl.QScoreMatchingLoss].
     """
 
     @dataclass
@@ -58,13 +58,13 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
         """Entries that ``set_keys`` can rename.
 
         Attributes:
-            action: the replayed action, environment units.
+            action: the replayed action, in environment units.
             value: where value estimators look for the next state's value.
             state_action_value: the critics' output.
             priority: the written priority.
             reward: reward, under ``"next"``.
             done: end of the trajectory, under ``"next"``.
-            terminated: end without bootstrap, under ``"next"``.
+            terminated: end without bootstrapping, under ``"next"``.
             priority_weight: importance weights of a prioritised sampler.
         """
 
@@ -122,7 +122,7 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
         stack_critics(self, critics, delay_qvalue)
         self._batch_normalizers = (batch_normalizers(self.qvalue_network, delay_qvalue),)  # not a module of the loss
         self.num_qvalue_nets = len(critics)
-        # The very head of the module that the critics' weights are put into.
+        # The head of the very module into which the critics' weights are put.
         self.value_head = ScalarHead(loss_function) if (head := critic_head([self.qvalue_network])) is None else head
         self.loss_function = loss_function
         self.target_aggregation = target_aggregation
@@ -173,19 +173,19 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
         """Chooses the value estimator; call it before ``load_state_dict``.
 
         Args:
-            value_type: TD0 (default), TD1 or TDLambda, or an estimator of TorchRL's as an object; TD1 and TDLambda need
-                batches with a time dimension ``(*B, T)``.
+            value_type: TD0 (default), TD1 or TDLambda, or a TorchRL estimator object; TD1 and TDLambda need batches
+                with a time dimension ``(*B, T)``.
             **hyperparams: ``gamma`` in [0, 1], the discount (default 0.99), and ``lmbda`` for TDLambda.
 
         Raises:
             NotImplementedError: for another value estimator.
-            ValueError: if ``gamma`` or ``lmbda`` lies outside [0, 1], or is 0 for TD1 or TDLambda, which are TD0 then.
+            ValueError: if ``gamma`` or ``lmbda`` lies outside [0, 1], or is 0 for TD1 or TDLambda, which would be TD0.
         """
         for name in ("gamma", "lmbda"):
             if not 0 <= hyperparams.get(name, 0) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {hyperparams[name]!r}.")
         value_type, hyperparams = self._prepare_value_estimator_kwargs(value_type, **hyperparams)
-        if value_type is None:  # an estimator given as an object, which TorchRL takes as it is
+        if value_type is None:  # an estimator given as an object, which TorchRL uses unchanged
             self.value_estimator.set_keys(**self._value_estimator_keys())
         else:
             if value_type is not ValueEstimators.TD0 and 0 in map(hyperparams.get, ("gamma", "lmbda")):
@@ -217,15 +217,15 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
             tensordict: the batch.
             initial_noise: start of the reverse chain for the next action, ``(*B, A)``; drawn when not given.
             step_noise: the chain's fresh noise in order of use, ``(steps, *B, A)``; drawn when not given.
-            target_action_noise: noise added to the next action as it is, box units, ``(*B, A)``, before it is clipped;
+            target_action_noise: noise in box units, ``(*B, A)``, added unscaled to the next action before clipping;
                 drawn with ``target_action_noise_std`` when not given.
 
         Returns:
             The loss, and detached ``target_value`` ``(*B,)``, ``q_value`` ``(num_critics, *B)``, ``td_error`` ``(*B,)``
             (the largest over critics), ``critic_losses`` ``(num_critics,)``, ``next_action`` (the chain's sample before
-            the noise, box units, ``(*B, A)``), and where there is such a thing ``entropy_bonus`` ``(*B,)`` and
-            ``target_clipped`` ``(*B,)`` (whether the target lies beyond the value support); of a batch with a mask only
-            the ``L`` live samples, ``(L,)``.
+            the noise, box units, ``(*B, A)``), and, where they apply, ``entropy_bonus`` ``(*B,)`` and
+            ``target_clipped`` ``(*B,)`` (whether the target lies beyond the value support). For a batch with a mask,
+            these hold only the ``L`` live samples, ``(L,)``.
         """
         batch, action, mask, weights = self.live_batch(tensordict)
         next_action, next_info = self._next_action(batch, initial_noise, step_noise, target_action_noise)
@@ -256,7 +256,7 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
         return ["q_value", "target_value", "td_error", *bonus, *clipped]
 
     def diagnostics(self, qvalue_info: dict[str, Tensor], actor_info: dict[str, Tensor]) -> dict[str, Tensor]:
-        """See ``TwoPartLoss.diagnostics``: what every loss reports of its critics, all means."""
+        """See ``TwoPartLoss.diagnostics``; what every loss reports about its critics, all means."""
         names = ("q_value", "target_value", "td_error", "entropy_bonus", "target_clipped")
         found = {name: qvalue_info[name] for name in names if name in qvalue_info}
         return {name: (x.float() if x.dtype == torch.bool else x).mean() for name, x in found.items()}
@@ -264,12 +264,12 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
     def trained_critics(self, *, live: bool = False) -> list[TensorDictModule]:
         """The critics with their trained weights.
 
-        The loss stacks the critics' weights into parameters of its own, so the modules given to it stay as they were.
+        The loss stacks the critics' weights into parameters of its own, so the modules passed to it stay untrained.
 
         Args:
-            live: False gives independent copies that can be trained. True gives modules on the loss's own weights: they
-                follow as it trains or loads a state_dict (not when it moves to another device or type) and ask for no
-                gradient, for example for [`BestOfN`][qsm_rl.BestOfN].
+            live: False gives independent copies that can be trained. True gives modules that share the loss's weights
+                and require no gradient, for example for [`BestOfN`][qsm_rl.BestOfN]. They follow as the loss trains or
+                loads a state_dict, but not when it moves to another device or dtype.
 
         Returns:
             One module for each critic, in the given order.
@@ -277,13 +277,13 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
         return unstack_critics(self.qvalue_network, self.qvalue_network_params, live)
 
     def choose_value_support(self, tensordict: TensorDictBase) -> None:
-        """Chooses the support of a two-hot head made without one; any other head stays as it is.
+        """Chooses the support of a two-hot head created without one; any other head is left unchanged.
 
-        Its ends lie, on both sides of 0, at ten times the largest discounted return that the rewards seen could add
-        up to, since a policy earns more than the random actions of a warm-up. Call it before the first update.
+        Its ends lie on both sides of 0, at ten times the largest discounted return to which the rewards seen could add
+        up, since a trained policy earns more than the random actions of a warm-up. Call it before the first update.
 
         Args:
-            tensordict: transitions, say those of the warm-up: rewards and, of n-step returns, ``steps_to_next_obs``.
+            tensordict: transitions, such as a warm-up's, with rewards and, for n-step returns, ``steps_to_next_obs``.
         """
         if isinstance(self.value_head, TwoHotHead):
             rewards = entry(tensordict, ("next", self.tensor_keys.reward))
@@ -293,7 +293,7 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
             self.value_head.choose_support(rewards[live], self.value_estimator.gamma ** steps[live])
 
     def reset_parameters_recursive(self) -> None:
-        """Draws all weights anew by the layers' own initialisers; targets start equal to the networks again."""
+        """Redraws all weights by the layers' own initialisers; target networks start equal to the networks again."""
         super().reset_parameters_recursive()
         self.qvalue_network_params.data.update_(redrawn_weights(self.trained_critics()))
         for name in ("actor_network", "qvalue_network"):
@@ -310,7 +310,7 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
         step_noise: Tensor | None,
         target_action_noise: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The next action ``(*B, A)``, environment units, and what is reported: the sample in the box before noise."""
+        """The next action ``(*B, A)`` in environment units, and what is reported, such as the sample before noise."""
         actor = self.actor_network
         observation = actor.observation(entry(batch, "next"))
         with self._target_actor():
@@ -331,7 +331,7 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
         next_value = F.aggregate_q_values(q_values, self.target_aggregation).unsqueeze(-1)
         flags = [("next", key) for key in (keys.done, keys.terminated)]
         check_columns(batch, [("next", keys.reward)], flags, next_value.shape)
-        # A terminated step has no future: whatever its next observation holds, NaN included, counts for nothing.
+        # A terminated step has no future: whatever its next observation holds, NaN included, is ignored.
         terminated = batch.get(("next", keys.terminated))
         next_value = torch.where(terminated, torch.zeros_like(next_value), next_value)
         if self.entropy_bonus is not None:
@@ -341,7 +341,7 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
         return target_value.to(q_values.dtype)  # the discount is in float32 or more
 
     def _entropy_bonus(self, bonus: EntropyBonus, observation: Tensor) -> Tensor:
-        """The bonus ``(*B,)`` of the actor at observations ``(*B, O)``, from samples of their own."""
+        """The bonus ``(*B,)`` of the actor at observations ``(*B, O)``, from separate samples."""
         many = observation.expand(bonus.num_samples, *observation.shape)
         with self._target_actor():
             return bonus(self.actor_network.sample(many))
@@ -351,7 +351,7 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
         return self.value_head.value(self._critic_outputs(tensordict, action, params))
 
     def _critic_outputs(self, tensordict: TensorDictBase, action: Tensor, params: TensorDictBase) -> Tensor:
-        """What the value head reads, of every critic: ``(num_critics, *B, num_outputs)``."""
+        """What the value head reads from every critic: ``(num_critics, *B, num_outputs)``."""
         inputs, key = self._critic_input(tensordict, action), self.tensor_keys.state_action_value
         outputs = ensemble_outputs(self.qvalue_network, inputs, params, key, self._vmap)
         check_critic_outputs(outputs, tensordict.batch_size, self.value_head.num_outputs)
@@ -363,15 +363,15 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
         """The critics' outputs for the TD loss, and those of the target critics for the TD target, without gradient."""
         following, params = batch.get("next"), self.qvalue_network_params
         (layers,) = self._batch_normalizers
-        if not (layers and self.training):  # in evaluation the running statistics serve, and stay
+        if not (layers and self.training):  # in evaluation the running statistics are used unchanged
             with torch.no_grad():
                 target = self.target_qvalue_network_params if self.delay_qvalue else params
                 next_outputs = self._critic_outputs(following, next_action, target)
             return self._critic_outputs(batch, action, params), next_outputs
         now, then = self._critic_input(batch, action), self._critic_input(following, next_action)
-        # What follows a terminated step counts for nothing, and must not reach the statistics.
+        # What follows a terminated step is ignored, and must not enter the statistics.
         end = entry(batch, ("next", self.tensor_keys.terminated)).squeeze(-1)
-        then = torch.where(end, now, then).detach()  # an encoder before the loss is trained by replayed features alone
+        then = torch.where(end, now, then).detach()  # replayed features alone train an encoder before the loss
         key = self.tensor_keys.state_action_value
         outputs = joint_outputs(self.qvalue_network, layers, (now, then), params, key, mask, self._vmap)
         check_critic_outputs(outputs, (2, *batch.batch_size), self.value_head.num_outputs)
@@ -382,13 +382,13 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
         return None if self.deactivate_vmap else self.vmap_randomness
 
     def _make_vmap(self) -> None:
-        """Asked by ``set_vmap_randomness``; nothing to do, the randomness is looked up at each call."""
+        """Called by ``set_vmap_randomness``; nothing to do, since the randomness is looked up at each call."""
 
     def _critic_input(self, tensordict: TensorDictBase, action: Tensor) -> TensorDictBase:
         return critic_input(tensordict, self.qvalue_network.in_keys, self.tensor_keys.action, action)
 
     def live_batch(self, tensordict: TensorDictBase) -> tuple[TensorDictBase, Tensor, Tensor | None, Tensor | None]:
-        """The batch without what its masks hide, its action, the mask and the priority weights, where there are any."""
+        """The batch with what its masks hide zeroed, its action, the mask and the priority weights (None if absent)."""
         mask = live_mask(tensordict, self._loss_mask_keys())
         batch = live_entries(tensordict, mask, ("next", self.tensor_keys.done))
         action = replayed_action(batch, self.tensor_keys.action, self.actor_network.box.action_dim)

@@ -21,41 +21,42 @@ __all__ = ["DiffusionPolicyGradientLoss"]
 class DiffusionPolicyGradientLoss(DiffusionActorCriticLoss):
     r"""Likelihood-ratio policy gradient through the Gaussian steps of the reverse chain, with a critic.
 
-    For each replayed observation the current policy draws M chains, and the loss is ``-mean_m A_m sum_i log p_i``:
-    ``A_m`` is Q at the chain's action less the mean over the other chains' actions, and ``log p_i`` the likelihood of
-    the chain's i-th step. Its gradient is an unbiased estimate of that of ``-E[Q(s, a)]`` over the policy's actions;
-    its value means nothing. The critics' gradient dQ/da is not used, only their values.
+    For each replayed observation the current policy draws M chains, and the loss is ``-mean_m A_m sum_i log p_i``.
+    ``A_m`` is Q at the chain's action minus the mean over the other chains' actions, and ``log p_i`` is the
+    log-likelihood of the chain's i-th step. The gradient of this loss is an unbiased estimate of the gradient of
+    ``-E[Q(s, a)]`` over the policy's actions; its value means nothing. Only the critics' values are used, not their
+    gradient dQ/da.
 
-    This is the score-function estimator of Black et al. 2023 (DDPO, arXiv 2305.13301, section 4) with a critic in the
-    reward's place and the baseline of Kool et al. 2019, at observations from the replay buffer, as off-policy
-    actor-critics take them (Degris et al. 2012, arXiv 1205.4839, equation 4). Chains are always fresh, so there are no
-    importance weights. It is not DPPO (Ren et al. 2024, arXiv 2409.00588), which shares the chain's likelihood and the
-    floor of its noise and is on-policy, with clipped ratios and advantages over time.
+    This is the score-function estimator of Black et al. 2023 (DDPO, arXiv 2305.13301, section 4) with a critic in place
+    of the reward and the baseline of Kool et al. 2019. The observations come from the replay buffer, as in off-policy
+    actor-critics (Degris et al. 2012, arXiv 1205.4839, equation 4). Chains are always fresh, so there are no importance
+    weights. It is not DPPO (Ren et al. 2024, arXiv 2409.00588), which shares the chain's likelihood and the floor on
+    its noise but is on-policy, with clipped ratios and advantages over time.
 
-    A step without noise has no density and a clipped state none either, so here every step's standard deviation is at
-    least ``min_std`` and likelihoods are of the draws before clipping. The policy that is improved is thus a little
-    wider than the one that acts; with the usual schedules the floor only matters in the last steps, whose noise is what
-    [`GaussianExploration`][qsm_rl.GaussianExploration] and ``target_action_noise_std`` of the same size add to an
-    action.
+    Neither a step without noise nor a clipped state has a density. So here every step's standard deviation is at least
+    ``min_std``, and likelihoods are those of the draws before clipping. The policy that is improved is thus a little
+    wider than the one that acts. With the usual schedules the floor only matters in the last steps, where its noise is
+    like that which [`GaussianExploration`][qsm_rl.GaussianExploration] and ``target_action_noise_std`` of the same size
+    add to an action.
 
     Args:
-        actor_network: the policy. Give its sampler the clip ``"clean"``: where the action itself is clipped, all chains
-            that end at a face have one value of Q and nothing is learned, and an untrained chain that clips its samples
-            or nothing ends there almost always.
-        qvalue_network: critics, as in [`QScoreMatchingLoss`][qsm_rl.QScoreMatchingLoss]; the advantage takes their
+        actor_network: the policy. Give its sampler the clip ``"clean"``. Where the action itself is clipped, all chains
+            that end at a face have the same Q and nothing is learned, and with any other clip an untrained chain almost
+            always ends there.
+        qvalue_network: critics, as in [`QScoreMatchingLoss`][qsm_rl.QScoreMatchingLoss]; the advantage uses their
             mean.
 
     Keyword Args:
-        num_samples: M, chains for each observation, at least 2. More is less noisy and costs time in proportion; usual
-            range 4 to 16.
-        min_std: floor of every step's standard deviation, box units, above 0. Less is closer to the acting policy and
-            makes the gradient noisier, in proportion to its inverse; DPPO's is 0.1, usual range 0.05 to 0.2.
+        num_samples: number M of chains for each observation, at least 2. More give a less noisy gradient and cost time
+            in proportion; usual range 4 to 16.
+        min_std: floor on every step's standard deviation, in box units, above 0. A lower floor is closer to the acting
+            policy but makes the gradient noisier, in inverse proportion; DPPO's is 0.1, usual range 0.05 to 0.2.
 
     The other arguments are those of [`QScoreMatchingLoss`][qsm_rl.QScoreMatchingLoss]; ``loss_function`` is that of the
     critics.
 
-    Output entries: ``loss_actor``, ``loss_qvalue`` (summed over critics) and detached scalars: those of the critics as
-    there, ``policy_q_value`` (mean of Q at the policy's samples) and ``advantage_size`` (mean of abs(A)). The priority
+    Output entries: ``loss_actor``, ``loss_qvalue`` (summed over critics) and detached scalars: the critics' as in that
+    loss, ``policy_q_value`` (mean of Q at the policy's samples) and ``advantage_size`` (mean of abs(A)). The priority
     entry ``"td_error"`` ``(*B,)`` is written to the input.
 
     Raises:
@@ -141,7 +142,7 @@ class DiffusionPolicyGradientLoss(DiffusionActorCriticLoss):
         Returns:
             The loss, and detached ``policy_action`` ``(M, *B, A)``, the policy's samples in box units,
             ``policy_q_value`` ``(M, *B)``, the critics' mean there, ``advantage`` ``(M, *B)`` and ``log_prob``
-            ``(steps, M, *B)``; of a batch with a mask only the ``L`` live samples.
+            ``(steps, M, *B)``. For a batch with a mask, these hold only the ``L`` live samples.
         """
         batch, replayed, mask, weights = self.live_batch(tensordict)
         live = ... if mask is None else mask

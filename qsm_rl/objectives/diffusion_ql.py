@@ -19,39 +19,41 @@ __all__ = ["DiffusionQLLoss"]
 
 
 class DiffusionQLLoss(DiffusionActorCriticLoss):
-    r"""Diffusion-QL: maximises Q at samples of the policy, through the whole reverse chain, beside behaviour cloning.
+    r"""Diffusion-QL: maximises Q at samples of the policy, through the whole reverse chain, with behaviour cloning.
 
     Wang, Hunt, Zhou, "Diffusion Policies as an Expressive Policy Class for Offline Reinforcement Learning", ICLR 2023
     (arXiv 2208.06193), equation 3: ``bc_weight mean((predicted noise - noise)^2) - eta mean(Q_k(s, a))`` with ``a`` a
     sample of the policy at the replayed observation, reparameterised by the chain's noise. ``Q_k`` is one of the
-    critics, drawn anew for each batch, in units of the mean size of another one, as in the authors' code. Offline with
-    the default weights; ``bc_weight=0`` is the online variant that the QSM paper compares with.
+    critics, redrawn for each batch and divided by the mean size of another one, as in the authors' code. The default
+    weights are for offline training; ``bc_weight=0`` is the online variant with which the QSM paper compares.
 
-    An update keeps the activations of all T steps and walks back through them: its cost and memory grow with T, where
-    those of Q-score matching's actor update do not.
+    An update keeps the activations of all T steps and backpropagates through them, so its cost and memory grow with T.
+    Those of Q-score matching's actor update do not.
 
     Args:
-        actor_network: the policy. The authors' is ``NoiseSchedule.vp(5)`` with ``DDPMSampler(clip="clean")``. An
-            untrained chain that clips its samples or nothing ends at the faces of the box almost always, where only
-            gradients that lead back are left ([`clamp_inward`][qsm_rl.functional.clamp_inward]): take ``"clean"``.
+        actor_network: the policy. The authors use ``NoiseSchedule.vp(5)`` with ``DDPMSampler(clip="clean")``. Use
+            ``"clean"``, too: with any other clip, an untrained chain almost always ends at the faces of the box, where
+            only gradients that lead back into it are left ([`clamp_inward`][qsm_rl.functional.clamp_inward]).
         qvalue_network: critics, as in [`QScoreMatchingLoss`][qsm_rl.QScoreMatchingLoss].
 
     Keyword Args:
-        eta: weight of Q, at least 0; a buffer, so that it can be scheduled. More is greedier; the authors take 0.005 to
-            3.5, by task. Without behaviour cloning it only scales the loss, which Adam does not see.
-        bc_weight: weight of behaviour cloning, at least 0; a buffer above 0, nothing is computed at 0. The authors' 1.
-        normalize_q: whether Q is divided by the mean size of another critic (of its own, if there is one only). Where
-            Q comes near 0 at good actions, that size vanishes just there: pass False, which leaves ``eta`` in units of
-            the noise's error for a unit of Q.
-        target_action_noise_std: as in [`QScoreMatchingLoss`][qsm_rl.QScoreMatchingLoss]; the authors have none.
-        delay_actor: whether the next action comes from a slowly following copy of the actor, as the authors'.
+        eta: weight of Q, at least 0; a buffer, so that it can be scheduled. Larger is greedier; the authors use 0.005
+            to 3.5, depending on the task. Without behaviour cloning it only scales the loss, to which Adam is
+            insensitive.
+        bc_weight: weight of behaviour cloning, at least 0. Above 0 it is a buffer; at 0 nothing is computed. The
+            authors use 1.
+        normalize_q: whether Q is divided by the mean size of another critic (its own, if there is only one). Where Q
+            comes near 0 at good actions, that size vanishes just there. Pass False in that case; ``eta`` is then the
+            noise error that one unit of Q is worth.
+        target_action_noise_std: as in [`QScoreMatchingLoss`][qsm_rl.QScoreMatchingLoss]; the authors use none.
+        delay_actor: whether the next action comes from a slowly updated copy of the actor, as in the authors' code.
 
     The other arguments are those of [`QScoreMatchingLoss`][qsm_rl.QScoreMatchingLoss]; ``loss_function`` is that of the
     critics.
 
-    Output entries: ``loss_actor``, ``loss_qvalue`` (summed over critics) and detached scalars: those of the critics as
-    there, ``policy_q_value`` (mean of Q at the policy's samples) and, with behaviour cloning, ``bc_error``. The
-    priority entry ``"td_error"`` ``(*B,)`` is written to the input.
+    Output entries: ``loss_actor``, ``loss_qvalue`` (summed over critics) and detached scalars: the critics' as in that
+    loss, ``policy_q_value`` (mean of Q at the policy's samples) and, with behaviour cloning, ``bc_error``. The priority
+    entry ``"td_error"`` ``(*B,)`` is written to the input.
 
     Raises:
         TypeError: if the actor is not a [`DiffusionActor`][qsm_rl.DiffusionActor], naming what it lacks.
@@ -133,20 +135,20 @@ class DiffusionQLLoss(DiffusionActorCriticLoss):
         t: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Behaviour cloning less Q at the policy's samples; no gradient reaches the critics.
+        """Behaviour cloning minus Q at the policy's samples; no gradient reaches the critics.
 
         Args:
             tensordict: the batch.
             initial_noise: start of the reverse chain, ``(*B, A)``; drawn when not given.
             step_noise: the chain's fresh noise in order of use, ``(steps, *B, A)``; drawn when not given.
             critic: index of the critic that is maximised; drawn when not given.
-            t: timesteps of behaviour cloning, integers ``(*B,)``; drawn uniformly when not given.
+            t: timesteps for behaviour cloning, integers ``(*B,)``; drawn uniformly when not given.
             noise: noise of its forward process, ``(*B, A)``; drawn when not given.
 
         Returns:
             The loss, and detached ``policy_action`` ``(*B, A)``, the policy's samples in box units, ``policy_q_value``
-            ``(*B,)``, the critic's values there, and ``bc_error`` ``(*B,)`` with behaviour cloning; of a batch with a
-            mask only the ``L`` live samples, ``(L,)``.
+            ``(*B,)``, the critic's values there, and ``bc_error`` ``(*B,)`` with behaviour cloning. For a batch with a
+            mask, these hold only the ``L`` live samples, ``(L,)``.
         """
         batch, replayed, mask, weights = self.live_batch(tensordict)
         live = ... if mask is None else mask
@@ -157,7 +159,7 @@ class DiffusionQLLoss(DiffusionActorCriticLoss):
         action = actor.box.from_box(sample).to(replayed.dtype)  # the chain runs in float32 or more
         # Not ``data``, which vmap over agents refuses.
         q_values = self._q_values(batch, action, self.qvalue_network_params.apply(torch.Tensor.detach))
-        if critic is None:  # on the device: nothing waits for it
+        if critic is None:  # on the device, so that nothing waits for it
             index = torch.randint(self.num_qvalue_nets, (1,), device=q_values.device)
         else:
             index = torch.tensor([critic], device=q_values.device)

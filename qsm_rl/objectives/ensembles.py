@@ -39,7 +39,7 @@ PLAIN = (NoneType, bool, int, float, complex, str, Tensor, torch.dtype, type)
 def critic_list(
     qvalue_network: TensorDictModule | Sequence[TensorDictModule], num_qvalue_nets: int | None
 ) -> list[TensorDictModule]:
-    """The critics of an ensemble, each with weights of its own; ValueError where they do not fit."""
+    """The critics of an ensemble, each with its own weights; raises ValueError if they do not fit together."""
     copied = False
     several = isinstance(qvalue_network, (list, tuple, nn.ModuleList))
     for critic in qvalue_network if several else [qvalue_network]:
@@ -97,7 +97,7 @@ def check_untied(critic: nn.Module) -> None:
 
 
 def stack_critics(loss: LossModule, critics: list[TensorDictModule], delay_qvalue: bool) -> None:
-    """Stacks the critics' weights into a loss's parameters ``(num_critics, ...)``, each critic keeping its own.
+    """Stacks the critics' weights into parameters ``(num_critics, ...)`` of a loss; each critic keeps its own.
 
     Args:
         loss: gets ``qvalue_network`` and ``qvalue_network_params``, and target parameters.
@@ -118,8 +118,8 @@ def stack_critics(loss: LossModule, critics: list[TensorDictModule], delay_qvalu
     if len(critics) > 1:
         loss.convert_to_functional(critics, "qvalue_network", **options)
         return
-    # TorchRL expands a list of one where it stacks a longer one, which leaves no parameter to train. A single module
-    # gets parameters, but with weights drawn anew: it gets its own back.
+    # TorchRL expands a list of one critic instead of stacking it, which leaves no parameter to train. A single module
+    # becomes parameters, but with redrawn weights, so its own weights are copied back.
     weights = TensorDict.from_module(critics[0]).data.clone().unsqueeze(0)
     frozen = [tuple(path.split(".")) for path, weight in first.named_parameters() if not weight.requires_grad]
     loss.convert_to_functional(critics[0], "qvalue_network", **options)
@@ -131,10 +131,10 @@ def stack_critics(loss: LossModule, critics: list[TensorDictModule], delay_qvalu
 
 
 def unstack_critics(critic: TensorDictModule, params: TensorDictBase, live: bool) -> list[TensorDictModule]:
-    """Modules like ``critic`` with one part each of stacked parameters, on their memory or on copies of it.
+    """Modules like ``critic``, each with one slice of the stacked parameters, sharing their memory or copied.
 
-    Live ones ask for no gradient; of copies those parameters do that are trained where they come from. Their value head
-    is that of ``critic``, which reads the outputs of all: live ones share it, copies have it as it is now.
+    Live modules require no gradient; in copies, exactly the parameters that the loss trains do. The value head is that
+    of ``critic``, which reads the outputs of all: live modules share it, copies get a copy of its current state.
     """
     head: Any = own_head(getattr(critic, "module", None))
     critics = []
@@ -153,9 +153,9 @@ def unstack_critics(critic: TensorDictModule, params: TensorDictBase, live: bool
 
 
 def redrawn_weights(critics: Sequence[TensorDictModule]) -> TensorDictBase:
-    """Weights drawn anew by the layers' own initialisers, stacked.
+    """Weights redrawn by the layers' own initialisers, stacked.
 
-    Of one critic at a time: of stacked weights an initialiser takes the first dimension for a part of its fan.
+    Redrawn one critic at a time: an initialiser would count the first dimension of stacked weights in the fan.
     """
     for critic in critics:
         critic.reset_parameters_recursive()
@@ -163,9 +163,9 @@ def redrawn_weights(critics: Sequence[TensorDictModule]) -> TensorDictBase:
 
 
 def critic_head(critics: Sequence[TensorDictModule]) -> ValueHead | None:
-    """The value head that the critics share, None if they have none; ValueError where it could not be used.
+    """The value head that the critics share, None if they have none; raises ValueError if it cannot be used.
 
-    The loss reads the outputs of all critics by the first one's head.
+    The loss applies the first critic's head to the outputs of all critics.
     """
     for critic in critics:
         inside = [m for m in critic.modules() if own_head(m) is not None]
@@ -181,8 +181,8 @@ def critic_head(critics: Sequence[TensorDictModule]) -> ValueHead | None:
             raise ValueError(f"the critics must have the same value head, got {heads}.")
     if isinstance(first, nn.Module) and any(parameter.requires_grad for parameter in first.parameters()):
         raise ValueError(
-            f"the value head {type(first).__name__} has weights, which would be trained apart from the critics'; give "
-            "them to the critic's outputs, and leave the head what turns outputs into a value."
+            f"the value head {type(first).__name__} has weights, which would be trained apart from the critics'; move "
+            "them into the critic's outputs, and keep in the head only what turns outputs into a value."
         )
     return first
 
@@ -193,19 +193,19 @@ def same_tensors(one: object, other: object) -> bool:
 
 
 def structure(value: Any, seen: set[int] | None = None) -> Any:
-    """All that a critic computes with but the numbers in its tensors, as ``first_difference`` compares it.
+    """All that determines what a critic computes but the numbers in its tensors, for ``first_difference``.
 
-    Other objects than modules, heads, functions and plain values count by their class alone.
+    Objects other than modules, heads, functions and plain values are compared by class alone.
     """
-    seen = set() if seen is None else seen  # what was met before, as in a circle
-    value = getattr(value, "_orig_mod", value)  # of a compiled module, which carries a number of its own
+    seen = set() if seen is None else seen  # objects met before, in case of a cycle
+    value = getattr(value, "_orig_mod", value)  # a compiled module carries a number of its own
     if isinstance(value, PLAIN):
         return value
     if isinstance(value, Mapping):
         return {key: structure(x, seen) for key, x in value.items()}
     if isinstance(value, (list, tuple)):
         return [structure(x, seen) for x in value]
-    if isinstance(value, BuiltinFunctionType):  # not by its object, a method of a dictionary say
+    if isinstance(value, BuiltinFunctionType):  # without the object of a method, such as a dictionary
         return value.__qualname__
     if id(value) in seen:
         return "..."
@@ -213,7 +213,7 @@ def structure(value: Any, seen: set[int] | None = None) -> Any:
     if isinstance(value, FunctionType):
         held = [cell.cell_contents for cell in value.__closure__ or ()]
         return [value.__code__, *structure([held, value.__defaults__, value.__kwdefaults__], seen)]
-    kind = {"class": type(value).__qualname__}  # by its name: parametrised layers have a class each
+    kind = {"class": type(value).__qualname__}  # by name: each parametrised layer has its own class
     if isinstance(value, nn.Module):
         attributes = {name: x for name, x in vars(value).items() if name not in BOOKKEEPING}
         tensors = dict(value.named_parameters(recurse=False)) | dict(value.named_buffers(recurse=False))
@@ -222,17 +222,18 @@ def structure(value: Any, seen: set[int] | None = None) -> Any:
 
 
 def own_head(module: object) -> ValueHead | None:
-    # A TensorDictModule passes on the attributes of the module inside.
+    # A TensorDictModule exposes the attributes of the module inside.
     head = None if isinstance(module, TensorDictModuleBase) else getattr(module, "head", None)
     return head if isinstance(head, ValueHead) else None
 
 
 def batch_normalizers(network: nn.Module, delay_qvalue: bool) -> list[BatchRenorm]:
-    """The layers of a critic that normalise by batch statistics, set to evaluation.
+    """The layers of a critic that normalise by batch statistics, set to evaluation mode.
 
     Raises:
-        ValueError: if there are any and target critics, whose running statistics nobody would keep, or layers of
-            PyTorch's, for which the second of several batch dimensions is the features.
+        ValueError: if there are such layers and also target critics, whose running statistics nothing would update, or
+            if there are PyTorch's own batch normalisation layers, which take the second of several batch dimensions for
+            the features.
     """
     for layer in network.modules():
         if isinstance(layer, _BatchNorm):
@@ -254,13 +255,13 @@ def batch_normalizers(network: nn.Module, delay_qvalue: bool) -> list[BatchRenor
 def ensemble_outputs(
     critic: TensorDictModule, tensordict: TensorDictBase, params: TensorDictBase, key: NestedKey, vmap: str | None
 ) -> Tensor:
-    """What the value head reads, of every critic: ``(num_critics, *B, num_outputs)``.
+    """What the value head reads from every critic: ``(num_critics, *B, num_outputs)``.
 
     Args:
-        critic: the module that the parameters are put into.
+        critic: the module into which the parameters are put.
         tensordict: its input, batch size ``(*B)``.
         params: stacked parameters.
-        key: what critics without a head of their own write.
+        key: the entry that critics without a head write.
         vmap: randomness of ``torch.vmap`` over the critics; None runs them one after another.
     """
 
@@ -290,15 +291,15 @@ def joint_outputs(
     mask: Tensor | None,
     vmap: str | None,
 ) -> Tensor:
-    """Outputs ``(num_critics, 2, *B, num_outputs)`` for two inputs in one forward, by the statistics of both.
+    """Outputs ``(num_critics, 2, *B, num_outputs)`` for two inputs in one forward, with the statistics of both.
 
     CrossQ's forward (Bhatt et al. 2024, arXiv 1902.05605 version 3, section 3.1): replayed and next state-action pairs
-    are differently distributed, and statistics of one would be wrong for the other. The running statistics are changed
-    in place, inside the stacked parameters.
+    have different distributions, so the statistics of one would be wrong for the other. The running statistics inside
+    the stacked parameters are updated in place.
 
     Args:
         critic: as in ``ensemble_outputs``.
-        layers: its batch normalisers, which are in training for this one forward.
+        layers: its batch normalisers, which are in training mode for this one forward.
         inputs: two inputs, each of batch size ``(*B)``.
         params: stacked parameters.
         key: as in ``ensemble_outputs``.

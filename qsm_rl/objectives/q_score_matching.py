@@ -25,63 +25,68 @@ class QScoreMatchingLoss(DiffusionActorCriticLoss):
     r"""Q-score matching: fits the critics by temporal differences and the denoiser to their action gradient.
 
     Psenka, Escontrela, Abbeel, Ma, "Learning a Diffusion Model Policy from Rewards via Q-Score Matching", ICML 2024
-    (arXiv 2312.11752), algorithm 1. The critics regress onto ``r + gamma min_k Q_k(s', a')`` with the target critics at
-    ``a'``, a real sample of the actor (also though TorchRL runs losses under deterministic exploration). The actor's
-    predicted noise at a noised replay action regresses onto a score target made from the critics, by default the
-    authors' ``-50 dQ/da``. Nothing is differentiated through the sampling chain.
+    (arXiv 2312.11752), algorithm 1. The critics regress onto ``r + gamma min_k Q_k(s', a')``, with the minimum over the
+    target critics and ``a'`` a real sample of the actor (even though TorchRL runs losses under deterministic
+    exploration). The actor's predicted noise at a noised replay action regresses onto a score target made from the
+    critics, by default the authors' ``-50 dQ/da``. Nothing is differentiated through the sampling chain.
 
-    The authors step the critics first and then the actor with the updated critics: ``qvalue_loss``, step,
-    ``SoftUpdate`` step, ``actor_loss``, step. ``forward`` computes both losses on the weights as they are.
+    The authors update the critics first, and then the actor with the updated critics: ``qvalue_loss``, step,
+    ``SoftUpdate`` step, ``actor_loss``, step. ``forward`` computes both losses on the current weights.
 
     Args:
         actor_network: the policy.
         qvalue_network: critics that read their observation keys and the action in environment units and write
             ``"state_action_value"`` ``(*B, 1)``. A list gives each critic with its own weights. A single module is the
-            first critic; the others are copies with weights drawn anew by the layers' own initialisers.
+            first critic; the others are copies whose weights the layers' own initialisers redraw.
 
     Keyword Args:
-        num_qvalue_nets: number of critics made of a single module, at least 1; for a list its length. Default 2.
+        num_qvalue_nets: number of critics made from a single module, at least 1, default 2; for a list, its length.
         score_target: how dQ/da becomes the target of the predicted noise; default ``ScaledQScore(50.0)``, the authors'.
-        score_critics: critics that the score target sees, ``"online"`` (the authors') or ``"target"`` (smoother); the
-            same without ``delay_qvalue``.
-        score_aggregation: over the critics in the score target, ``"mean"`` (the authors') or ``"min"`` (pessimistic).
-        bc_weight: alpha of behaviour cloning beside the score target, at least 0. Adds ``alpha mean((predicted noise -
-            noise)^2)`` of the same noised replay actions (Ho et al. 2020, arXiv 2006.11239, equation 14; beside a
-            critic Wang et al. 2023, arXiv 2208.06193, equation 3). Under squared errors the prediction then regresses
-            onto ``(score target + alpha noise) / (1 + alpha)``, which keeps the policy near the data: for offline data
-            and fine-tuning. Usual range 0.1 to 10 for targets about as long as the noise. Above 0 it becomes a buffer,
-            so that it can be scheduled; 0 (the authors') computes nothing.
-        loss_function: ``"l2"`` (the authors'), ``"l1"`` or ``"smooth_l1"``, for both losses; critics with a head of
-            their own, such as [`TwoHotHead`][qsm_rl.TwoHotHead], bring their loss.
-        target_aggregation: over the target critics in the TD target: ``"min"`` (the authors'), ``"mean"``, or a number
-            rho for ``mean - rho std`` (see [`aggregate_q_values`][qsm_rl.functional.aggregate_q_values]). The minimum
-            grows more pessimistic with the number of critics; usual range of rho 0 to 1, more is more pessimistic.
+        score_critics: critics that the score target sees, ``"online"`` (the authors') or ``"target"`` (smoother).
+            Without ``delay_qvalue``, both are the same.
+        score_aggregation: aggregation over the critics in the score target, ``"mean"`` (the authors') or ``"min"``
+            (pessimistic).
+        bc_weight: weight alpha of behaviour cloning alongside the score target, at least 0. Adds
+            ``alpha mean((predicted noise - noise)^2)`` on the same noised replay actions (Ho et al. 2020, arXiv
+            2006.11239, equation 14; together with a critic, Wang et al. 2023, arXiv 2208.06193, equation 3). With
+            squared errors, the prediction then regresses onto ``(score target + alpha noise) / (1 + alpha)``, which
+            keeps the policy near the data, for offline data and fine-tuning. Usual range 0.1 to 10 for targets about as
+            large as the noise. Above 0 it becomes a buffer, so that it can be scheduled; at 0 (the authors') nothing is
+            computed.
+        loss_function: ``"l2"`` (the authors'), ``"l1"`` or ``"smooth_l1"``, for both losses; critics with a head, such
+            as [`TwoHotHead`][qsm_rl.TwoHotHead], bring their own loss.
+        target_aggregation: aggregation over the target critics in the TD target: ``"min"`` (the authors'), ``"mean"``,
+            or a number rho for ``mean - rho std`` (see [`aggregate_q_values`][qsm_rl.functional.aggregate_q_values]).
+            The minimum grows more pessimistic with the number of critics; usual range of rho 0 to 1, where larger is
+            more pessimistic.
         target_action_noise_std: standard deviation, in box units, of the Gaussian noise added to the next action in the
-            TD target before it is clipped, at least 0. More smooths the critic over actions. The authors take 0.1.
-        entropy_bonus: what the next state's value earns for the entropy of the policy there, see
-            [`EntropyBonus`][qsm_rl.EntropyBonus]; None (the authors') for nothing.
-        delay_actor: whether the next action comes from a slowly following copy of the actor; the authors have none.
-        delay_qvalue: whether the TD target comes from slowly following copies of the critics (needs an updater such as
-            ``SoftUpdate``). False for critics that normalise over the batch, such as
-            [`QValueCrossQ`][qsm_rl.QValueCrossQ]: replayed and next state-action pairs then share one forward and its
-            statistics, and the running statistics serve everywhere else.
+            TD target before it is clipped, at least 0. More noise smooths the critic over actions. The authors use 0.1.
+        entropy_bonus: bonus that the next state's value earns for the policy's entropy there, see
+            [`EntropyBonus`][qsm_rl.EntropyBonus]; None (the authors') for no bonus.
+        delay_actor: whether the next action comes from a slowly updated copy of the actor; the authors use none.
+        delay_qvalue: whether the TD target comes from slowly updated copies of the critics (needs an updater such as
+            ``SoftUpdate``). Pass False for critics that normalise over the batch, such as
+            [`QValueCrossQ`][qsm_rl.QValueCrossQ]: replayed and next state-action pairs then share one forward pass and
+            its statistics, and the running statistics are used everywhere else.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` over the batch.
         deactivate_vmap: whether the critics run one after another in a loop, which also compiles, rather than under
             vmap.
-        use_prioritized_weights: whether a ``"priority_weight"`` entry weights the samples; ``"auto"`` if there is one.
+        use_prioritized_weights: whether a ``"priority_weight"`` entry weights the samples; ``"auto"`` if the batch has
+            one.
 
     Output entries: ``loss_actor``, ``loss_qvalue`` (summed over critics) and detached scalars: ``q_value`` and
     ``target_value`` (means), ``td_error`` (mean over samples of the largest over critics), ``predicted_noise_norm`` and
-    ``score_target_norm`` (mean Euclidean norms), where there is such a thing ``entropy_bonus``, ``bc_error`` (means)
-    and ``target_clipped`` (share of TD targets beyond the value support), and for each diagnostic of the score target
-    its mean Euclidean norm (``q_score_norm``) or mean. The priority entry ``"td_error"`` ``(*B,)`` is written to the
-    input. Steps that a mask hides count for nothing; ``loss.loss_mask_key`` names it where it is another than TorchRL's
-    ``("collector", "mask")``, such as the ``"mask"`` that ``split_trajectories`` gives data from elsewhere.
+    ``score_target_norm`` (mean Euclidean norms); where they apply, ``entropy_bonus``, ``bc_error`` (means) and
+    ``target_clipped`` (share of TD targets beyond the value support); and for each diagnostic of the score target its
+    mean Euclidean norm (``q_score_norm``) or mean. The priority entry ``"td_error"`` ``(*B,)`` is written to the input.
+    Steps hidden by a mask are ignored. If the mask is not TorchRL's ``("collector", "mask")``, set
+    ``loss.loss_mask_key``, for example to the ``"mask"`` that ``split_trajectories`` adds to data from elsewhere.
 
     Raises:
         TypeError: if the actor is not a [`DiffusionActor`][qsm_rl.DiffusionActor], naming what it lacks.
         ValueError: for an unknown option, a negative noise, critics that share weights or do not fit
-            ``num_qvalue_nets``, lazy networks that were not run once, or batches whose shapes do not fit the networks.
+            ``num_qvalue_nets``, lazy networks that have not been run once, or batches whose shapes do not fit the
+            networks.
         KeyError: for a batch without one of the ``in_keys``.
 
     Examples:
@@ -188,13 +193,15 @@ class QScoreMatchingLoss(DiffusionActorCriticLoss):
         Returns:
             The loss, and detached ``noisy_action``, ``score_target``, ``predicted_noise``, each ``(*B, A)`` in box
             units, the score target's own diagnostics (``q_score``, dQ/da in box units, for gradient targets), and with
-            ``bc_weight`` ``bc_error`` ``(*B,)``; of a batch with a mask only the ``L`` live samples, ``(L, A)``.
+            ``bc_weight`` ``bc_error`` ``(*B,)``. For a batch with a mask, these hold only the ``L`` live samples,
+            ``(L, A)``.
         """
         batch, action, mask, weights = self.live_batch(tensordict)
         delayed = self.score_critics == "target" and self.delay_qvalue
         critic_params = self.target_qvalue_network_params if delayed else self.qvalue_network_params
-        # Fetched outside the closure: gradients are taken of the action alone, and torch.compile can follow. Neither
-        # ``data``, which vmap over agents refuses, nor ``detach``, which remembers where the weights once were.
+        # Detached outside the closure: gradients are taken with respect to the action alone, and torch.compile can
+        # trace it. Not by ``data``, which vmap over agents refuses, nor by the tensordict's own ``detach``, which
+        # remembers where the weights once were.
         critic_params = critic_params.apply(torch.Tensor.detach)
         actor = self.actor_network
         box, schedule = actor.box, actor.noise_schedule

@@ -1,4 +1,4 @@
-"""One diffusion actor inside and outside a loss."""
+"""One diffusion actor, shared by a loss and the code outside it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["SharedActorLoss"]
 
 
 class SharedActorLoss(LossModule):
-    """Base of the losses whose ``actor_network`` is the very actor that was given, trained and moved with the loss."""
+    """Base of the losses whose ``actor_network`` is the very actor passed in, trained and moved with the loss."""
 
     actor_network: DiffusionActor
     actor_network_params: TensorDictParams
@@ -33,7 +33,7 @@ class SharedActorLoss(LossModule):
         self.actor_network_params.to_module(self.actor_network, preserve_module_state=False)
 
     def _target_actor(self) -> AbstractContextManager:
-        """In this block ``actor_network`` holds the weights that the TD target samples with."""
+        """In this context ``actor_network`` holds the weights with which the TD target samples."""
         if not self.delay_actor:
             return nullcontext()  # its own, see _share_with_actor
         return self.target_actor_network_params.copy().to_module(self.actor_network, preserve_module_state=False)
@@ -52,10 +52,10 @@ class SharedActorLoss(LossModule):
             if isinstance(module, Float32Buffers)
             for buffer in module.buffers(recurse=False)
         ]
-        # The discount above all: 0.999 in bfloat16 is 1.
+        # Above all the discount: 0.999 in bfloat16 is 1.
         modules = [self] if self._value_estimator is None else [self, *self._value_estimator.modules()]
         own = [(module._buffers, name, value) for module in modules for name, value in module._buffers.items()]
-        # A batch moves a critic's running statistics by less than half precision can show.
+        # A batch moves a critic's running statistics by less than half precision can resolve.
         statistics = [
             (buffer, buffer.data)
             for path, layer in self.qvalue_network.named_modules()

@@ -13,7 +13,7 @@ Info = dict[str, Tensor]
 
 
 class TwoPartLoss(LossModule):
-    """Base of the losses that have ``qvalue_loss`` and ``actor_loss``: what both together return."""
+    """Base of the losses with ``qvalue_loss`` and ``actor_loss``; ``forward`` returns both together."""
 
     _out_keys: list[str] | None
 
@@ -28,12 +28,12 @@ class TwoPartLoss(LossModule):
 
     @property
     def out_keys_source(self) -> list[str]:
-        """All entries there are, whatever was selected: asked anew, since a score target may be exchanged."""
+        """All entries, whatever was selected; computed at each call, since a score target may be exchanged."""
         return ["loss_actor", "loss_qvalue", *self.diagnostic_keys]
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Both losses on the weights as they are.
+        """Both losses on the current weights.
 
         Args:
             tensordict: a batch with the entries of ``in_keys``, batch size ``(*B)``.

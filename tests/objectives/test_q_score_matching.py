@@ -517,7 +517,7 @@ def test_a_batch_that_does_not_fit_is_refused():
     for key in ("done", "terminated"):
         with pytest.raises(ValueError, match=f"'{key}'.* is of type torch.float32, expected bool"):
             loss(data.clone().set(("next", key), torch.zeros(4, 1)))
-    with pytest.raises(ValueError, match=r"Of several agents, give the batch the size \(4, 3\)"):
+    with pytest.raises(ValueError, match=r"For several agents, give the batch the size \(4, 3\)"):
         loss(data.clone().set("action", torch.zeros(4, 3, 2)))
     with pytest.raises(KeyError, match="the batch lacks next; it has action, observation"):
         loss(data.exclude("next"))

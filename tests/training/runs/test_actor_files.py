@@ -87,7 +87,7 @@ def test_of_an_actor_of_ones_own_the_weights_are_published(tmp_path, kind, norma
 @pytest.mark.parametrize("kind", [TanhActor, TanhGaussianActor])
 def test_an_actor_of_a_baseline_is_named_where_a_diffusion_policy_is_read(tmp_path, kind):
     kind(4, Bounded(-3.0, 3.0, (1,)), (8,)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"it is a {kind.__name__}, no diffusion policy.*load_actor"):
+    with pytest.raises(ValueError, match=f"it is a {kind.__name__}, not a diffusion policy.*load_actor"):
         DiffusionActor.from_pretrained(tmp_path)
     assert isinstance(load_actor(tmp_path), kind)
 
