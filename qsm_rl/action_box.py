@@ -107,7 +107,7 @@ class ActionBox(Float32Buffers):
         return action * ((self.high - self.low) / 2) + (self.high + self.low) / 2
 
     def clamp(self, action: Tensor) -> Tensor:
-        """Clips an action in environment units to the bounds, which also removes rounding errors of the affine map."""
+        """Clips an action in environment units to the bounds, which rounding in the affine map can exceed."""
         return action.clamp(self.low, self.high)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
