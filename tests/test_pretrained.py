@@ -72,7 +72,7 @@ def test_a_network_whose_layers_were_changed_is_refused_before_anything_is_writt
         with pytest.raises(ValueError, match="layers were changed after it was made"):
             actor.save_pretrained(tmp_path / "actor")
     lazy = DiffusionActor(ScoreMLP(None, 2), action_spec=Bounded(-1.0, 1.0, (2,)), noise_schedule=NoiseSchedule.vp(5))
-    with pytest.raises(ValueError, match="call the actor once on a batch before"):
+    with pytest.raises(ValueError, match="call the actor once on a batch first"):
         lazy.save_pretrained(tmp_path / "actor")
     assert not (tmp_path / "actor").exists()
 
