@@ -1,1 +1,1 @@
-"""What a run is told, and what it chooses by the machine."""
+"""A run's settings, and the choices that depend on the machine."""

@@ -1,4 +1,4 @@
-"""What the recipes of the baselines can be told beyond the shared settings."""
+"""Settings of the baseline recipes, beyond the shared ones."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ class SACConfiguration(TrainingConfiguration):
     """Settings of soft actor-critic."""
 
     compile: bool | Literal["auto"] = False
-    """Whether the update is compiled. TorchRL's loss of this algorithm is then compiled anew more often than pays."""
+    """Whether to compile the update. Usually not worth it here: TorchRL's loss for this algorithm is recompiled too
+    often."""
 
     num_critics: int = 2
-    """Critics of the ensemble, of which the minimum is taken. More are warier and cost time in proportion; usual range
-    2 to 10."""
+    """Number of critics in the ensemble, of which the minimum is taken. More is more pessimistic and costs time in
+    proportion; usual range 2 to 10."""
 
     entropy_temperature: float | None = None
-    """Weight of the policy's entropy, in units of Q; null tunes it towards target_entropy, beginning at 1. More keeps
+    """Weight of the policy's entropy, in units of Q; null starts at 1 and tunes it towards target_entropy. More keeps
     the policy wider; usual range 0.01 to 1."""
 
     target_entropy: float | None = None
-    """Entropy that the tuning aims at, in box units (where uniform actions have 0.69 for each number of the action);
-    null takes minus the number of actuators. Higher keeps the policy wider."""
+    """Entropy that the automatic tuning aims at, in box units (where uniform actions have 0.69 per action dimension);
+    null uses minus the number of action dimensions. Higher keeps the policy wider."""
 
     def __post_init__(self) -> None:
         """Checks every field.
@@ -43,25 +44,29 @@ class SACConfiguration(TrainingConfiguration):
 
 @dataclass(kw_only=True)
 class TD3Configuration(TrainingConfiguration):
-    """Settings of TD3. Noise is in box units: 1 is half the range of the action."""
+    """Settings of TD3.
+
+    Noise is in box units: 1 is half the range of the action.
+    """
 
     compile: bool | Literal["auto"] = False
-    """Whether the update is compiled. TorchRL's loss of this algorithm is then compiled anew more often than pays."""
+    """Whether to compile the update. Usually not worth it here: TorchRL's loss for this algorithm is recompiled too
+    often."""
 
     exploration_noise_std: float = 0.1
-    """Gaussian noise added to actions while collecting, in units of half the action range, then clipped. More explores
-    wider; usual range 0.05 to 0.3."""
+    """Standard deviation of the Gaussian noise added to actions during collection, in units of half the action range;
+    the result is clipped. More explores more widely; usual range 0.05 to 0.3."""
 
     target_action_noise_std: float = 0.2
-    """Gaussian noise added to the next action of the TD target, in units of half the action range, then clipped. More
-    smooths Q over actions; usual range 0 to 0.3."""
+    """Standard deviation of the Gaussian noise added to the next action in the TD target, in units of half the action
+    range; the result is clipped. More smooths Q over actions; usual range 0 to 0.3."""
 
     target_action_noise_clip: float = 0.5
-    """Largest size of that noise, in the same units."""
+    """Bound at which this noise is clipped, in the same units."""
 
     policy_delay: int = 2
-    """Updates of the critics for each update of the actor and the target networks. More lets the critics settle; usual
-    range 1 to 4."""
+    """Critic updates per update of the actor and the target networks. More lets the critics settle; usual range 1 to
+    4."""
 
     def __post_init__(self) -> None:
         """Checks every field.

@@ -1,4 +1,4 @@
-"""From the command line, a YAML file and a preset to one checked configuration."""
+"""Turns the command line, a YAML file and a preset into one checked configuration."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["CONFIGURATION_FILE", "parse_configuration", "saved_text"]
 
 CONFIGURATION_FILE = "config.yaml"
 LARGEST, DEEPEST = 1 << 20, 20  # bytes and levels of a YAML file
-NOT_SAVED = ("run_dir", "resume")  # where the run lies is no property of the run: config.yaml can start another one
+NOT_SAVED = ("run_dir", "resume")  # a run's location is not one of its settings: config.yaml can start another run
 
 Configuration = TypeVar("Configuration", bound=TrainingConfiguration)
 
@@ -39,15 +39,15 @@ def parse_configuration(
 ) -> Configuration:
     """Reads the configuration: flags override ``--config FILE``, which overrides the preset.
 
-    A flag that changes nothing beside the other settings is named in a line on stderr.
+    A flag that has no effect given the other settings is named in a line on stderr.
 
-    With ``--resume RUN_DIR`` everything comes from that run's config.yaml. Only ``--total_frames`` may be given beside
-    it, not smaller than before, and ``--stop_at_return``.
+    With ``--resume RUN_DIR`` all settings come from that run's config.yaml. Only ``--total_frames``, not smaller than
+    before, and ``--stop_at_return`` may be given with it.
 
     Args:
-        configuration_class: the dataclass whose fields are the flags, with its presets.
+        configuration_class: the dataclass that has the flags as fields, and the presets.
         arguments: the command line; ``sys.argv[1:]`` when not given.
-        description: what ``--help`` says first.
+        description: text at the top of ``--help``.
 
     Returns:
         The checked configuration.
@@ -72,7 +72,7 @@ def parse_configuration(
         values = configuration_class.preset_values(preset, env)
         configuration = configuration_class(**{**values, **given})
         for name, flag in configuration.without_effect().items():
-            # Files and the runs of a grid have every setting there is; a flag with a value of its own was meant.
+            # Files and the runs of a grid hold every setting; only a flag that changes a value was given on purpose.
             by_itself = values.get(name, _default(configuration_class, name))
             if getattr(configuration, name) != by_itself and _is_flag(name, arguments):
                 _warn(f"--{name} changes nothing without {flag}")
@@ -83,7 +83,7 @@ def parse_configuration(
 
 
 def saved_text(configuration: TrainingConfiguration) -> str:
-    """The configuration as YAML, as it is kept in a run folder and read back by ``--config``."""
+    """The configuration as YAML, in the form that a run folder stores and ``--config`` reads."""
     lines = [f"{name}: {json.dumps(value)}\n" for name, value in asdict(configuration).items() if name not in NOT_SAVED]
     return "".join(lines)
 
@@ -95,7 +95,7 @@ def _parser(configuration_class: type[TrainingConfiguration], description: str |
         "--config", action="config", help="YAML file with any of the settings below; flags override it."
     )
     parser.add_argument(  # jsonargparse's own prints without the preset's values
-        "--print_config", action="store_true", help="Print every setting that results, as YAML for --config, and exit."
+        "--print_config", action="store_true", help="Print all resulting settings as YAML for --config, and exit."
     )
     parser.add_class_arguments(configuration_class, skip={"logger"})
     parser.add_subclass_arguments(
@@ -103,14 +103,14 @@ def _parser(configuration_class: type[TrainingConfiguration], description: str |
         "logger",
         required=False,
         skip={"save_dir"},  # files go to the run's folder
-        help="One more logger beside metrics.csv and TensorBoard: a class of Lightning's such as WandbLogger, or the "
-        "path of any other; its arguments follow as --logger.NAME VALUE.",
+        help="One more logger in addition to metrics.csv and TensorBoard: a Lightning class such as WandbLogger, or the "
+        "import path of any other; its arguments follow as --logger.NAME VALUE.",
     )
     return parser
 
 
 def _parse(parser: ArgumentParser, arguments: list[str]) -> dict[str, Any]:
-    """What was given on the command line and in the YAML file, which was checked to be plain, without defaults."""
+    """The values given on the command line and in the YAML file (already checked to be plain), without defaults."""
     try:
         given = parser.parse_args(_config_first(arguments), defaults=False).as_dict()
     except ArgumentError as error:
@@ -127,7 +127,7 @@ def _is_flag(name: str, arguments: list[str]) -> bool:
 
 @cache
 def _warn(text: str) -> None:
-    """Once in a process: a grid reads the flags of each of its cells before it runs."""
+    """Prints a warning once per process: a grid parses the flags of each of its cells before it runs."""
     print(f"warning: {text}", file=sys.stderr)
 
 
@@ -140,7 +140,7 @@ def _config_files(arguments: list[str]) -> list[Path]:
 
 
 def _check_names(path: Path, parser: ArgumentParser) -> None:
-    """Refuses a file of settings with a name that there is not; passes one that is missing, which the parser reports.
+    """Refuses a settings file with an unknown name; lets a missing file pass, since the parser reports it.
 
     Raises:
         UserError: naming the file, who wrote it, and the setting.
@@ -160,7 +160,7 @@ def _check_names(path: Path, parser: ArgumentParser) -> None:
 
 
 def _check_preset(path: Path, preset: str | None) -> None:
-    """A file with the settings of one preset leaves nothing of another one, whose name the run would bear.
+    """Refuses ``--preset`` with a file of another preset, whose values would override everything but the name.
 
     Raises:
         UserError: if the file names another preset than the command line.
@@ -175,7 +175,7 @@ def _check_preset(path: Path, preset: str | None) -> None:
 
 
 def _config_first(arguments: list[str]) -> list[str]:
-    """Moves ``--config FILE`` to the front: later arguments win, and flags are to win wherever they stand."""
+    """Moves ``--config FILE`` to the front: later arguments win, and flags should win wherever they are."""
     front: list[str] = []
     rest: list[str] = []
     position = 0
@@ -190,7 +190,7 @@ def _config_first(arguments: list[str]) -> list[str]:
 
 
 def _readable(message: str, parser: ArgumentParser) -> str:
-    """The parser's message in the words of the command line, with the nearest flag for an unknown one."""
+    """The parser's message in the terms of the command line, with the closest flag for an unknown one."""
     message = re.sub(r'Parser key "(\w+)":\s*', r"--\1: ", message)
     message = re.sub(r"<class '(\w+)'>", r"\1", message)
     message = re.sub(r"Expected an? typing\.Literal\[(.*?)\]\. Got value:", r"expected one of \1, got", message)
@@ -265,10 +265,10 @@ def _resumed(parser: ArgumentParser, configuration_class: type[Configuration], g
 
 
 def check_plain_yaml(path: Path) -> None:
-    """Refuses a YAML file that is more than names and values, before anything reads it; passes what is no file.
+    """Refuses a YAML file with more than names and values, before anything reads it; lets anything but a file pass.
 
     Raises:
-        UserError: for tags, which can name code, aliases, which can grow beyond all memory, deep nesting, or a large
+        UserError: for tags, which can name code; aliases, which can expand beyond all memory; deep nesting; or a large
             file.
     """
     if not path.is_file():  # missing, which the parser reports, or a pipe
@@ -285,7 +285,7 @@ def check_plain_yaml(path: Path) -> None:
 
 
 def _written_by(path: Path) -> str:
-    """Which recipe and version of the package wrote a config.yaml, where it says so."""
+    """Which recipe and version of the package wrote a config.yaml, if it says so."""
     with path.open(encoding="utf-8", errors="replace") as file:
         head = file.read(400)
     recipe = re.search(r"^# python (recipes/\w{1,40}\.py) ", head, flags=re.MULTILINE)
@@ -296,7 +296,7 @@ def _written_by(path: Path) -> str:
 
 
 def _refuse_own_code(run_dir: Path, values: Any) -> None:
-    """A run names modules that are imported, for environments and loggers; none may come with the run's folder.
+    """A run names modules to import for its environment and logger; none of them may lie in the run's folder.
 
     Raises:
         UserError: naming the module.
@@ -308,7 +308,7 @@ def _refuse_own_code(run_dir: Path, values: Any) -> None:
     for top in (path.partition(".")[0] for path in paths):
         try:
             spec = importlib.util.find_spec(top) if top else None
-        except (ImportError, ValueError):  # which making the environment or the logger reports
+        except (ImportError, ValueError):  # reported when the environment or logger is made
             continue
         if spec and spec.origin and Path(spec.origin).resolve().is_relative_to(run_dir.resolve()):
             raise UserError(f"{run_dir} brings the module {top} with it, which is not run; move it elsewhere.")

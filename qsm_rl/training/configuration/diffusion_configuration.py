@@ -1,4 +1,4 @@
-"""What the recipes of diffusion policies can be told beyond the shared settings."""
+"""Settings of the diffusion policy recipes, beyond the shared ones."""
 
 from __future__ import annotations
 
@@ -17,73 +17,74 @@ __all__ = [
 
 @dataclass(kw_only=True)
 class DiffusionConfiguration(TrainingConfiguration):
-    """Settings of a diffusion policy and its critics, whatever trains them."""
+    """Settings of a diffusion policy and its critics, independent of how they are trained."""
 
     warmup_frames: int = 1_000
     """Frames of uniformly random actions before the first update, capped at a fifth of total_frames. More fills the
-    replay buffer with wider data and starts learning later; usual range 1,000 to 10,000."""
+    replay buffer with more diverse data and delays learning; usual range 1,000 to 10,000."""
 
     num_steps: int = 10
-    """Denoising steps T of the policy. More makes finer policies and costs time in acting and in TD targets; usual
-    range 5 to 20."""
+    """Denoising steps T of the policy. More allows finer policies but slows down acting and TD targets; usual range 5
+    to 20."""
 
     schedule: Literal["vp", "cosine", "linear"] = "cosine"
-    """How noise grows over the steps. linear is made for hundreds of steps."""
+    """How the noise grows over the denoising steps. linear is meant for hundreds of steps."""
 
     sampler: Literal["ddpm", "ddim"] = "ddpm"
-    """Reverse process: ddpm adds fresh noise at each step, ddim only at the start."""
+    """Reverse process: ddpm adds fresh noise at each step; ddim draws noise only at the start."""
 
     clip: Literal["sample", "clean", "none"] = "clean"
-    """What the sampler clips to the action bounds at each step: the sample (the QSM authors), the predicted clean
-    action, or nothing."""
+    """What the sampler clips to the action bounds at each step: sample (the sample itself, as the QSM authors do),
+    clean (the predicted clean action), or none."""
 
     sampler_temperature: float = 1.0
-    """Factor on the fresh noise of the ddpm sampler's steps, in acting and in TD targets. Below 1 is greedier, above 1
-    explores more; usual range 0.3 to 1."""
+    """Factor on the fresh noise that the ddpm sampler adds at each step, in acting and in TD targets. Below 1 is
+    greedier, above 1 explores more; usual range 0.3 to 1."""
 
     critic: Literal["mlp", "simba", "crossq"] = "crossq"
-    """Network of the critics. crossq: batch renormalisation in place of target critics (tau then means nothing), learns
-    from the fewest frames; its authors take critic_hidden_dims [2048, 2048] and policy_delay 3; mlp; simba: residual
-    blocks with layer norms, one for each of critic_hidden_dims, which must be equal, each eight times the work of a
-    layer, bears wider critics and more updates."""
+    """Network of the critics. crossq: batch renormalisation in place of target critics (tau then has no effect); learns
+    from the fewest frames; its authors use critic_hidden_dims [2048, 2048] and policy_delay 3. mlp: plain hidden
+    layers. simba: residual blocks with layer norms, one block per entry of critic_hidden_dims, which must all be equal;
+    a block costs eight times as much as a plain layer, but wider critics and more updates stay stable."""
 
     actor_learning_rate: float = 1e-3
-    """Adam's step size for the actor. Higher follows the critics faster and is less stable; usual range 3e-4 to
+    """Adam's learning rate for the actor. Higher follows the critics faster and is less stable; usual range 3e-4 to
     1e-3."""
 
     critic_learning_rate: float = 1e-3
-    """Adam's step size for the critics. Higher learns faster and is less stable; usual 1e-3 for crossq, 3e-4 for the
-    others."""
+    """Adam's learning rate for the critics. Higher learns faster and is less stable; usually 1e-3 for crossq and 3e-4
+    for the others."""
 
     critic_adam_beta1: float = 0.5
-    """Decay of the critics' momentum in Adam. Lower follows moving targets faster; usual 0.5 for crossq, 0.9 for the
-    others."""
+    """Adam's beta1 for the critics, the decay of its momentum. Lower follows moving targets faster; usually 0.5 for
+    crossq and 0.9 for the others."""
 
     target_aggregation: Literal["min", "mean"] | float = "mean"
-    """How the critics are joined in the TD target: min, mean, or a number rho for mean minus rho times their standard
-    deviation. min is the most cautious and learns later, mean is for critics that do not run away; min grows more
-    pessimistic with the number of critics; usual range of rho 0 to 1, more is more pessimistic."""
+    """How the TD target combines the critics: min, mean, or a number rho for the mean minus rho times their standard
+    deviation. min is the most cautious, learns later, and grows more pessimistic with the number of critics; mean suits
+    critics that do not diverge; a larger rho is more pessimistic, usual range 0 to 1."""
 
     critic_layer_norm: bool = True
-    """Whether mlp critics normalise before each activation. Keeps Q-values bounded away from the data."""
+    """Whether mlp critics apply layer normalisation before each activation. Keeps Q-values bounded away from the
+    data."""
 
     num_critics: int = 2
-    """Critics of the ensemble. More are steadier and cost time in proportion; usual range 2 to 10."""
+    """Number of critics in the ensemble. More is steadier and costs time in proportion; usual range 2 to 10."""
 
     exploration_noise_std: float = 0.1
-    """Gaussian noise added to actions while collecting, in units of half the action range, then clipped. More explores
-    wider; usual range 0 to 0.2."""
+    """Standard deviation of the Gaussian noise added to actions during collection, in units of half the action range;
+    the result is clipped. More explores more widely; usual range 0 to 0.2."""
 
     target_action_noise_std: float = 0.1
-    """Gaussian noise added to the next action of the TD target, in units of half the action range, then clipped. More
-    smooths Q over actions; usual range 0 to 0.2."""
+    """Standard deviation of the Gaussian noise added to the next action in the TD target, in units of half the action
+    range; the result is clipped. More smooths Q over actions; usual range 0 to 0.2."""
 
     policy_delay: int = 1
-    """Critic updates for each update of the actor. More saves time and lets the critics settle; usual range 1 to 3."""
+    """Critic updates per actor update. More saves time and lets the critics settle; usual range 1 to 3."""
 
     actor_ema: float | None = None
-    """Decay of an exponential moving average of the actor, used for evaluation and published; null uses the actor
-    itself. Higher is smoother and lags more; usual range 0.99 to 0.9999."""
+    """Decay of an exponential moving average of the actor, which is then evaluated and saved in place of the actor;
+    null uses the actor itself. Higher is smoother and lags more; usual range 0.99 to 0.9999."""
 
     def __post_init__(self) -> None:
         """Checks every field.
@@ -123,16 +124,16 @@ class DiffusionQLConfiguration(DiffusionConfiguration):
     """Settings of Diffusion-QL."""
 
     eta: float = 1.0
-    """Weight of Q, in units of its mean size, beside behaviour cloning. More is greedier; the paper takes 0.005 to 3.5
-    by task. Without behaviour cloning it changes nothing."""
+    """Weight of the Q term, which is divided by its mean size, relative to behaviour cloning. More is greedier; the
+    paper uses 0.005 to 3.5, depending on the task. Without behaviour cloning it has no effect."""
 
     bc_weight: float = 0.0
-    """Weight of behaviour cloning on the replayed actions. More keeps the policy nearer to them; 1 is the paper's,
-    which is offline, 0 the online variant."""
+    """Weight of behaviour cloning on the replayed actions. More keeps the policy closer to them; 1 is the paper's
+    offline setting, 0 the online variant."""
 
     delay_actor: bool = False
-    """Whether TD targets sample a slowly following copy of the actor, as the paper's do. Steadier, and later to
-    change."""
+    """Whether TD targets sample from a slowly following copy of the actor, as in the paper. Steadier, but slower to
+    adapt."""
 
     def __post_init__(self) -> None:
         """Checks every field.
@@ -146,7 +147,7 @@ class DiffusionQLConfiguration(DiffusionConfiguration):
         self._check("eta", self.eta > 0 or self.bc_weight > 0, "above 0 without --bc_weight, or nothing is learned")
 
     def without_effect(self) -> dict[str, str]:
-        """See the base class; the copy of the actor follows by tau, too."""
+        """See the base class; the delayed copy of the actor also follows at the rate tau."""
         idle = super().without_effect()
         if self.delay_actor:
             idle.pop("tau", None)
@@ -155,50 +156,52 @@ class DiffusionQLConfiguration(DiffusionConfiguration):
 
 @dataclass(kw_only=True)
 class PlainCriticsConfiguration(DiffusionConfiguration):
-    """Settings of a diffusion policy with plain critics and their target copies, as the field's baselines have them.
+    """Settings of a diffusion policy with plain critics and target critics, as in the field's baselines.
 
-    A policy gradient asks for values of Q away from the data, and nobody corrects critics of a data set there: both
-    learn more safely from these than from the other diffusion policies' critics.
+    A policy gradient queries Q away from the data, and in offline training nothing corrects the critics there. Both
+    learn more safely from these critics than from those of the other diffusion policies.
     """
 
     critic: Literal["mlp", "simba", "crossq"] = "mlp"
-    """Network of the critics. mlp, with target critics, is what has been tried here; simba: residual blocks with layer
-    norms; crossq: batch renormalisation in place of target critics, with which a policy gradient narrowed too early."""
+    """Network of the critics. mlp, with target critics, is the one tested here. simba: residual blocks with layer
+    norms. crossq: batch renormalisation in place of target critics; with it a policy gradient narrowed too early."""
 
     actor_learning_rate: float = 3e-4
-    """Adam's step size for the actor. Higher follows the critics faster and is less stable; usual range 1e-4 to
+    """Adam's learning rate for the actor. Higher follows the critics faster and is less stable; usual range 1e-4 to
     1e-3."""
 
     critic_learning_rate: float = 3e-4
-    """Adam's step size for the critics. Higher learns faster and is less stable; usual 3e-4, 1e-3 for crossq."""
+    """Adam's learning rate for the critics. Higher learns faster and is less stable; usually 3e-4, or 1e-3 for
+    crossq."""
 
     critic_adam_beta1: float = 0.9
-    """Decay of the critics' momentum in Adam. Lower follows moving targets faster; usual 0.9, 0.5 for crossq."""
+    """Adam's beta1 for the critics, the decay of its momentum. Lower follows moving targets faster; usually 0.9, or 0.5
+    for crossq."""
 
     target_aggregation: Literal["min", "mean"] | float = "min"
-    """How the critics are joined in the TD target: min, mean, or a number rho for mean minus rho times their standard
-    deviation. What they overrate is what such a policy is drawn to: the more cautious, the safer."""
+    """How the TD target combines the critics: min, mean, or a number rho for the mean minus rho times their standard
+    deviation. Such a policy is drawn to actions that the critics overestimate, so the more cautious choice is safer."""
 
 
 @dataclass(kw_only=True)
 class DiffusionPGConfiguration(PlainCriticsConfiguration):
-    """Settings of the policy gradient of the chain's likelihood.
+    """Settings of the policy gradient on the likelihood of the chain.
 
-    It asks for values of Q away from the data, not for their slope, and narrows too early with the other diffusion
-    policies' critics, rates and warm-up: its own are those of the baselines.
+    It queries values of Q away from the data, not their gradient. With the critics, learning rates and warm-up of the
+    other diffusion policies it narrows too early, so it uses those of the baselines.
     """
 
     warmup_frames: int = 10_000
     """Frames of uniformly random actions before the first update, capped at a fifth of total_frames. More fills the
-    replay buffer with wider data and starts learning later; usual range 5,000 to 25,000."""
+    replay buffer with more diverse data and delays learning; usual range 5,000 to 25,000."""
 
     num_samples: int = 4
-    """Chains sampled for each observation of an update, compared with each other. More is less noisy and costs time in
+    """Chains sampled per observation in an update and compared with each other. More is less noisy and costs time in
     proportion; usual range 4 to 16."""
 
     min_std: float = 0.1
-    """Floor of the noise of every reverse step in updates, in units of half the action range. Less is closer to the
-    acting policy and makes the gradient noisier; usual range 0.05 to 0.2."""
+    """Minimum standard deviation of the noise of every reverse step during updates, in units of half the action range.
+    Lower is closer to the acting policy and makes the gradient noisier; usual range 0.05 to 0.2."""
 
     def __post_init__(self) -> None:
         """Checks every field.

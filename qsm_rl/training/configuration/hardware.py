@@ -47,14 +47,15 @@ def available_cores() -> int:
 
 
 def limit_threads(device: torch.device, workers: int = 0) -> int:
-    """Limits PyTorch's threads to what small networks can use: one beside a GPU, at most four on the CPU.
+    """Limits PyTorch's threads to what small networks can use: one with a GPU, at most four on the CPU.
 
-    More only spin while they wait for each other. Each worker process has a core of its own as far as there are enough,
-    for a spinning thread and a worker on one core slow each other down. ``OMP_NUM_THREADS`` overrides it.
+    Further threads only spin while they wait for each other. As long as there are enough cores, each worker process is
+    left one, since a spinning thread and a worker on the same core slow each other down. ``OMP_NUM_THREADS`` overrides
+    the limit.
 
     Args:
         device: device of the networks.
-        workers: processes on this machine that collect meanwhile, one thread each.
+        workers: processes on this machine that collect at the same time, with one thread each.
 
     Returns:
         The number of threads.
@@ -66,11 +67,11 @@ def limit_threads(device: torch.device, workers: int = 0) -> int:
 
 
 def choose_arithmetic(config: Configuration, device: torch.device) -> Configuration:
-    """Replaces ``compile`` and ``precision`` where they are ``auto`` by what is fastest on this machine.
+    """Replaces ``auto`` in ``compile`` and ``precision`` by what is fastest on this machine.
 
-    The update is compiled where there is a compiler and enough updates follow to pay for the minute that it takes, and
-    then multiplies matrices in bfloat16 where the processor or GPU has instructions for it. The agents of several seeds
-    that share a GPU are not compiled. Where compiling does not work, standard error says why.
+    The update is compiled if there is a compiler and enough updates follow to pay for the minute that compiling takes.
+    It then multiplies matrices in bfloat16 if the processor or GPU has instructions for it. The agents of several seeds
+    that share a GPU are not compiled. If compiling does not work, the reason is printed on stderr.
 
     Args:
         config: the run's settings.
@@ -81,7 +82,7 @@ def choose_arithmetic(config: Configuration, device: torch.device) -> Configurat
         records them.
 
     Raises:
-        UserError: for tf32 on another device than a GPU.
+        UserError: for tf32 on a device that is not a GPU.
     """
     compile_update = config.compile
     if compile_update == "auto":
@@ -101,16 +102,16 @@ def choose_arithmetic(config: Configuration, device: torch.device) -> Configurat
 
 
 def set_products(precision: str, device: torch.device) -> None:
-    """Lets a GPU's float32 products be tf32 unless the precision is float32, for all of the process.
+    """Lets a GPU compute float32 products in tf32 unless the precision is float32, for the whole process.
 
-    Beside bfloat16 they lose nothing: the inputs of the last layers have fewer digits already.
+    With bfloat16 nothing is lost by this: the inputs of the last layers already have fewer digits.
     """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
 
 
 def _cannot_compile(device: torch.device) -> str | None:
-    """Why ``torch.compile`` does not work on this machine; None if it does. A compiler alone may lack headers."""
+    """Why ``torch.compile`` does not work on this machine; None if it does. A compiler may lack its headers."""
     try:
         torch.compile(torch.neg)(torch.ones(8, device=device))
     except RuntimeError as error:
@@ -119,7 +120,7 @@ def _cannot_compile(device: torch.device) -> str | None:
 
 
 def _multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the processor (AMX, AVX-512 BF16) or GPU multiplies matrices in bfloat16; else it would be slower."""
+    """Whether the processor (AMX, AVX-512 BF16) or GPU has bfloat16 products; others would be slower with it."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()

@@ -1,4 +1,4 @@
-"""What the recipe for offline data can be told."""
+"""Settings of the recipe for offline data."""
 
 from __future__ import annotations
 
@@ -13,32 +13,33 @@ __all__ = ["OfflineQSMConfiguration"]
 
 @dataclass(kw_only=True)
 class OfflineQSMConfiguration(PlainCriticsConfiguration):
-    """Settings of Q-score matching on a data set, and online behind it."""
+    """Settings of Q-score matching on a data set, with optional online training afterwards."""
 
     dataset: str = ""
-    """Transitions to learn from: minari:ID or d4rl:ID, which are downloaded, or a folder: of a run of the kit, or of a
-    TorchRL replay buffer's dumps."""
+    """Transitions to learn from: minari:ID or d4rl:ID, which are downloaded, or the folder of one of the kit's runs or
+    of a TorchRL replay buffer's dumps."""
 
     offline_updates: int = 100_000
-    """Updates on the data set before anything is collected, rounded up to a multiple of frames_per_batch. More learns
-    more from it, and can overfit a small one."""
+    """Updates on the data set before any frames are collected, rounded up to a multiple of frames_per_batch. More
+    learns more from the data set but can overfit a small one."""
 
     online_frames: int = 0
-    """Frames to go on with in the environment, one update each, new transitions beside the data set's."""
+    """Frames to collect in the environment afterwards, with one update each. The new transitions are added to those of
+    the data set. 0 trains offline only."""
 
     total_frames: int = 0
-    """Offline updates and online frames together, which --resume may raise; less than their sum counts as their sum."""
+    """Offline updates plus online frames; --resume may raise it. Values below their sum are raised to it."""
 
     warmup_frames: int = 0
-    """Always 0: the data set is there from the beginning."""
+    """Always 0, since the data set is available from the start."""
 
     score_temperature: float = 0.1
-    """Temperature of the normalised score target. Lower is greedier; usual range 0.03 to 1."""
+    """Temperature of the normalized score target. Lower is greedier; usual range 0.03 to 1."""
 
     bc_weight: float = 1.0
-    """Weight of behaviour cloning on the transitions' actions beside the score target. More keeps the policy nearer to
-    them, which offline data needs, since nothing corrects what the critics believe of other actions; usual range 0.1
-    to 10, 0 for none."""
+    """Weight of behaviour cloning on the actions of the transitions, added to the score target's loss. More keeps the
+    policy closer to them. Offline data needs this, because nothing corrects the critics' values of other actions; usual
+    range 0.1 to 10, 0 for none."""
 
     def __post_init__(self) -> None:
         """Checks every field.
@@ -48,11 +49,11 @@ class OfflineQSMConfiguration(PlainCriticsConfiguration):
         """
         self._check("offline_updates", self.offline_updates >= 1, "at least 1")
         self._check("online_frames", self.online_frames >= 0, "0 or more")
-        self.total_frames = max(self.total_frames, self.offline_updates + self.online_frames)  # below again, rounded
+        self.total_frames = max(self.total_frames, self.offline_updates + self.online_frames)  # again below, rounded
         super().__post_init__()
         self._check("dataset", bool(self.dataset), "minari:ID, d4rl:ID or a folder")
         if self.resume is None and self.dataset.partition(":")[0] not in ("minari", "d4rl"):
-            self.dataset = str(Path(self.dataset).absolute())  # --resume is called from anywhere
+            self.dataset = str(Path(self.dataset).absolute())  # --resume may be called from any folder
         self._check("score_temperature", self.score_temperature > 0, "above 0")
         self._check("bc_weight", self.bc_weight >= 0, "0 or more")
         for name, only in (("warmup_frames", 0), ("n_step", 1), ("updates_per_frame", 1), ("devices", 1)):

@@ -1,4 +1,4 @@
-"""What the QSM recipe can be told beyond the shared settings, and its presets."""
+"""Settings of the QSM recipe, beyond the shared ones, and its presets."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from qsm_rl.training.configuration.diffusion_configuration import DiffusionConfi
 
 __all__ = ["PRESETS", "QSMConfiguration"]
 
-# The fields' own defaults are the preset `default`. `paper` names the authors' settings whether or not they differ, so
-# that it stays as it is when a default changes. Read in the official code, settings of the environment included.
+# The fields' own defaults are the preset `default`. `paper` lists all of the authors' settings, even where they equal
+# the defaults, so that it does not change with them. They were read from the official code, including those of the
+# environment.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {
@@ -69,85 +70,87 @@ class QSMConfiguration(DiffusionConfiguration):
     presets: ClassVar[dict[str, dict[str, Any]]] = PRESETS
 
     preset: Literal["default", "paper"] = "default"
-    """Named set of values for everything not given otherwise: default (what works best) or paper (the authors'
-    settings)."""
+    """Named set of values for all settings that are not given explicitly: default (what works best) or paper (the
+    authors' settings)."""
 
     score_target: Literal["scaled", "boltzmann", "normalized", "posterior"] = "normalized"
-    """How the critics become the denoiser's target: scaled is the authors' -M_q dQ/da; boltzmann is -sigma_t dQ/da /
-    temperature; normalized is boltzmann with dQ/da divided by its mean size, one temperature for all reward scales;
-    posterior is exact at every noise level, from values of Q at many actions, and for few action dimensions."""
+    """How the denoiser's target is computed from the critics. scaled: the authors' -M_q dQ/da. boltzmann: -sigma_t
+    dQ/da / temperature. normalized: as boltzmann, with dQ/da divided by its mean size, so that one temperature suits
+    all reward scales. posterior: exact at every noise level, from the values of Q at many actions; for few action
+    dimensions."""
 
     score_scale: float = 50.0
-    """M_q of the scaled target. Larger is greedier and has to fit the size of the rewards; 50 is the authors', 120 on
-    dm_control's quadruped-walk and humanoid-walk."""
+    """M_q of the scaled target. Larger is greedier; it has to match the size of the rewards. The authors use 50, and
+    120 on dm_control's quadruped-walk and humanoid-walk."""
 
     score_temperature: float = 0.1
-    """Temperature of the policy exp(Q / temperature), for all but the scaled target. Lower is greedier. boltzmann: in
+    """Temperature of the policy exp(Q / temperature), for all targets except scaled. Lower is greedier. boltzmann: in
     units of Q; normalized: usual range 0.03 to 0.3; posterior: in units of the spread of Q over actions, usual range
     0.05 to 0.5."""
 
     score_sigma: bool = True
-    """Whether the normalized target carries the factor sigma_t. Without it the pull towards high Q is the same at every
-    noise level, as in the authors' target."""
+    """Whether the normalized target includes the factor sigma_t. Without it, the pull towards high Q is the same at
+    every noise level, as in the authors' target."""
 
     score_spread: float | None = None
-    """Spread of the policy's actions that score_temperature tunes itself to: their standard deviation at one
-    observation, in units of half the action range; null keeps the temperature. Larger explores more; usual range 0.1 to
-    0.4 (uniformly random actions have 0.58). Not for the scaled target."""
+    """Target for tuning score_temperature automatically: the standard deviation of the policy's actions at one
+    observation, in units of half the action range; null keeps the temperature fixed. Larger explores more; usual range
+    0.1 to 0.4 (uniformly random actions have 0.58). Not available for the scaled target."""
 
     score_particles: int = 64
-    """Actions at which the posterior target evaluates the critics. More is less noisy and costs time; usual range 32
-    to 512."""
+    """Number of actions at which the posterior target evaluates the critics. More is less noisy and costs time; usual
+    range 32 to 512."""
 
     score_critics: Literal["online", "target"] = "online"
-    """Critics that dQ/da is taken from. target is smoother and lags behind; crossq has none."""
+    """Critics from which dQ/da is computed. target is smoother but lags behind; crossq has no target critics."""
 
     score_aggregation: Literal["mean", "min"] = "mean"
-    """How the critics are joined for dQ/da. min is more cautious."""
+    """How the critics are combined for dQ/da. min is more cautious."""
 
     bc_weight: float = 0.0
-    """Weight of behaviour cloning on the replayed actions beside the score target. More keeps the policy nearer to
-    them, for offline data and fine-tuning; usual range 0.1 to 10, 0 for none."""
+    """Weight of behaviour cloning on the replayed actions, added to the score target's loss. More keeps the policy
+    closer to those actions, for offline data and fine-tuning; usual range 0.1 to 10, 0 for none."""
 
     critic_bins: int | None = None
-    """Points of a value support for critics that classify (two-hot cross-entropy) where the others regress; null
-    regresses. Steadier where returns are large or noisy; usual range 51 to 255."""
+    """Number of points of the value support, for critics trained by classification (two-hot cross-entropy) instead of
+    regression; null uses regression. Steadier where returns are large or noisy; usual range 51 to 255."""
 
     critic_support: tuple[float, float] | None = None
-    """Ends of the value support; targets beyond are clipped to them, and train/target_clipped tells their share. Wide
-    is safe, narrow is finer: all discounted returns have to fit. null takes ten times the largest return that the
-    rewards of the warm-up could add up to, abs(reward) / (1 - gamma), on both sides of 0."""
+    """Lower and upper end of the value support; targets beyond it are clipped, and train/target_clipped logs their
+    share. Wide is safe, narrow is finer; all discounted returns have to fit. null takes, on both sides of 0, ten times
+    the largest return that the warm-up's rewards allow: the largest abs(reward) / (1 - gamma)."""
 
     critic_symlog: bool = True
-    """Whether the value support is fine near 0 and coarse far out, for returns of unknown size; otherwise even."""
+    """Whether the value support is fine near 0 and coarse further out, for returns of unknown size; false spaces it
+    evenly."""
 
     best_of: int = 1
-    """Actions sampled for each frame collected, of which the one with the largest mean Q is taken. More is greedier and
-    leans on the critics; 1 is the policy itself, usual range 1 to 16."""
+    """Actions sampled per collected frame, of which the one with the largest mean Q is taken. More is greedier and
+    relies more on the critics; 1 is the policy itself; usual range 1 to 16."""
 
     eval_best_of: int = 1
-    """The same for evaluation, beside that of the policy itself and logged apart as eval/best_of_N/return_mean;
-    eval/return_mean and the published actor are without it. 1 for none; usual range 4 to 64."""
+    """The same for an additional evaluation, logged as eval/best_of_N/return_mean; eval/return_mean and the saved actor
+    do not use it. 1 for none; usual range 4 to 64."""
 
     entropy_temperature: float | None = None
-    """Weight of the policy's entropy in the TD target, in units of Q; null gives none. More keeps the policy wider.
-    exp(Q / temperature), which --score_target boltzmann aims at, is the soft-optimal policy only if this is the same
-    temperature; usual range 0.001 to 0.1 of the size of Q."""
+    """Weight of the policy's entropy in the TD target, in units of Q; null leaves the entropy out. More keeps the
+    policy wider. The policy exp(Q / temperature), the aim of --score_target boltzmann, is soft-optimal only if both
+    temperatures are equal. Usual range 0.001 to 0.1 times the size of Q."""
 
     entropy_samples: int = 16
-    """Actions sampled in each next state to estimate that entropy. More is less noisy and costs time in proportion;
+    """Actions sampled in each next state to estimate this entropy. More is less noisy and costs time in proportion;
     usual range 8 to 64."""
 
     actor_learning_rate_decay: int | None = None
-    """Updates over which the actor's learning rate falls to zero along a cosine; null keeps it. 2,000,000 is the
-    authors'."""
+    """Number of updates over which the actor's learning rate falls to zero along a cosine; null keeps it constant. The
+    authors use 2,000,000."""
 
     actor_ema_acts: bool = False
-    """Whether the averaged actor also collects the frames, steadier and later to change."""
+    """Whether the averaged actor (--actor_ema) also collects the frames. Steadier, but slower to adapt."""
 
     @classmethod
     def preset_values(cls, preset: str, env: str) -> dict[str, Any]:
-        """The values that a preset fills in; the authors advise another ``score_scale`` on two tasks.
+        """The values that a preset fills in; on two tasks the authors recommend a different ``score_scale``.
 
         Examples:
             >>> QSMConfiguration.preset_values("paper", "dm_control/humanoid-walk")["score_scale"]

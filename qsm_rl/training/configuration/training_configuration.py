@@ -1,4 +1,4 @@
-"""What every recipe of the kit can be told, as one dataclass: fields, defaults, help and checks."""
+"""Settings that all recipes of the kit share, as one dataclass: fields, defaults, help and checks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COUNTS = (
 
 @dataclass(kw_only=True)
 class TrainingConfiguration:
-    """Settings shared by all off-policy recipes. A frame is one decision of the agent, one transition.
+    """Settings shared by all off-policy recipes. A frame is one decision of the agent, that is, one transition.
 
     A recipe's own settings are a dataclass derived from this one, which also names its ``presets``.
     """
@@ -33,142 +33,147 @@ class TrainingConfiguration:
     (needs the dmc extra)."""
 
     total_frames: int = 1_000_000
-    """Frames to train for. Locomotion takes 30,000 to show progress and 1,000,000 to settle."""
+    """Number of frames to train for. Locomotion takes 30,000 to show progress and 1,000,000 to settle."""
 
     seed: int = 0
-    """Seed of everything random. Report at least three seeds."""
+    """Seed of all random number generators. Report results over at least three seeds."""
 
     seeds: int = 1
-    """Independent runs with the seeds seed, seed + 1, ..., in folders seed_N of run_dir: on a CPU each a process of its
-    own with one thread, and the same command with their folder as --run_dir goes on with what was stopped; on a GPU,
-    where the recipe can, all in one process with stacked networks, to be resumed as one run."""
+    """Number of independent runs, with the seeds seed, seed + 1, ..., in folders seed_N of run_dir. On a CPU each run
+    is a process with one thread; to continue after an interruption, repeat the command with their parent folder as
+    --run_dir. On a GPU, where the recipe supports it, all run in one process with stacked networks and are resumed as
+    one run."""
 
     device: str = "auto"
-    """Where the networks and the replay buffer live: auto (a GPU when there is one), cpu, cuda, cuda:1."""
+    """Where the networks and the replay buffer live: auto (a GPU if there is one), cpu, cuda, cuda:1."""
 
     devices: int = 1
-    """Processes that train one model together, a GPU each where device is a GPU: every update averages their gradients,
-    so a batch is that many times batch_size. Each has num_envs environments and its share of replay_size; frames are
-    those of all."""
+    """Number of processes that train one model together, each on its own GPU where device is a GPU. Every update
+    averages their gradients, so the effective batch is devices times batch_size. Each process has num_envs environments
+    and its share of replay_size; frame counts are totals over all processes."""
 
     precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
-    """Arithmetic of the matrix products in updates: float32, tf32 (a GPU's float32 with factors of about three digits),
-    bfloat16 (about two and a half; weights, optimisers, outputs and losses stay float32), or auto: bfloat16 where the
-    processor or GPU is made for it and the update is compiled, else tf32 on such a GPU, else float32."""
+    """Arithmetic of the matrix products in updates: float32; tf32 (float32 on a GPU whose factors keep about three
+    digits); bfloat16 (about two and a half digits; weights, optimisers, outputs and losses stay float32); or auto,
+    which takes bfloat16 where the processor or GPU has instructions for it and the update is compiled, else tf32 on
+    such a GPU, else float32."""
 
     compile: bool | Literal["auto"] = "auto"
-    """Whether the update is compiled, which takes a minute before the first one: true, false, or auto: where there is a
-    compiler, if at least 5,000 updates follow."""
+    """Whether to compile the update, which takes a minute before the first one: true, false, or auto (compile if there
+    is a compiler and at least 5,000 updates follow)."""
 
     preset: str = "default"
-    """Named set of values for everything not given otherwise."""
+    """Named set of values for all settings that are not given explicitly."""
 
     run_dir: Path | None = None
-    """Folder of the run; null makes runs/RECIPE/ENV/TIME-sSEED. A folder that holds anything is refused."""
+    """Folder for the run; null creates runs/RECIPE/ENV/TIME-sSEED. A folder that is not empty is refused."""
 
     resume: Path | None = None
-    """Folder of a run to continue with all its settings; only --total_frames and --stop_at_return may be given beside
+    """Folder of a run to continue with all its settings; only --total_frames and --stop_at_return may be given with
     it."""
 
     eval_every: int = 10_000
-    """Frames between evaluations. More often gives a finer curve and costs time; training itself is the same."""
+    """Frames between evaluations. Lower gives a finer curve and costs time; training itself does not change."""
 
     eval_episodes: int = 5
-    """Episodes of one evaluation. More make the mean less noisy (5 to 20 are usual) and cost time."""
+    """Episodes per evaluation. More makes the mean less noisy and costs time; usual range 5 to 20."""
 
     eval_deterministic: bool = False
-    """Whether each evaluation also runs eval_episodes episodes of the deterministic policy, logged apart as
-    eval/deterministic/return_mean. It begins as the sampling one does, and costs its time again."""
+    """Whether each evaluation also runs eval_episodes episodes of the deterministic policy, logged separately as
+    eval/deterministic/return_mean. They start from the same seed as those of the sampling policy and take as long
+    again."""
 
     eval_video: bool = False
-    """Whether each evaluation films its first episode, as videos/frames-N.mp4 in the run folder. Needs the video extra
-    and a way to render, and takes seconds to minutes for an episode of 1,000 frames."""
+    """Whether to film the first episode of each evaluation, as videos/frames-N.mp4 in the run folder. Needs the video
+    extra and a way to render, and takes seconds to minutes for an episode of 1,000 frames."""
 
     stop_at_return: float | None = None
-    """Training ends behind the first evaluation whose eval/return_mean is at least this; null trains for total_frames.
-    More eval_episodes make it less a matter of luck."""
+    """Stop training after the first evaluation whose eval/return_mean is at least this value; null trains for
+    total_frames. More eval_episodes make the stop depend less on luck."""
 
     checkpoint_every: int = 5_000
-    """Frames between checkpoints, from which --resume continues to the bit. All environments are reset there, in
-    every run: keep it well above num_envs times the length of an episode. At most this many frames are lost by a
-    crash."""
+    """Frames between checkpoints. A crash loses at most this many frames, and --resume continues from the last
+    checkpoint exactly as the run would have gone on. Every checkpoint resets all environments, so keep this well above
+    num_envs times the length of an episode."""
 
     log_every: int = 1_000
-    """Frames between rows of metrics.csv and TensorBoard; a row is the average since the last one."""
+    """Frames between rows of metrics.csv and TensorBoard; each row averages over the frames since the previous one."""
 
     logger: dict[str, Any] | None = None
-    """One more logger: a class of Lightning's such as WandbLogger, or the path of any other, with its arguments as
+    """One more logger: a Lightning class such as WandbLogger, or the import path of any other, with its arguments as
     --logger.NAME VALUE; in YAML class_path and init_args. Its local files go to the run folder."""
 
     action_repeat: int = 1
-    """Simulator steps for each action, their rewards summed. More shortens the horizon; 1 is the paper's, 2 is usual
-    for dm_control."""
+    """Simulator steps for which each action is held, with their rewards summed. More shortens the horizon; the paper
+    uses 1, and 2 is usual for dm_control."""
 
     normalize_observation: bool = False
-    """Whether observations are shifted and scaled by their running mean and spread. Helps where their sizes differ by
-    orders of magnitude; unneeded for most MuJoCo tasks."""
+    """Whether to shift and scale observations by their running mean and standard deviation. Helps where features differ
+    by orders of magnitude; most MuJoCo tasks do not need it."""
 
     num_envs: int = 1
-    """Environments stepped together. More give more varied data and faster collection, with fewer policies tried in
-    all."""
+    """Environments stepped together. More gives more varied data and faster collection, but fewer versions of the
+    policy are tried in all."""
 
     frames_per_batch: int = 10
-    """Frames collected between two rounds of updates, rounded up to a multiple of num_envs. More is faster and acts
-    with older weights; 1 is the paper's with one environment, usual range 1 to 100."""
+    """Frames collected between two rounds of updates, rounded up to a multiple of num_envs. More is faster but acts
+    with older weights; the paper uses 1 with one environment; usual range 1 to 100."""
 
     num_workers: int = 0
-    """Processes that collect while this one updates, num_envs split over them, with weights that are one batch old; 0
-    collects in this process. Pays where collecting takes long; give --frames_per_batch of 16 num_envs or more."""
+    """Processes that collect frames while this one updates; num_envs is split over them, and their weights are one
+    batch old. 0 collects in this process. Pays off where collection is slow; use with --frames_per_batch of at least 16
+    times num_envs."""
 
     worker_backend: Literal["process", "ray"] = "process"
-    """Where workers run: process (on this machine) or ray (actors on the Ray cluster that RAY_ADDRESS names, or that
-    runs here; needs the ray extra)."""
+    """Where workers run: process (on this machine) or ray (actors on the Ray cluster that RAY_ADDRESS names or that is
+    running on this machine, else on a new one; needs the ray extra)."""
 
     warmup_frames: int = 10_000
     """Frames of uniformly random actions before the first update, capped at a fifth of total_frames. More fills the
-    replay buffer with wider data and starts learning later; usual range 1,000 to 25,000."""
+    replay buffer with more diverse data and delays learning; usual range 1,000 to 25,000."""
 
     updates_per_frame: float = 1.0
-    """Updates for each frame after the warm-up. More learns from fewer frames, costs time, and can overfit the critics;
+    """Updates per frame after the warm-up. More learns from fewer frames, costs time, and can overfit the critics;
     usual range 0.25 to 2."""
 
     replay_size: int = 1_000_000
-    """Transitions kept; the oldest are overwritten. Smaller forgets sooner; usual range 100,000 to 1,000,000."""
+    """Capacity of the replay buffer in transitions; the oldest are overwritten. Smaller forgets sooner; usual range
+    100,000 to 1,000,000."""
 
     replay_storage: str = "memory"
-    """Where the transitions lie: memory, disk (memory-mapped files in the run folder, for more than fits into memory),
-    or a folder for these files, such as /scratch/me on a fast local disk. They are removed at the end of the run; its
-    checkpoints hold the transitions too."""
+    """Where to keep the transitions: memory, disk (memory-mapped files in the run folder, for more than fits into
+    memory), or a folder for these files, such as /scratch/me on a fast local disk. The files are removed at the end of
+    the run; its checkpoints also hold the transitions."""
 
     batch_size: int = 256
-    """Transitions of one update. Larger is steadier and slower; usual range 128 to 1,024."""
+    """Transitions per update. Larger is steadier and slower; usual range 128 to 1,024."""
 
     actor_learning_rate: float = 3e-4
-    """Adam's step size for the actor. Higher learns faster and is less stable; usual range 1e-4 to 1e-3."""
+    """Adam's learning rate for the actor. Higher learns faster and is less stable; usual range 1e-4 to 1e-3."""
 
     critic_learning_rate: float = 3e-4
-    """Adam's step size for the critics. Higher learns faster and is less stable; usual range 1e-4 to 1e-3."""
+    """Adam's learning rate for the critics. Higher learns faster and is less stable; usual range 1e-4 to 1e-3."""
 
     actor_hidden_dims: tuple[int, ...] = (256, 256)
-    """Widths of the actor's hidden layers. Wider fits more and is slower; usual 256 to 512."""
+    """Widths of the actor's hidden layers. Wider fits more and is slower; usual range 256 to 512."""
 
     critic_hidden_dims: tuple[int, ...] = (256, 256)
-    """Widths of the critics' hidden layers. Wider fits more and is slower; usual 256 to 1,024."""
+    """Widths of the critics' hidden layers. Wider fits more and is slower; usual range 256 to 1,024."""
 
     gamma: float = 0.99
-    """Discount per frame. Higher looks further ahead with more variance; usual range 0.95 to 0.995."""
+    """Discount factor per frame. Higher looks further ahead, with more variance; usual range 0.95 to 0.995."""
 
     tau: float = 0.005
-    """Share of the critics that the target critics take over at each update. Higher follows faster and is less
-    stable; usual range 0.001 to 0.02."""
+    """Rate at which the target critics follow the critics: the fraction by which they move towards them at each update.
+    Higher follows faster and is less stable; usual range 0.001 to 0.02."""
 
     n_step: int = 1
-    """Rewards summed before the bootstrap. More carries rewards back faster and leans on old actions; usual range 1
-    to 5."""
+    """Number of rewards summed before bootstrapping from Q. More propagates rewards faster but relies more on old
+    actions; usual range 1 to 5."""
 
     gradient_clipping: float | None = None
-    """Largest norm of a gradient, for actor and critics each; null clips nothing. Lower is steadier and slower; usual
-    range 0.5 to 10."""
+    """Maximum gradient norm, for the actor and the critics separately; null does not clip. Lower is steadier and
+    slower; usual range 0.5 to 10."""
 
     def __post_init__(self) -> None:
         """Checks every field.
@@ -193,10 +198,10 @@ class TrainingConfiguration:
         named = self.replay_storage in ("memory", "disk") or os.sep in self.replay_storage
         self._check("replay_storage", named, "memory, disk, or a folder with a / in it")
         if os.sep in self.replay_storage:
-            self.replay_storage = str(Path(self.replay_storage).absolute())  # --resume is called from anywhere
+            self.replay_storage = str(Path(self.replay_storage).absolute())  # --resume may be called from any folder
         if self.devices > 1:
             self._check("device", ":" not in self.device, f"without an index for --devices {self.devices}")
-            # Each rank would normalise by statistics of its own.
+            # Each rank would normalise by its own statistics.
             self._check("normalize_observation", not self.normalize_observation, "false with several devices")
         self._check("tau", 0 < self.tau <= 1, "above 0 and at most 1")
         self._check(
@@ -209,7 +214,7 @@ class TrainingConfiguration:
 
     @property
     def capped_warmup(self) -> int:
-        """The warm-up of the run: at most a fifth of its frames, so that a short run learns something too.
+        """Warm-up frames of the run: at most a fifth of its frames, so that a short run also learns something.
 
         Examples:
             >>> TrainingConfiguration(warmup_frames=10_000, total_frames=2_000).capped_warmup
@@ -226,7 +231,7 @@ class TrainingConfiguration:
             )
             return
         self._check("num_envs", self.num_envs % workers == 0, f"a multiple of num_workers={workers}")
-        # Each worker would normalise by statistics of its own.
+        # Each worker would normalise by its own statistics.
         self._check("normalize_observation", not self.normalize_observation, "false with workers")
 
     @classmethod
@@ -234,7 +239,7 @@ class TrainingConfiguration:
         """The values that a preset fills in on an environment.
 
         Args:
-            preset: a key of ``presets``; nothing is filled in for another one, which the checks refuse.
+            preset: a key of ``presets``; any other name fills in nothing and is refused by the checks.
             env: environment id, for presets that depend on it.
 
         Returns:
@@ -243,7 +248,7 @@ class TrainingConfiguration:
         return dict(cls.presets.get(preset, {}))
 
     def without_effect(self) -> dict[str, str]:
-        """Settings that change nothing beside the others, each with the flag that would let it count."""
+        """Settings that have no effect given the others, each with the flag that would give it one."""
         return {}
 
     def _check(self, name: str, valid: bool, expected: str) -> None:
