@@ -1,4 +1,4 @@
-"""The Lightning training side, which all recipes share. Importing ``qsm_rl`` alone does not import it."""
+"""The Lightning training code that all recipes share. Importing ``qsm_rl`` alone does not import it."""
 
 from qsm_rl.training.configuration.baseline_configuration import SACConfiguration, TD3Configuration
 from qsm_rl.training.configuration.command_line import parse_configuration

@@ -1,4 +1,4 @@
-"""Errors that people can mend: reported in a line or two, without a traceback."""
+"""Errors that users can fix: reported in a line or two, without a traceback."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DENIED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT)
 
 
 class UserError(Exception):
-    """Something the user gave does not fit. The message names the value, what was expected, and the fix."""
+    """An input of the user is not valid. The message names the value, what was expected, and the fix."""
 
 
 class TrainingError(Exception):
@@ -47,13 +47,13 @@ def user_errors(*kinds: type[Exception]) -> Iterator[None]:
 
 @contextmanager
 def full_disk_errors(run_folder: Path) -> Iterator[None]:
-    """Says how a run goes on that a full disk has ended, whatever it was that found no room.
+    """Explains how to continue a run that a full disk has ended, whichever file could not be written.
 
     Args:
         run_folder: the run's folder.
 
     Raises:
-        TrainingError: in place of an ``OSError`` of a full disk or an exhausted quota.
+        TrainingError: in place of an ``OSError`` from a full disk or an exhausted quota.
     """
     try:
         yield
@@ -67,11 +67,11 @@ def full_disk_errors(run_folder: Path) -> Iterator[None]:
 
 
 def exit_on_error(main: Callable[P, int]) -> Callable[P, NoReturn]:
-    """Makes a recipe's ``main`` a command, which exits with the code that ``main`` returns.
+    """Turns a recipe's ``main`` into a command that exits with the code that ``main`` returns.
 
-    A [`UserError`][qsm_rl.training.UserError] is printed on stderr without a traceback, and the code is 2; so are a
-    [`TrainingError`][qsm_rl.training.TrainingError] and what the file system denies, with code 1. Ctrl-C before
-    training has begun gives 130.
+    A [`UserError`][qsm_rl.training.UserError] is printed on stderr without a traceback, with exit code 2. A
+    [`TrainingError`][qsm_rl.training.TrainingError] and anything that the file system denies are printed in the same
+    way, with code 1. Ctrl-C before training has begun gives 130.
 
     Args:
         main: the recipe's entry point.

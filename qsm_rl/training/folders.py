@@ -1,4 +1,4 @@
-"""Folders for results, and locks on them, which end with the process that holds them, however that ends."""
+"""Folders for results, and locks on them, which are released when the process that holds them ends in any way."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["exclusive", "in_use", "make_folder", "take_lock"]
 
 
 def make_folder(folder: Path) -> Path:
-    """Makes a folder and those above it, where they are missing; returns it.
+    """Makes a folder, along with any missing parents, and returns it.
 
     Raises:
         UserError: if it cannot be made.
@@ -30,13 +30,13 @@ def make_folder(folder: Path) -> Path:
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """A block in which no other process enters such a block on the folder.
+    """A context that no other process can enter for the same folder at the same time.
 
     Args:
-        folder: made when missing.
+        folder: created if missing.
 
     Raises:
-        UserError: if another process is in one, or the folder cannot be made.
+        UserError: if another process is using the folder, or it cannot be made.
     """
     descriptor = os.open(make_folder(folder), os.O_RDONLY | os.O_DIRECTORY)
     if not take_lock(descriptor, folder):
@@ -51,12 +51,12 @@ def exclusive(folder: Path) -> Iterator[None]:
 def take_lock(file: TextIO | int, path: Path) -> bool:
     """Takes the lock of an open file or folder; False if another process holds it.
 
-    NFS locks a file only where it is open for writing, and no folder. Where there are no locks, a line on stderr says
-    so, and it counts as taken.
+    NFS locks files only if they are open for writing, and never folders. If the file system has no locks, a line on
+    stderr says so, and the lock counts as taken.
 
     Args:
-        file: the file, or a descriptor.
-        path: its path, for the line.
+        file: the open file, or a descriptor.
+        path: its path, for that line.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

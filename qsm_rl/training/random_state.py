@@ -1,4 +1,4 @@
-"""Random state: seeds derived from a run's seed, and blocks that leave the generators as they were."""
+"""Random state: seeds derived from a run's seed, and contexts that leave the generators unchanged."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ __all__ = ["derived_seed", "isolated_random_state", "seed_everything"]
 
 
 def derived_seed(seed: int, *purpose: int | str) -> int:
-    """A seed that depends on a run's seed and a purpose, the same in every process and version of Python.
+    """A seed that depends on a run's seed and a purpose only, the same in every process and Python version.
 
     Args:
         seed: the run's seed.
-        *purpose: what it is for, for example ``("training", frames)``.
+        *purpose: what the seed is for, for example ``("training", frames)``.
 
     Returns:
-        An integer from 0 to 2^31 - 1, which every library takes.
+        An integer from 0 to 2^31 - 1, a range that every library accepts.
 
     Examples:
         >>> derived_seed(0, "training", 5000) == derived_seed(0, "training", 5000) != derived_seed(0, "training", 10000)
@@ -33,7 +33,7 @@ def derived_seed(seed: int, *purpose: int | str) -> int:
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds the global generators of Python, NumPy and PyTorch, those of its GPUs included."""
+    """Seeds the global generators of Python, NumPy and PyTorch, including those of its GPUs."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -41,7 +41,7 @@ def seed_everything(seed: int) -> None:
 
 @contextmanager
 def isolated_random_state(seed: int) -> Iterator[None]:
-    """Seeds everything for a block, and puts the generators back behind it as if nothing had been drawn.
+    """Seeds everything inside a block and then restores the generators as if nothing had been drawn.
 
     Args:
         seed: seed of the global generators inside the block.

@@ -1,4 +1,4 @@
-"""Several processes that train one model: which of them this one is, and what they have to agree on."""
+"""Several processes (ranks) that train one model: the rank of this one, and what all have to agree on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = [
 
 
 def rank() -> int:
-    """Number of this process among those that train together, 0 where there is one.
+    """Number of this process among those that train together; 0 if it is the only one.
 
     Lightning starts the others with the same command and ``LOCAL_RANK`` in their environment, so it is known before
     they are connected.
@@ -32,20 +32,20 @@ def rank() -> int:
 
 
 def average_gradients(parameters: Iterable[Tensor]) -> None:
-    """Replaces the gradients by their mean over all ranks, equal on each to the bit; one message for all of them.
+    """Replaces the gradients by their mean over all ranks, bitwise equal on each, in a single message.
 
-    DistributedDataParallel's own hooks want one backward pass for each forward pass and would send the gradients of all
-    networks each time; an update has a pass for the critics and one for the actor.
+    DistributedDataParallel's own hooks expect one backward pass per forward pass and would send the gradients of all
+    networks each time. An update has one pass for the critics and one for the actor.
 
     Args:
-        parameters: what was differentiated; the same ones have a gradient on each rank.
+        parameters: the parameters that were differentiated; the same ones must have a gradient on every rank.
     """
     if _connected():
         _average([parameter.grad for parameter in parameters if parameter.grad is not None])
 
 
 def average_batch_statistics(module: nn.Module) -> None:
-    """Replaces running means and variances by their mean over all ranks, each of which has seen batches of its own."""
+    """Replaces running means and variances by their mean over all ranks, each of which has seen different batches."""
     if _connected():
         statistics = ("running_mean", "running_var")
         _average([buffer for name, buffer in module.named_buffers() if name.endswith(statistics)])
@@ -62,7 +62,7 @@ def _average(tensors: Sequence[Tensor]) -> None:
 
 
 def gather_rows(tensor: Tensor, dim: int = 0) -> Tensor:
-    """The tensors of all ranks joined along a dimension, the same on each; equal shapes."""
+    """The tensors of all ranks, of equal shapes, concatenated along a dimension; the same on each rank."""
     if not _connected():
         return tensor
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
@@ -71,7 +71,7 @@ def gather_rows(tensor: Tensor, dim: int = 0) -> Tensor:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """The values of all ranks, in their order."""
+    """The values of all ranks, in rank order."""
     if not _connected():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -80,7 +80,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def from_rank_zero(data: TensorDictBase) -> TensorDictBase:
-    """The data of rank 0, which may have another size than this rank's; on this rank's device."""
+    """The data of rank 0, on this rank's device; its size may differ from this rank's data."""
     if not _connected():
         return data
     values = [data.cpu()]

@@ -103,8 +103,8 @@ def _parser(configuration_class: type[TrainingConfiguration], description: str |
         "logger",
         required=False,
         skip={"save_dir"},  # files go to the run's folder
-        help="One more logger in addition to metrics.csv and TensorBoard: a Lightning class such as WandbLogger, or the "
-        "import path of any other; its arguments follow as --logger.NAME VALUE.",
+        help="One more logger in addition to metrics.csv and TensorBoard: a Lightning class such as WandbLogger, or "
+        "the import path of any other; its arguments follow as --logger.NAME VALUE.",
     )
     return parser
 

@@ -1,4 +1,4 @@
-"""Checkpoint files: written whole or not at all, the last two kept, read without running code."""
+"""Checkpoint files: written completely or not at all, the last two kept, read without running code."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class CheckpointFolder:
     """The checkpoints of one run, ``frames-<frames>.pt``.
 
     Args:
-        path: the folder. What killed processes left half written in it is passed over, as a living one's is.
+        path: the folder. Unfinished files in it, of killed or running processes, are ignored.
 
     Raises:
-        UserError: if it holds anything else than checkpoints and the replay buffer's folder.
+        UserError: if it holds anything other than checkpoints and the replay buffer's folder.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,7 +46,7 @@ class CheckpointFolder:
         """Writes a checkpoint and removes all but the newest two.
 
         Args:
-            frames: frames collected so far, the checkpoint's name.
+            frames: frames collected so far, which name the checkpoint.
             state: tensors, numbers, strings, and dictionaries and lists of them.
 
         Raises:
@@ -60,11 +60,11 @@ class CheckpointFolder:
             self._file(old).unlink()
 
     def frames(self) -> list[int]:
-        """Frame counts of the checkpoints there are, in ascending order."""
+        """Frame counts of the existing checkpoints, in ascending order."""
         return sorted(frames for path in self.path.glob("*") if (frames := _frames_of(path)) is not None)
 
     def newest(self) -> dict[str, Any]:
-        """The newest checkpoint that can be read; a line on stderr tells of each that cannot.
+        """The newest checkpoint that can be read; a line on stderr names each one that cannot.
 
         Raises:
             UserError: if there is none.
@@ -87,7 +87,7 @@ class CheckpointFolder:
             content = read_bounded(path, LARGEST)
             _check_archive(content)
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        except Exception as error:  # a broken file can make its readers raise anything
+        except Exception as error:  # readers can raise anything for a broken file
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(f"{path} cannot be read: {reason.rstrip('.')}.") from error
         if not isinstance(state, dict) or state.get("format") != FORMAT:
@@ -112,7 +112,7 @@ class CheckpointFolder:
         return states
 
     def remove_after(self, frames: int) -> None:
-        """Removes checkpoints beyond a frame count: a run that continues there writes them anew."""
+        """Removes checkpoints beyond a frame count; a run that continues from there writes them again."""
         for newer in [known for known in self.frames() if known > frames]:
             self._file(newer).unlink()
 
@@ -126,11 +126,11 @@ def _frames_of(path: Path) -> int | None:
 
 
 def _check_archive(content: bytes) -> None:
-    """Refuses what is no zip file of uncompressed parts, as PyTorch writes it, each whole.
+    """Refuses anything but a zip file of intact, uncompressed parts, which is what PyTorch writes.
 
     Raises:
-        ValueError: if it would unpack to more than it is, or a part is damaged.
-        zipfile.BadZipFile: if it is none, such as a bare pickle.
+        ValueError: if it would unpack to more than its own size, or a part is damaged.
+        zipfile.BadZipFile: if it is not a zip file, for example a bare pickle.
     """
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         parts = archive.infolist()

@@ -1,4 +1,4 @@
-"""Which collector a run uses: in this process, in worker processes, or in actors on a Ray cluster."""
+"""Chooses the collector of a run: in this process, in worker processes, or in actors on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ def make_collector(
     """The collector that the settings ask for.
 
     Args:
-        config: ``num_workers`` and ``worker_backend`` choose it.
-        environment: the training environments; stepped where there are no workers.
-        make_environment: makes a worker's environments, called with ``num_envs``.
+        config: the settings; ``num_workers`` and ``worker_backend`` choose the collector.
+        environment: the training environments; stepped only if there are no workers.
+        make_environment: makes the environments of a worker; called with ``num_envs``.
         acting: the policy that collects, exploration included.
         device: device of the policy.
         warmup_frames: frames of random actions before the policy acts.
-        cuda_graph: whether the policy acts by a CUDA graph, see ``CudaGraphPolicy``.
+        cuda_graph: whether the policy acts through a CUDA graph, see ``CudaGraphPolicy``.
 
     Returns:
-        Something to iterate over for batches ``(num_envs, T)``, with ``set_seed``, ``reset``, ``shutdown``,
+        An iterable of batches ``(num_envs, T)``, with ``set_seed``, ``reset``, ``shutdown``,
         ``requested_frames_per_batch`` and ``env``.
 
     Raises:
-        UserError: if Ray is asked for and is not installed, or has too few CPUs.
+        UserError: if Ray is requested and is not installed, or has too few CPUs.
     """
     if config.num_workers > 0:
         return WorkerCollector(
@@ -66,17 +66,17 @@ def make_collector(
         trust_policy=True if cuda_graph else None,
         track_traj_ids=False,
         auto_register_policy_transforms=False,
-        # For one observation the policy is calls, hardly arithmetic. TorchRL's default runs the first call of each
-        # process eagerly, which draws other random numbers: a resumed run would differ.
+        # For a single observation the policy spends its time on calls, not on arithmetic. TorchRL's default runs the
+        # first call of each process eagerly, which draws different random numbers: a resumed run would differ.
         compile_policy={"warmup": 0} if config.compile and device.type == "cpu" else False,
     )
 
 
 def check_workers(config: TrainingConfiguration) -> None:
-    """Refuses a run whose workers cannot be had, before anything is written.
+    """Refuses a run whose workers cannot be started, before anything is written.
 
     Raises:
-        UserError: if Ray is asked for and is not installed.
+        UserError: if Ray is requested and is not installed.
     """
     if config.num_workers > 0 and config.worker_backend == "ray":
         check_ray()

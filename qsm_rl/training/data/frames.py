@@ -1,4 +1,4 @@
-"""The data set of online training: frames from a collector, cut where checkpoints are."""
+"""The data set of online training: frames from a collector, with trajectories cut at checkpoints."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ def period_ended(before: int, after: int, period: int) -> bool:
 class FramesDataset(IterableDataset[TensorDictBase]):
     """Batches of frames from a collector, until ``total_frames`` have been collected.
 
-    Every ``checkpoint_every`` frames, and where the run ends, the trajectories are cut: the last frame of the batch is
-    marked as truncated, and before the next one all random generators and environments are seeded with a seed that
-    depends on the run's seed and the frame count only, and the environments are reset. What follows a cut is
-    therefore a function of the networks, the replay buffer and the frame count, so a run resumed there goes on to the
-    bit as the uninterrupted one does, whose simulators need not be stored.
+    Every ``checkpoint_every`` frames, and at the end of the run, the trajectories are cut: the last frame of the batch
+    is marked as truncated. Before the next batch, all random generators and environments are seeded with a seed that
+    depends only on the run's seed and the frame count, and the environments are reset. Everything after a cut is
+    therefore a function of the networks, the replay buffer and the frame count. A run resumed there is bitwise
+    identical to the uninterrupted one, and the state of the simulators need not be stored.
 
-    Batches have the collector's shape ``(num_envs, T)``; ``("next", "episode_end")`` says where episodes really ended.
+    Batches have the collector's shape ``(num_envs, T)``; ``("next", "episode_end")`` marks where episodes really ended.
 
     Args:
         collector: collects ``frames_per_batch`` frames at a time, without end.
         seed: the run's seed.
         total_frames: frames of the whole run.
         checkpoint_every: frames between cuts.
-        first_frame: frames that an earlier process has collected; a cut.
-        num_ranks: processes that collect together, as many frames each; all of them are counted.
-        num_agents: independent agents that share the batches, each with environments of its own; the frames of one are
-            counted.
+        first_frame: frames that an earlier process has collected; must be a cut.
+        num_ranks: processes that collect together, each the same number of frames; the frames of all are counted.
+        num_agents: independent agents that share the batches, each with its own environments; the frames of one agent
+            are counted.
     """
 
     def __init__(
@@ -66,12 +66,12 @@ class FramesDataset(IterableDataset[TensorDictBase]):
         self.num_agents = num_agents
 
     def __len__(self) -> int:
-        """Number of batches; knowing it, Lightning fetches none ahead, and each is collected by the newest actor."""
+        """Number of batches. With it, Lightning does not prefetch, and the newest actor collects each batch."""
         frames = self.count(self.collector.requested_frames_per_batch)
         return max(0, -(-(self.total_frames - self.first_frame) // frames))
 
     def __iter__(self) -> Iterator[TensorDictBase]:
-        """Collects; draws no random numbers before its first batch is asked for."""
+        """Collects batches; draws no random numbers before the first one is requested."""
         batches = iter(self.collector)
         frames, cut = self.first_frame, True
         while frames < self.total_frames:
@@ -87,11 +87,11 @@ class FramesDataset(IterableDataset[TensorDictBase]):
             yield batch
 
     def count(self, numel: int) -> int:
-        """Frames that a batch of this rank's with ``numel`` of them counts for."""
+        """Number of frames for which a batch of ``numel`` frames on this rank counts."""
         return numel * self.num_ranks // self.num_agents
 
     def is_cut(self, before: int, after: int) -> bool:
-        """Whether the trajectories are cut behind a batch that took the frame count from ``before`` to ``after``."""
+        """Whether the trajectories are cut after a batch that took the frame count from ``before`` to ``after``."""
         return period_ended(before, after, self.checkpoint_every) or after >= self.total_frames
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Data sets of transitions: read from where they lie, checked against an environment, and played to the trainer."""
+"""Data sets of transitions: read, checked against an environment, and fed to the trainer in place of frames."""
 
 from __future__ import annotations
 
@@ -26,20 +26,23 @@ TOLERANCE = 1e-3  # in units of half the action range
 def read_dataset(
     name: str, environment: EnvBase, *, env: str | None = None, action_repeat: int | None = None
 ) -> TensorDict:
-    """Reads transitions and checks that they are an environment's.
+    """Reads transitions and checks that they fit an environment.
 
     Args:
-        name: ``minari:ID`` or ``d4rl:ID``, which are downloaded where they do not lie already (extra ``offline``); or a
-            folder: of a run of the kit, or of a TorchRL replay buffer's ``dumps``. Reading a folder runs no code in it.
-        environment: what the transitions should fit, from [`make_environment`][qsm_rl.training.make_environment].
-        env: id of the environment that the run of a folder has to have had; not compared when not given.
-        action_repeat: its simulator steps for each action; not compared when not given.
+        name: ``minari:ID`` or ``d4rl:ID``, which are downloaded unless they are on the disk already (extra
+            ``offline``); or a folder, either of one of the kit's runs or of a TorchRL replay buffer's ``dumps``.
+            Reading a folder runs no code in it.
+        environment: the environment that the transitions should fit, from
+            [`make_environment`][qsm_rl.training.make_environment].
+        env: environment id that the run in a folder must have used; not compared if not given.
+        action_repeat: number of simulator steps per action that this run must have used; not compared if not given.
 
     Returns:
-        Transitions ``(N,)``: observation, action, and next's observation, reward, done and terminated; float32.
+        Transitions ``(N,)``: ``observation``, ``action``, and under ``next`` ``observation``, ``reward``, ``done`` and
+        ``terminated``; numbers are float32.
 
     Raises:
-        UserError: if the data set or an extra is missing, or the data do not fit: naming what is there and what was
+        UserError: if the data set or an extra is missing, or the data do not fit; names what was found and what was
             expected.
     """
     kind, _, identity = name.partition(":")
@@ -51,13 +54,13 @@ def read_dataset(
 
 
 class DatasetCollector:
-    """Plays rows of a data set in place of an environment for so many frames, then collects.
+    """Plays rows of a data set in place of an environment for a number of frames, then collects.
 
     Args:
-        collector: collects behind them.
-        transitions: the data set, ``(N,)``; its rows come in order, again from the first behind the last.
+        collector: collects after them.
+        transitions: the data set, ``(N,)``; its rows come in order, starting again from the first after the last.
         offline_frames: rows to play.
-        first_frame: rows that an earlier process has played.
+        first_frame: number of rows that an earlier process has played.
     """
 
     def __init__(self, collector: Any, transitions: TensorDictBase, offline_frames: int, first_frame: int = 0) -> None:
@@ -70,7 +73,7 @@ class DatasetCollector:
         return getattr(self.collector, name)
 
     def __iter__(self) -> Iterator[TensorDictBase]:
-        """Batches ``(num_envs, T)`` as the collector's."""
+        """Batches ``(num_envs, T)``, as from the collector."""
         count = self.collector.requested_frames_per_batch
         num_envs = self.collector.env.batch_size[0]
         while self.position < self.offline_frames:
@@ -84,12 +87,12 @@ class DatasetCollector:
 
 
 class OfflineWriter(TransitionWriter):
-    """Lets the frames of a data set pass, which lies in the replay buffer already.
+    """Skips the frames of a data set, which are in the replay buffer already.
 
     Args:
         replay: replay buffer of single transitions.
-        offline_frames: frames to pass.
-        first_frame: frames that an earlier process has passed.
+        offline_frames: frames to skip.
+        first_frame: frames that an earlier process has skipped.
     """
 
     def __init__(self, replay: ReplayBuffer, *, offline_frames: int, first_frame: int = 0) -> None:
@@ -97,7 +100,7 @@ class OfflineWriter(TransitionWriter):
         self.left = offline_frames - first_frame
 
     def write(self, batch: TensorDictBase) -> None:
-        """Adds a batch ``(num_envs, T)``, unless it is the data set's."""
+        """Adds a batch ``(num_envs, T)``, unless it comes from the data set."""
         if self.left > 0:
             self.left -= batch.numel()
         else:
@@ -113,7 +116,7 @@ def _downloaded(kind: str, identity: str) -> TensorDictBase:
         ) from error
     except UserError:
         raise
-    except Exception as error:  # the readers let whatever their download or file raises through
+    except Exception as error:  # the readers pass on whatever their download or file raises
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
             f"--dataset {kind}:{identity} cannot be had; is its name right, and is there a network? ({reason})"
@@ -123,7 +126,7 @@ def _downloaded(kind: str, identity: str) -> TensorDictBase:
 def _from_folder(folder: Path, wanted: dict[str, Any]) -> TensorDictBase:
     if (folder / "checkpoints" / "replay").is_dir():
         state = CheckpointFolder(folder / "checkpoints").newest()
-        settings = state.get("run", {}).get("settings", {})  # which an early version's checkpoints lack
+        settings = state.get("run", {}).get("settings", {})  # missing in the checkpoints of an early version
         for name, value in wanted.items():
             if settings.get(name, value) != value:
                 raise UserError(
@@ -131,7 +134,7 @@ def _from_folder(folder: Path, wanted: dict[str, Any]) -> TensorDictBase:
                     "are those of another problem."
                 )
         rows: list[TensorDict] = []
-        # Processes that train together have a replay buffer each.
+        # Processes that train together each have a replay buffer.
         for number, manifest in enumerate(manifests_of_ranks(state)):
             rows += ReplayArchive.of_rank(folder / "checkpoints", number).rows(manifest)
         return torch.cat(rows)
@@ -146,7 +149,7 @@ def _from_folder(folder: Path, wanted: dict[str, Any]) -> TensorDictBase:
     try:
         count = json.loads((storage / "storage_metadata.json").read_text(encoding="utf-8"))["len"]  # of its capacity
         return TensorDict.load_memmap(storage)[: int(count)]
-    except Exception as error:  # a broken file can make its reader raise anything
+    except Exception as error:  # the reader can raise anything for a broken file
         raise UserError(f"--dataset {folder} cannot be read: {' '.join(str(error).split())[:300]}") from error
 
 

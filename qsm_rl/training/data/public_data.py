@@ -1,4 +1,4 @@
-"""Public collections of transitions by name: Minari's and D4RL's, in TorchRL's layout of entries."""
+"""Public data sets of transitions by name, from Minari and D4RL, with the entries that TorchRL uses."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ __all__ = ["read_d4rl", "read_minari"]
 
 
 def read_minari(identity: str) -> TensorDict:
-    """The transitions of a Minari data set, which is downloaded if it does not lie in Minari's folder yet.
+    """The transitions of a Minari data set, which is downloaded if it is not in Minari's folder yet.
 
-    Minari reads it: TorchRL 0.14's ``MinariExperienceReplay`` allocates its memory map behind the reading and returns
-    zeros.
+    Minari itself reads the data: TorchRL 0.14's ``MinariExperienceReplay`` allocates its memory map after reading and
+    returns zeros.
 
     Args:
         identity: Minari's id, as in ``mujoco/halfcheetah/medium-v0``.
 
     Returns:
-        Transitions ``(N,)``, episode behind episode.
+        Transitions ``(N,)``, one episode after another.
 
     Raises:
-        UserError: if the observations or actions are no vectors.
+        UserError: if the observations or actions are not vectors.
     """
     import minari
 
@@ -54,9 +54,9 @@ def read_d4rl(identity: str) -> TensorDictBase:
         identity: D4RL's id, as in ``hopper-medium-v2``.
 
     Returns:
-        Transitions ``(N,)``. The files do not hold what followed the last frame of an episode. Behind a terminated one
-        nobody asks; one that was cut off by time is left out, as D4RL's own ``qlearning_dataset`` does, since its
-        value would be learned from an observation that never was.
+        Transitions ``(N,)``. The files do not hold the observation that follows the last frame of an episode. After a
+        termination it is not needed. If the time limit ended the episode, that last frame is left out, as in D4RL's own
+        ``qlearning_dataset``, since its value would be learned from an observation that never occurred.
     """
     from torchrl.data.datasets import D4RLExperienceReplay
 
