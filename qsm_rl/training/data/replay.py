@@ -1,4 +1,4 @@
-"""From collected batches to the replay buffer, and the replay buffer to and from the disk."""
+"""Writes collected batches to the replay buffer, and saves and restores the replay buffer on disk."""
 
 from __future__ import annotations
 
@@ -22,26 +22,27 @@ from qsm_rl.training.errors import UserError
 
 __all__ = ["ReplayArchive", "TransitionWriter", "manifests_of_ranks", "row_bytes"]
 
-LARGEST_HEADER = 1 << 16  # bytes of a segment beside its rows
+LARGEST_HEADER = 1 << 16  # bytes of a segment besides its rows
 NEXT = ("observation", "reward", "done", "terminated")
 ENTRIES: tuple[str | tuple[str, str], ...] = ("observation", "action", *(("next", key) for key in NEXT))
 
-Frames = dict[str | tuple[str, str], Tensor]  # the entries of frames in the order of time, (num_envs, T, size) each
+Frames = dict[str | tuple[str, str], Tensor]  # the entries of frames in order of time, (num_envs, T, size) each
 
 
 class TransitionWriter:
-    """Turns collected batches into the transitions of a replay buffer, joining ``n_step`` of them where asked.
+    """Turns collected batches into the transitions of a replay buffer, joining ``n_step`` frames if requested.
 
     With ``n_step > 1`` a transition leads from its observation to the one ``n_step`` frames later, or to the end of the
-    episode; its reward is the discounted sum on the way and ``steps_to_next_obs`` its length, which TorchRL's value
-    estimators use for the discount. Where every trajectory of a batch ends with it, nothing is held back.
+    episode; its reward is the discounted sum of the rewards in between. ``steps_to_next_obs`` is its length, which
+    TorchRL's value estimators use for the discount. If every trajectory of a batch ends with the batch, no frames are
+    held back.
 
     Args:
         replay: replay buffer of single transitions.
-        n_step: frames joined, at least 1.
-        gamma: discount per frame.
-        agents: environments that belong to independent agents: a row then holds a transition of each, ``(num_envs,
-            size)``, in place of one of them.
+        n_step: number of frames joined, at least 1.
+        gamma: discount factor per frame.
+        agents: whether the environments belong to independent agents: a row then holds one transition of each agent,
+            ``(num_envs, size)``, instead of a single transition.
     """
 
     def __init__(self, replay: ReplayBuffer, *, n_step: int = 1, gamma: float = 0.99, agents: bool = False) -> None:
@@ -53,13 +54,13 @@ class TransitionWriter:
         self._next_count: Tensor | None = None  # step_count of the frames that would continue them
 
     def write(self, batch: TensorDictBase) -> None:
-        """Adds a batch ``(num_envs, T)`` in the order of time.
+        """Adds a batch ``(num_envs, T)`` in order of time.
 
         Args:
-            batch: what the collector returned; its last step may be marked as truncated. Where it does not go on where
-                the one before ended, since a worker was replaced, that one's end counts as truncated.
+            batch: what the collector returned; its last step may be marked as truncated. If it does not continue the
+                previous batch, because a worker was replaced, the end of that batch counts as truncated.
         """
-        # A frame is written between any two updates, so tensors go through here, not tensordicts.
+        # Frames are written between any two updates, so plain tensors are used here: tensordicts would be slower.
         frames: Frames = {key: batch.get(key) for key in ENTRIES}
         if self.n_step > 1 and (count := batch.get("step_count", None)) is not None:
             if self._held is not None and self._next_count is not None and not count[:, 0].equal(self._next_count):
@@ -71,10 +72,10 @@ class TransitionWriter:
         self._write(frames)
 
     def entries(self, batch: TensorDictBase) -> dict[str, Any]:
-        """Dtype and shape of each entry of a transition, as ``ReplayArchive.save`` describes them.
+        """Dtype and shape of each entry of a transition, in the form of ``ReplayArchive.save``.
 
         Args:
-            batch: a batch of the kind that [`write`][qsm_rl.training.TransitionWriter.write] gets, of any values.
+            batch: a batch like those passed to [`write`][qsm_rl.training.TransitionWriter.write], with any values.
         """
         found, agents = {}, list(batch.shape[:1]) if self.agents else []
         for key in ENTRIES:
@@ -101,15 +102,15 @@ class TransitionWriter:
 
 
 def _join_steps(frames: Frames, count: int, n_step: int, gamma: float) -> tuple[Frames, Tensor]:
-    """The first ``count`` of L frames with ``n_step`` rewards each, fewer where the episode ends before.
+    """The first ``count`` of L frames, each with ``n_step`` rewards, or fewer if the episode ends earlier.
 
-    TorchRL's MultiStepTransform gives the same at four times the cost for a single frame.
+    TorchRL's MultiStepTransform gives the same result at four times the cost for a single frame.
 
     Returns:
         The joined frames, and how many of them each one joins, ``(num_envs, count)``.
     """
     reward, done = frames["next", "reward"], frames["next", "done"]
-    missing = count + n_step - 1 - reward.shape[1]  # above 0 only behind the end of all episodes: never summed
+    missing = count + n_step - 1 - reward.shape[1]  # above 0 only past the end of all episodes: never summed
     if missing > 0:
         reward, done = (torch.cat([x, x[:, -1:].expand(-1, missing, -1)], 1) for x in (reward, done))
     total, goes_on = reward[:, :count], ~done[:, :count]
@@ -140,7 +141,7 @@ def row_bytes(entries: dict[str, Any]) -> int:
 
 
 def manifests_of_ranks(state: dict[str, Any]) -> list[dict[str, Any]]:
-    """The manifests of the replay buffers of all processes that trained together, in their order."""
+    """The replay buffer manifests of all processes that trained together, in rank order."""
     return [state["replay"], *state.get("replay_of_other_ranks", [])]
 
 
@@ -157,13 +158,13 @@ class Segment(NamedTuple):
 
 
 class ReplayArchive:
-    """A replay buffer on the disk, as files that are written once: each holds the rows added since the one before it.
+    """A replay buffer on disk, in files that are written once: each holds the rows added since the previous one.
 
-    Saving costs what the new rows cost, however large the buffer is. Restoring reads only the files that a manifest
-    names, checks them against it, and never unpickles; rows and write position are then as they were.
+    The cost of saving depends only on the new rows, however large the buffer is. Restoring reads only the files that a
+    manifest names, checks them against it, and never unpickles. It restores both the rows and the write position.
 
     Args:
-        folder: where the files lie.
+        folder: folder of the files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -172,18 +173,18 @@ class ReplayArchive:
 
     @classmethod
     def of_rank(cls, checkpoints: Path, rank: int) -> ReplayArchive:
-        """The archive in a run's folder of checkpoints that one of the processes writes which train together."""
+        """The archive of one of the processes that train together, in a run's folder of checkpoints."""
         return cls(checkpoints / ("replay" if rank == 0 else f"replay-rank-{rank}"))
 
     def save(self, replay: ReplayBuffer) -> dict[str, Any]:
-        """Writes the rows that are not on the disk yet.
+        """Writes the rows that are not on disk yet.
 
         Args:
             replay: a buffer of flat transitions with a tensor storage and a round-robin writer.
 
         Returns:
-            The manifest, plain numbers and strings: capacity, rows written since the run began, entries with dtype and
-            shape, and the segments that hold the buffer.
+            The manifest, in plain numbers and strings: capacity, rows written since the run began, entries with dtype
+            and shape, and the segments that hold the buffer.
 
         Raises:
             OSError: if the disk is full or not writable; earlier segments are untouched.
@@ -212,20 +213,20 @@ class ReplayArchive:
         }
 
     def restore(self, replay: ReplayBuffer, manifest: dict[str, Any], entries: dict[str, Any] | None = None) -> None:
-        """Fills an empty replay buffer as the manifest says.
+        """Fills an empty replay buffer from the files that a manifest names.
 
         Args:
-            replay: an empty buffer of the saved one's capacity.
+            replay: an empty buffer with the same capacity as the saved one.
             manifest: what [`save`][qsm_rl.training.ReplayArchive.save] returned.
             entries: dtype and shape of each entry that the run writes, see
-                [`TransitionWriter.entries`][qsm_rl.training.TransitionWriter.entries]; as the manifest says when not
+                [`TransitionWriter.entries`][qsm_rl.training.TransitionWriter.entries]; taken from the manifest if not
                 given.
 
         Raises:
-            UserError: if a file is missing, changed, malformed or none of ours, or the manifest does not fit the
-                buffer or the run.
+            UserError: if a file is missing, changed, malformed or foreign, or the manifest does not fit the buffer or
+                the run.
         """
-        saved = manifest["entries"] or entries  # of an empty buffer nothing is known
+        saved = manifest["entries"] or entries  # an empty buffer has no entries
         if entries is not None and (difference := first_difference(saved, entries, "replay")):
             raise UserError(f"the replay buffer in {self.folder} is of another environment or n_step: {difference}.")
         capacity, written = manifest["capacity"], manifest["written"]
@@ -240,13 +241,13 @@ class ReplayArchive:
         self._segments = [Segment(*map(int, segment)) for segment in manifest["segments"]]
 
     def rows(self, manifest: dict[str, Any]) -> Iterator[TensorDict]:
-        """The transitions of the saved buffer, the oldest first, those of a file at a time.
+        """The transitions of the saved buffer, the oldest first, one file at a time.
 
         Args:
             manifest: what [`save`][qsm_rl.training.ReplayArchive.save] returned.
 
         Raises:
-            UserError: if a file is missing, changed, malformed or none of ours.
+            UserError: if a file is missing, changed, malformed or foreign.
         """
         for found in sorted(self.folder.iterdir()) if self.folder.exists() else ():
             if not re.fullmatch(r"rows-\d{12}-\d{12}\.safetensors", found.name):
@@ -268,7 +269,7 @@ class ReplayArchive:
             raise UserError(f"the replay segments in {self.folder} end at row {expected}, expected {written}.")
 
     def prune(self, manifests: list[dict[str, Any]]) -> None:
-        """Removes segments that none of the given manifests names."""
+        """Removes the segments that none of the given manifests name."""
         kept = {Segment(*segment).name for manifest in manifests for segment in manifest["segments"]}
         for path in self.folder.glob("rows-*-*.safetensors"):
             if path.name not in kept:

@@ -1,4 +1,4 @@
-"""Where the replay buffer's rows lie: in memory, or in memory-mapped files whose space is reserved beforehand."""
+"""Storage of the replay buffer's rows: in memory, or in memory-mapped files whose space is reserved in advance."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ CHUNK = 1 << 24  # bytes written at a time
 
 
 class AgentsReplayBuffer(TensorDictReplayBuffer):
-    """A replay buffer whose rows hold a transition of each of N agents; each draws rows of its own.
+    """A replay buffer whose rows hold one transition of each of N agents; each agent samples its own rows.
 
     Args:
         num_agents: N.
-        **options: those of TorchRL's ``TensorDictReplayBuffer``.
+        **options: options of TorchRL's ``TensorDictReplayBuffer``.
     """
 
     def __init__(self, num_agents: int, **options: Any) -> None:
@@ -36,7 +36,7 @@ class AgentsReplayBuffer(TensorDictReplayBuffer):
         self.num_agents = num_agents
 
     def sample(self, batch_size: int | None = None, **options: Any) -> TensorDictBase:
-        """Transitions ``(B, N)``, those of agent n in column n."""
+        """Transitions ``(B, N)``, with those of agent n in column n."""
         size = (batch_size or self.batch_size, self.num_agents)
         device = self.storage.device
         rows, agents = torch.randint(len(self), size, device=device), torch.arange(self.num_agents, device=device)
@@ -45,14 +45,14 @@ class AgentsReplayBuffer(TensorDictReplayBuffer):
 
 
 class ReservedMemmapStorage(LazyMemmapStorage):
-    """TorchRL's memory-mapped storage, with all of its space on the disk taken before the first row is written.
+    """TorchRL's memory-mapped storage, with all its disk space reserved before the first row is written.
 
-    Its files are sparse, and where the disk fills up later, writing to one ends the process by SIGBUS, without an
+    TorchRL's own files are sparse: if the disk fills up later, writing to one ends the process by SIGBUS, without an
     error.
 
     Args:
-        max_size: rows.
-        folder: where the files lie; whatever an earlier process has left in it is removed.
+        max_size: number of rows.
+        folder: folder of the files; anything that an earlier process has left in it is removed.
     """
 
     def __init__(self, max_size: int, folder: Path) -> None:
@@ -74,12 +74,12 @@ class ReservedMemmapStorage(LazyMemmapStorage):
                     ) from error
 
     def remove(self) -> None:
-        """Removes the files; the storage is of no more use."""
+        """Removes the files; the storage cannot be used afterwards."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _reserve(file: BinaryIO, size: int) -> None:
-    """Takes the space of a new file on the disk."""
+    """Reserves the space of a new file on disk."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file.fileno(), 0, size)
         return
@@ -89,10 +89,10 @@ def _reserve(file: BinaryIO, size: int) -> None:
 
 
 def make_storage(config: TrainingConfiguration, run_folder: Path, device: torch.device) -> LazyTensorStorage:
-    """The storage that the settings ask for, of this rank's share of ``replay_size``.
+    """The storage that the settings choose, with this rank's share of ``replay_size``.
 
     Args:
-        config: ``replay_storage`` chooses it.
+        config: the settings; ``replay_storage`` chooses the storage.
         run_folder: the run's folder.
         device: device of a storage in memory.
     """
@@ -102,7 +102,7 @@ def make_storage(config: TrainingConfiguration, run_folder: Path, device: torch.
     name = f"replay-memmap-{rank()}"
     if config.replay_storage == "disk":
         return ReservedMemmapStorage(rows, run_folder / name)
-    # The same run finds its own leftovers, and no other one does.
+    # A name by which the same run finds its own leftovers and no other run does.
     own = f"{run_folder.name}-{zlib.crc32(str(run_folder.resolve()).encode()):08x}"
     return ReservedMemmapStorage(rows, Path(config.replay_storage) / own / name)
 
@@ -112,17 +112,17 @@ def replay_bytes(environment: EnvBase, rows: int) -> int:
 
     Args:
         environment: with ``observation`` ``(num_envs, O)`` and actions ``(num_envs, A)``.
-        rows: its rows.
+        rows: number of rows.
     """
     numbers = 2 * environment.observation_spec["observation"].shape[-1] + environment.action_spec.shape[-1] + 1
     return rows * (4 * numbers + 2 + 16)
 
 
 def check_replay_space(config: TrainingConfiguration, environment: EnvBase) -> None:
-    """Refuses a replay buffer on a disk without room for it, before anything is written.
+    """Refuses a replay buffer on a disk that has no room for it, before anything is written.
 
     Raises:
-        UserError: naming the folder, what is needed and what is free.
+        UserError: naming the folder, the space needed and the space that is free.
     """
     if config.replay_storage == "memory":
         return

@@ -1,4 +1,4 @@
-"""Collection in other processes, of this machine or of a Ray cluster, which are replaced when they die."""
+"""Collection in other processes, on this machine or a Ray cluster, which are replaced when they die."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from qsm_rl.training.random_state import derived_seed, seed_everything
 
 __all__ = ["WorkerCollector", "WorkerPolicy", "check_ray"]
 
-MOST_FAILURES = 3  # in a row, without a batch between them
+MOST_FAILURES = 3  # in a row, without a batch in between
 WITHOUT_END = sys.maxsize  # RayCollector takes -1 for zero frames
-# Ray restarts an actor three times and repeats what it was asked; then its call fails, and all actors are made anew.
+# Ray restarts an actor up to three times and repeats its task; after that the call fails, and all actors are recreated.
 REMOTE_CONFIGURATION = {"num_cpus": 1, "max_restarts": 3, "max_task_retries": 3}
 
 
 class Order(NamedTuple):
-    """What the workers collect the next batch with: weights, their number, and whether to act at random instead."""
+    """What the workers use for the next batch: weights, their version, and whether to act at random instead."""
 
     version: int
     random: bool
@@ -48,10 +48,10 @@ class Order(NamedTuple):
 
 
 class WorkerPolicy(TensorDictModuleBase):
-    """What acts in a worker: the policy with the weights that were sent last, or uniformly random actions.
+    """The policy in a worker: it acts with the weights that were sent last, or uniformly at random.
 
-    It writes ``policy_version`` ``(*B, 1)``, the number of those weights, so that each frame says which ones it was
-    collected with. A worker that Ray has restarted is back at version 0 and is found out by it.
+    It writes ``policy_version`` ``(*B, 1)``, the version of those weights, so that each frame records which ones
+    collected it. A worker that Ray has restarted is back at version 0, which reveals the restart.
 
     Args:
         policy: reads its ``in_keys``, writes ``action``.
@@ -68,7 +68,7 @@ class WorkerPolicy(TensorDictModuleBase):
         self._action_spec = action_spec
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Acts."""
+        """Writes the action and ``policy_version``."""
         if self.random:
             tensordict["action"] = self._action_spec.rand(tensordict.batch_size)
         else:
@@ -77,7 +77,7 @@ class WorkerPolicy(TensorDictModuleBase):
         return tensordict
 
     def obey(self, order: Order) -> int:
-        """Takes over an order; returns the version of the one before."""
+        """Adopts an order; returns the version of the previous one."""
         before, self.version, self.random = self.version, order.version, order.random
         if order.weights:
             self.policy.load_state_dict(order.weights)
@@ -92,30 +92,30 @@ class WorkerCollector:
     """Batches of frames from worker processes, through TorchRL's ``Collector(backend="process" | "ray")``.
 
     Each worker steps its share of the environments with a copy of the policy on its CPU. While the caller works on a
-    batch, the next one is collected, with the weights as they were when the batch was handed out: they are one batch
-    old, never older, and every frame's ``policy_version`` says which. Given seeds and weights, batches are the same to
-    the bit in every run.
+    batch, the workers collect the next one with the weights from the time when the batch was handed out. Weights are
+    therefore one batch old, never older, and ``policy_version`` records the version for every frame. With the same
+    seeds and weights, batches are bitwise identical in every run.
 
-    A worker that dies is replaced: the batch under way is dropped, the environments of all workers are seeded anew and
-    reset, so no transition spans the gap, and a line on stderr says so. Ray restarts its actors by itself and then
-    collects with the weights of the beginning; such frames are dropped too.
+    A worker that dies is replaced. The batch being collected is dropped, and the environments of all workers are
+    reseeded and reset, so no transition spans the gap; a line on stderr says so. Ray restarts its actors by itself and
+    then collects with the initial weights; such frames are dropped too.
 
     Args:
-        make_environment: called with ``num_envs``, makes a worker's environments; must be picklable.
-        policy: acts, as in ``Collector``; read at each batch, not changed.
-        environment: an environment like the workers', not stepped: for specs.
-        num_workers: processes, at least 1.
-        num_envs: environments of all workers together, a multiple of ``num_workers``.
-        frames_per_batch: frames of a batch, a multiple of ``num_envs``. Sending weights and frames takes some
-            milliseconds a batch; 16 frames and more of each environment make that small.
+        make_environment: makes the environments of a worker; called with ``num_envs``, must be picklable.
+        policy: the policy, as in ``Collector``; read at each batch, never changed.
+        environment: an environment like the workers', used for its specs only and never stepped.
+        num_workers: number of processes, at least 1.
+        num_envs: total number of environments, a multiple of ``num_workers``.
+        frames_per_batch: frames per batch, a multiple of ``num_envs``. Sending weights and frames takes some
+            milliseconds per batch; with 16 frames or more per environment this is negligible.
         warmup_frames: frames of uniformly random actions before the policy acts.
-        backend: ``"process"`` starts processes on this machine, ``"ray"`` actors on a Ray cluster: the one that
-            ``RAY_ADDRESS`` names or that runs on this machine, else a new one on this machine.
+        backend: ``"process"`` starts processes on this machine; ``"ray"`` starts actors on a Ray cluster: the one that
+            ``RAY_ADDRESS`` names or that is running on this machine, else a new one on this machine.
 
     Attributes:
         env: ``environment``.
         requested_frames_per_batch: ``frames_per_batch``.
-        replacements: workers that died and were replaced.
+        replacements: number of workers that died and were replaced.
 
     Raises:
         UserError: if Ray is not installed, or has fewer free CPUs than workers.
@@ -147,21 +147,21 @@ class WorkerCollector:
         self._workers: Any = None  # TorchRL's collector of worker processes or actors
         self._batches: Iterator[TensorDictBase] = iter(())
         self._version = 0  # of the last order
-        self._known_version: int | None = None  # what every worker should have; None behind a start
+        self._known_version: int | None = None  # what every worker should have; None after a start
         self._ordered_frames = 0
         self._seed = 0
         self._pending: Future[TensorDictBase] | None = None
         self._closing = threading.Event()
-        # Everything that speaks to the workers runs in this thread, one thing after another.
+        # All communication with the workers runs in this thread, one call after another.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="collector")
         self._owns_ray = backend == "ray" and _connect_to_ray(num_workers)
-        atexit.register(self.shutdown)  # living workers would keep the process from ending
+        atexit.register(self.shutdown)  # live workers would keep the process from ending
 
     def __iter__(self) -> Iterator[TensorDictBase]:
-        """Batches ``(num_envs, T)`` without end.
+        """An endless iterator of batches ``(num_envs, T)``.
 
         Raises:
-            TrainingError: if workers die again and again without collecting a batch.
+            TrainingError: if workers die repeatedly without collecting a batch.
         """
         while True:
             if self._pending is None:
@@ -171,9 +171,9 @@ class WorkerCollector:
             yield batch
 
     def set_seed(self, seed: int) -> None:
-        """Seeds environments and random generators of all workers, each with a seed of its own, and resets them.
+        """Seeds the environments and random generators of all workers, each differently, and resets the environments.
 
-        A batch that is being collected is dropped, so the next one is collected with the weights of now.
+        A batch that is being collected is dropped, so the next one is collected with the current weights.
 
         Args:
             seed: at least 0.
@@ -186,7 +186,7 @@ class WorkerCollector:
         self._thread.submit(self._begin, seed).result()
 
     def reset(self) -> None:
-        """Nothing: [`set_seed`][qsm_rl.training.WorkerCollector.set_seed] has reset the environments."""
+        """Does nothing: [`set_seed`][qsm_rl.training.WorkerCollector.set_seed] has reset the environments."""
 
     def shutdown(self) -> None:
         """Ends the workers."""
@@ -209,7 +209,7 @@ class WorkerCollector:
         state: dict[str, Tensor] = {} if random else self._policy.state_dict()
         return Order(self._version, random, {name: value.to("cpu", copy=True) for name, value in state.items()})
 
-    # What follows runs in the collector's thread, which alone speaks to the workers.
+    # The methods below run in the collector's thread, the only one that communicates with the workers.
 
     def _begin(self, seed: int) -> None:
         try:
@@ -235,7 +235,7 @@ class WorkerCollector:
                 self._fail(error, failures)
 
     def _attempt(self, order: Order) -> TensorDictBase | None:
-        """A batch, None if a worker was restarted behind our back."""
+        """A batch, or None if Ray has restarted a worker on its own."""
         workers, known = self._workers, self._known_version
         versions = workers.map_fn("policy.obey", [(order,)] * self._num_workers)
         self._known_version = order.version
@@ -253,19 +253,18 @@ class WorkerCollector:
         policy = WorkerPolicy(deepcopy(self._policy).to("cpu").requires_grad_(False), self._action_spec)
         options: dict[str, Any] = {"weight_sync_schemes": {}}
         options |= dict.fromkeys(("env_device", "policy_device", "storing_device"), "cpu")
-        # A factory, since given a policy TorchRL makes a weight synchronisation of its own, which hangs where the
-        # process ends.
+        # A factory: given a policy itself, TorchRL sets up its own weight synchronisation, which hangs at process exit.
         if self._backend == "ray":
             import ray
 
-            # Ray forgets large arguments of a constructor, and could then not restart the actor: it gets a reference.
+            # Ray forgets large constructor arguments and then could not restart the actor, so it gets a reference.
             self._policy_reference = ray.put(policy)
             options["policy_factory"] = partial(ray.get, self._policy_reference)
             options["remote_configs"] = REMOTE_CONFIGURATION
             options["collector_kwargs"] = {"auto_register_policy_transforms": False}
         else:
             options["policy_factory"] = partial(_itself, policy)
-            # Without num_threads TorchRL takes the learner's threads away.
+            # Without num_threads TorchRL reduces the learner's threads.
             options |= {"num_threads": torch.get_num_threads(), "num_sub_threads": 1}
             options |= {"auto_register_policy_transforms": False, "cat_results": "stack"}
         with _forkserver(), warnings.catch_warnings():
@@ -313,9 +312,9 @@ class WorkerCollector:
         )
 
     def _ended(self) -> str:
-        """Which worker processes have ended by themselves; TorchRL's error can be about those that it ends then."""
+        """Which worker processes ended on their own; TorchRL's error may name others, which it then ends itself."""
         processes = [process for process in getattr(self._workers, "procs", ()) if not process._closed]
-        # Its pipe breaks a moment before its end is known.
+        # A worker's pipe breaks a moment before its exit is known.
         wait([process.sentinel for process in processes], timeout=0.5)
         codes = [process.exitcode for process in processes if process.exitcode]
         return ", ".join(f"a worker ended with exit code {code}" for code in codes)
@@ -325,12 +324,12 @@ class WorkerCollector:
         if workers is None:
             return
         processes = getattr(workers, "procs", ())
-        if any(process._closed or not process.is_alive() for process in processes):  # it would wait for the dead
+        if any(process._closed or not process.is_alive() for process in processes):  # shutdown would wait for dead ones
             for process in processes:
                 if not process._closed:
                     process.kill()
                     process.join()
-        with contextlib.suppress(Exception):  # it raises for workers that are dead
+        with contextlib.suppress(Exception):  # it raises for dead workers
             workers.shutdown()
 
 
@@ -339,7 +338,7 @@ def _itself(policy: WorkerPolicy) -> WorkerPolicy:
 
 
 def _make_worker_environment(make_environment: Callable[..., EnvBase], num_envs: int, own_process: bool) -> EnvBase:
-    if own_process:  # the training process ends it by closing its pipe; Ctrl-C would reach it before
+    if own_process:  # the training process ends it by closing its pipe; Ctrl-C would reach it earlier
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
     return make_environment(num_envs=num_envs)
@@ -347,10 +346,10 @@ def _make_worker_environment(make_environment: Callable[..., EnvBase], num_envs:
 
 @contextlib.contextmanager
 def _forkserver() -> Iterator[None]:
-    """Processes started in the block are forks of one that has imported everything, and there in tenths of a second."""
+    """Processes started in the block are forks of one that has imported everything, ready in tenths of a second."""
     before = multiprocessing.get_start_method(allow_none=True)
-    # They ignore Ctrl-C once they are there; on the way it would end them, with a traceback, so they are born with it
-    # blocked. The first start of Python's own tracker would unblock it.
+    # Once they run, they ignore Ctrl-C. While they start, it would end them with a traceback, so they start with it
+    # blocked. Python's own tracker would unblock it at its first start, so it is started before.
     resource_tracker.ensure_running()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     if "forkserver" in multiprocessing.get_all_start_methods():
@@ -364,7 +363,7 @@ def _forkserver() -> Iterator[None]:
 
 
 def check_ray() -> None:
-    """Refuses to go on where Ray is not installed.
+    """Raises an error if Ray is not installed.
 
     Raises:
         UserError: with the command that installs it.
@@ -374,7 +373,7 @@ def check_ray() -> None:
 
 
 def _connect_to_ray(num_workers: int) -> bool:
-    """Connects to a Ray cluster, or starts one on this machine; whether it is to be shut down behind."""
+    """Connects to a Ray cluster or starts one on this machine; returns whether it has to be shut down afterwards."""
     check_ray()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no report to Ray's makers
     import ray

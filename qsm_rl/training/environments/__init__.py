@@ -1,1 +1,1 @@
-"""Environments of the recipes, batched, and what is known of their observations."""
+"""The recipes' environments, batched, and running statistics of their observations."""

@@ -1,4 +1,4 @@
-"""A look at an environment before training: what is broken in it would otherwise show after hours, or never."""
+"""Checks an environment before training: its faults would otherwise show after hours, or never."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ LONGEST = 10_000
 
 
 def check_environment(env: gymnasium.Env, name: str) -> None:
-    """Steps an environment with random actions and those at the bounds, and refuses what no training could bear.
+    """Steps an environment with random and extreme actions, and refuses faults that would ruin any training.
 
-    Gymnasium's own ``check_env`` looks at more of the interface, and only warns of NaN and of what leaves its space.
+    Gymnasium's own ``check_env`` checks more of the interface, but only warns of NaN and of values outside their space.
 
     Args:
-        env: as registered, with box spaces; it is seeded and used, not closed.
+        env: the environment as registered, with box spaces; it is seeded and stepped, but not closed.
         name: its name, for messages.
 
     Raises:
-        ValueError: if it raises, returns something of another form, dtype or shape than its spaces say, beyond their
-            bounds or not finite, or has no end: no time limit, and no episode that ends within 10,000 random steps.
+        ValueError: if it raises; if it returns anything that differs from its spaces in form, dtype or shape, lies
+            outside their bounds, or is not finite; or if it has no end, that is, no time limit and no episode that ends
+            within 10,000 random steps.
     """
     space, actions = env.observation_space, env.action_space
     assert isinstance(space, Box) and isinstance(actions, Box)
@@ -38,7 +39,7 @@ def check_environment(env: gymnasium.Env, name: str) -> None:
         limited, wrapper = limited or isinstance(wrapper, TimeLimit), wrapper.env
     limited = limited or getattr(wrapper, "has_time_limit", False)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Gymnasium's remarks on the same
+        warnings.simplefilter("ignore")  # Gymnasium's warnings of the same faults
         first = _reset(env, name, space, seed=0)
         if not np.array_equal(first, _reset(env, name, space, seed=0)):
             raise ValueError(

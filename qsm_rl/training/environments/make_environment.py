@@ -1,8 +1,8 @@
 """Environments of the recipes: Gymnasium and dm_control tasks as batched TorchRL environments.
 
-Both kinds take one route, ``gymnasium.Env`` -> ``SyncVectorEnv`` -> ``VectorEnvironment``, so they differ in nothing
-that a training loop can see. They live on the CPU, where MuJoCo computes; a collector moves the policy's inputs
-and outputs (``Collector(..., env_device="cpu", policy_device="cuda")``).
+Both kinds take the same route, ``gymnasium.Env`` -> ``SyncVectorEnv`` -> ``VectorEnvironment``, so a training loop sees
+no difference between them. They live on the CPU, where MuJoCo runs; a collector moves the policy's inputs and outputs
+(``Collector(..., env_device="cpu", policy_device="cuda")``).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from qsm_rl.training.environments.vector_environment import VectorEnvironment
 
 __all__ = ["check_registered", "make_environment", "sub_environment_seeds"]
 
-PICTURE = 480  # height and width, as of Gymnasium's MuJoCo environments
+PICTURE = 480  # height and width, as in Gymnasium's MuJoCo environments
 _DM_CONTROL_PREFIX = "dm_control/"
 
 
@@ -49,41 +49,45 @@ def make_environment(
 
     The batch size is always ``(num_envs,)``. ``step`` reads ``action`` and writes, under ``next``:
 
-    - ``observation`` ``(num_envs, O)`` float32; of dm_control the task's entries, flattened and joined in its own order
-    - ``reward`` ``(num_envs, 1)`` float32, summed over the repeats of the action
-    - ``terminated`` ``(num_envs, 1)`` bool: the task ended by its own rule, no value lies beyond
-    - ``truncated`` ``(num_envs, 1)`` bool: the time limit cut the episode, its value goes on unless it also terminated
+    - ``observation`` ``(num_envs, O)`` float32; for dm_control the task's entries, flattened and concatenated in its
+      own order
+    - ``reward`` ``(num_envs, 1)`` float32, summed over the repeated steps of the action
+    - ``terminated`` ``(num_envs, 1)`` bool: the task ended by its own rule; no value follows
+    - ``truncated`` ``(num_envs, 1)`` bool: the time limit cut the episode; its value continues unless it also
+      terminated
     - ``done`` ``(num_envs, 1)`` bool: at least one of the two
     - ``episode_reward`` ``(num_envs, 1)`` float32: sum of the rewards since the episode's start
     - ``step_count`` ``(num_envs, 1)`` int64: frames since the episode's start
 
-    Where ``done``, ``("next", "observation")`` is the episode's true last observation, and only those environments
-    are reset. Actions are float32 in the environment's own bounds; ``environment.action_spec_unbatched`` is the spec of
-    one environment, shape ``(A,)``.
+    Where ``done`` is set, ``("next", "observation")`` is the true last observation of the episode, and only those
+    environments are reset. Actions are float32 in the environment's own bounds; ``environment.action_spec_unbatched``
+    is the spec of one environment, shape ``(A,)``.
 
-    Re-seeding reproduces everything that follows: after ``environment.set_seed(s)`` and ``environment.reset()`` an
-    environment goes on bit for bit as a new one built with ``seed=s`` does after its ``reset()``.
+    Reseeding reproduces everything that follows: after ``environment.set_seed(s)`` and ``environment.reset()`` an
+    environment behaves bit for bit like a new one built with ``seed=s`` after its ``reset()``.
 
     Args:
         env: A Gymnasium id with a continuous action space (``"HalfCheetah-v5"``, or ``"module:Name-v0"`` to import the
             module that registers it first), or ``"dm_control/<domain>-<task>"`` (``"dm_control/walker-walk"``).
-        num_envs: Number of copies stepped one after the other in this process. More copies mean more frames for each
-            call of the policy and less overhead per frame, but older weights. Usually 1 to 16.
+        num_envs: Number of copies, stepped one after the other in this process. More copies give more frames per call
+            of the policy and less overhead per frame, but older weights. Usually 1 to 16.
         seed: Seed of the whole batch, see ``sub_environment_seeds``; ``None`` takes fresh entropy.
-        action_repeat: Number of simulator steps for which an action is held; it stops early at the episode's end.
-            One frame is one decision of the agent, so an episode of 1000 simulator steps is 500 frames long with 2.
-            Higher values make distant rewards nearer and control coarser. Usually 1 or 2, at most 8.
+        action_repeat: Number of simulator steps for which an action is held, fewer at the end of the episode. One frame
+            is one decision of the agent, so with 2 an episode of 1000 simulator steps is 500 frames long. Higher values
+            bring distant rewards nearer and make control coarser. Usually 1 or 2, at most 8.
         normalize_observation: Whether to shift and scale observations by their running mean and standard deviation,
-            see ``RunningObservationNorm``. Helps where features differ in size by orders of magnitude
-            (Humanoid-v5); the authors do without.
-        filmed: Whether pictures may be asked for, see [`Film`][qsm_rl.training.Film]. Stepping costs the same.
+            see ``RunningObservationNorm``. Helps where features differ in size by orders of magnitude (Humanoid-v5);
+            the authors do not use it.
+        filmed: Whether frames may be rendered, see [`Film`][qsm_rl.training.Film]. The cost of stepping does not
+            change.
 
     Returns:
-        The environment, with its seed set; call ``reset()`` on it first.
+        The environment, already seeded; call ``reset()`` before stepping.
 
     Raises:
         ValueError: If the environment is unknown, its actions are not a bounded 1-D ``Box``, its observations are not
-            a 1-D ``Box``, a number lies outside its range, or it is to be filmed and takes no ``render_mode``.
+            a 1-D ``Box``, a number is outside its range, or ``filmed`` is set and the environment takes no
+            ``render_mode``.
         ImportError: If the environment needs a package that is not installed.
 
     Examples:
@@ -98,8 +102,8 @@ def make_environment(
         if not isinstance(number, int) or number < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {number}.")
     make_one = functools.partial(_make_gymnasium_env, env, action_repeat, "rgb_array" if filmed else None)
-    # DISABLED leaves resets to TorchRL, which asks for them by mask. Its own GymEnv(num_envs=...) corrupts the last
-    # observations; SerialEnv over single environments is right but takes 1.5 to 2.4 times as long.
+    # DISABLED leaves resets to TorchRL, which requests them by mask. TorchRL's own GymEnv(num_envs=...) corrupts the
+    # last observations; SerialEnv over single environments is correct but takes 1.5 to 2.4 times as long.
     vector_env = _SeededVectorEnv([make_one] * num_envs, autoreset_mode=AutoresetMode.DISABLED)
     environment: EnvBase = VectorEnvironment(vector_env)
     if normalize_observation:
@@ -113,8 +117,8 @@ def make_environment(
 def sub_environment_seeds(seed: int, num_envs: int) -> list[int]:
     """Derives the seed of each environment in a batch.
 
-    The seeds of different batches have nothing in common, where ``seed + i`` would let environment 1 of a run with
-    seed 0 repeat environment 0 of a run with seed 1. A larger batch begins with the seeds of a smaller one.
+    Different batches share no seeds. With ``seed + i``, environment 1 of a run with seed 0 would repeat environment 0
+    of a run with seed 1. A larger batch begins with the seeds of a smaller one.
 
     Args:
         seed: Seed of the batch, at least 0.
@@ -147,12 +151,12 @@ class _SeededVectorEnv(SyncVectorEnv):
 
 
 class _ActionRepeat(gymnasium.Wrapper):
-    """Holds each action for several steps, sums their rewards, and stops where the episode ends."""
+    """Holds each action for several steps, sums their rewards, and stops at the end of the episode."""
 
     def __init__(self, env: gymnasium.Env, repeat: int) -> None:
         super().__init__(env)
         self._repeat = repeat
-        if "render_fps" in env.metadata:  # one picture for each action
+        if "render_fps" in env.metadata:  # one picture per action
             self.metadata = {**env.metadata, "render_fps": env.metadata["render_fps"] / repeat}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
@@ -168,7 +172,7 @@ class _ActionRepeat(gymnasium.Wrapper):
 class _DmControlEnv(gymnasium.Env):
     """A task of the dm_control suite; the last step of an episode is a termination only if its discount is 0."""
 
-    has_time_limit = True  # every task of the suite brings one
+    has_time_limit = True  # every task of the suite has one
 
     def __init__(self, name: str, render_mode: str | None) -> None:
         suite = _import_dm_control_suite(name)
@@ -211,14 +215,14 @@ class _DmControlEnv(gymnasium.Env):
 
 
 def check_registered(name: str) -> None:
-    """Makes an environment, steps it for a moment, and refuses what is broken in it: see ``check_environment``.
+    """Makes an environment, steps it briefly, and refuses it if it has a fault: see ``check_environment``.
 
     Args:
-        name: as ``make_environment`` takes it.
+        name: environment id, as for ``make_environment``.
 
     Raises:
-        ValueError: naming what is broken, or as ``make_environment``.
-        ImportError: as ``make_environment``.
+        ValueError: naming the fault, or as ``make_environment`` raises it.
+        ImportError: as ``make_environment`` raises it.
 
     Examples:
         >>> check_registered("InvertedPendulum-v5")
@@ -257,7 +261,8 @@ def _make_gymnasium_env(
             f"{name} has the observation space {observations}; a 1-D Box is needed, of one number at least: "
             "choose another environment, or apply gymnasium.wrappers.FlattenObservation before registering it."
         )
-    # What an environment does to the array that it is given must not reach its space, a repeat or the replay buffer.
+    # Changes that an environment makes to its action array must not reach its space, a repeated step or the replay
+    # buffer.
     env = TransformAction(env, np.copy, actions)
     if not converted:
         return env
@@ -280,7 +285,7 @@ def _make_registered(name: str, options: dict[str, Any]) -> gymnasium.Env:
         raise ValueError(_unknown_environment(name)) from None
     except gymnasium.error.DependencyNotInstalled as error:
         raise ImportError(f"Environment {name!r} needs a package that is not installed: {error}") from error
-    except ImportError as error:  # such as Hopper-v3, which has left Gymnasium
+    except ImportError as error:  # such as Hopper-v3, which Gymnasium has removed
         top = name.partition(":")[0].partition(".")[0]
         if ":" in name and importlib.util.find_spec(top) is None:
             raise ImportError(
@@ -327,9 +332,9 @@ def _did_you_mean(name: str) -> str:
 
 @contextlib.contextmanager
 def _no_model_deprecations() -> Iterator[None]:
-    """Drops MuJoCo's remarks on old attributes in Gymnasium's models, which no user of them can mend.
+    """Drops MuJoCo's warnings of old attributes in Gymnasium's models, which users cannot fix.
 
-    MuJoCo would print them for each environment and write MUJOCO_LOG.TXT into the working directory.
+    MuJoCo would print them for every environment and write MUJOCO_LOG.TXT into the working directory.
     """
 
     def forward(message: str) -> None:

@@ -1,4 +1,4 @@
-"""Observations shifted and scaled by running statistics, which an evaluation takes over."""
+"""Normalises observations by running statistics, which evaluations copy."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ __all__ = ["RunningObservationNorm", "copy_observation_statistics"]
 
 
 class RunningObservationNorm(Transform):
-    """Shifts and scales observations by the running mean and standard deviation of all that were seen.
+    """Shifts and scales observations by the running mean and standard deviation of all observations so far.
 
     ``observation`` becomes ``clip((observation - mean) / sqrt(variance + 1e-8), -10, 10)``. Each new observation,
-    resets included, first enters the statistics (float64, one weight for all, Chan, Golub and LeVeque 1983). They are
-    buffers, so ``environment.state_dict()`` stores and ``environment.load_state_dict(...)`` restores them. What is in
-    the replay buffer was normalised with the statistics of its time; they settle within some thousand frames.
+    including those of resets, first enters the statistics (float64, equal weights, Chan, Golub and LeVeque 1983). The
+    statistics are buffers, so ``environment.state_dict()`` stores and ``environment.load_state_dict(...)`` restores
+    them. Observations in the replay buffer were normalised with the statistics of their time; these settle within some
+    thousand frames.
 
     Args:
         observation_dim: Number of features O of ``observation``, shape ``(*B, O)``.
@@ -30,15 +31,15 @@ class RunningObservationNorm(Transform):
     """
 
     # Why not TorchRL's VecNormV2 (0.14.1): with decay=1 it returns NaN where rounding makes its E[x^2] - E[x]^2
-    # negative (Hopper-v5 and Humanoid-v5 within 300 frames); with the default decay it corrects the variance's bias
-    # wrongly: for a feature of mean 1.25 and standard deviation 0.1 the scale is still 0.47 after 20,000 frames.
+    # negative (Hopper-v5 and Humanoid-v5 within 300 frames); with the default decay its bias correction of the variance
+    # is wrong: for a feature of mean 1.25 and standard deviation 0.1 the scale is still 0.47 after 20,000 frames.
     def __init__(self, observation_dim: int) -> None:
         super().__init__(in_keys=["observation"], out_keys=["observation"])
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
         self.register_buffer("mean", torch.zeros(observation_dim, dtype=torch.float64))
         self.register_buffer("variance", torch.ones(observation_dim, dtype=torch.float64))
-        # TorchRL keeps the transforms of an environment in eval mode, so `training` cannot tell whether to update; and
-        # it copies them where an environment is wrapped once more, with buffers shared, but not plain attributes.
+        # TorchRL keeps the transforms of an environment in eval mode, so `training` cannot tell whether to update. It
+        # also copies them when an environment is wrapped again; the copies share buffers, but not plain attributes.
         self.register_buffer("frozen", torch.zeros((), dtype=torch.bool), persistent=False)
 
     def freeze(self) -> RunningObservationNorm:
@@ -60,7 +61,7 @@ class RunningObservationNorm(Transform):
         self.count.copy_(total)
 
     def normalize(self, observation: torch.Tensor) -> torch.Tensor:
-        """Normalises observations ``(*B, O)`` with the statistics as they are."""
+        """Normalises observations ``(*B, O)`` with the current statistics, without updating them."""
         return normalize(observation, self.mean, self.variance)
 
     def _apply_transform(self, observation: torch.Tensor) -> torch.Tensor:
@@ -73,7 +74,7 @@ class RunningObservationNorm(Transform):
     def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
         observation = tensordict_reset["observation"]
         reset = tensordict.get("_reset", None)
-        # A partial reset also hands back the rows that go on, and these were counted when they were stepped.
+        # A partial reset also returns the rows that continue; these were counted when they were stepped.
         self.update(observation if reset is None else observation[reset.reshape(observation.shape[:-1])])
         return self._call(tensordict_reset)
 
@@ -81,8 +82,8 @@ class RunningObservationNorm(Transform):
 def copy_observation_statistics(source: EnvBase, target: EnvBase) -> None:
     """Gives ``target`` a copy of the observation statistics of ``source``, frozen.
 
-    Called before each evaluation, it lets the evaluation environment normalise as the training environment does at
-    that moment without changing its statistics. Nothing happens where neither of the two normalises.
+    Call it before each evaluation: the evaluation environment then normalises as the training environment does at that
+    moment, without changing the statistics of either. If neither of the two normalises, nothing happens.
 
     Args:
         source: The training environment, from [`make_environment`][qsm_rl.training.make_environment].

@@ -1,4 +1,4 @@
-"""Gymnasium's vector environments as a TorchRL environment, with little to do for each step."""
+"""Gymnasium's vector environments as a TorchRL environment, with little overhead per step."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ __all__ = ["VectorEnvironment"]
 class VectorEnvironment(EnvBase):
     """A vector environment of boxes, stepped as one; also sums the rewards and counts the frames of each episode.
 
-    What ``make_environment`` returns describes the entries. TorchRL's ``GymWrapper`` with
-    ``RewardSum`` and ``StepCounter`` gives the same values; it takes twice as long for a step, because it reads every
-    entry through its spec and walks the tensordict once for each transform.
+    ``make_environment`` describes the entries. TorchRL's ``GymWrapper`` with ``RewardSum`` and ``StepCounter`` gives
+    the same values but takes twice as long per step, because it reads every entry through its spec and traverses the
+    tensordict once per transform.
 
     Args:
-        vector_env: with observations and actions that are 1-D float32 boxes, and its resets disabled: TorchRL asks for
-            them by mask, so the last observation of an episode is the true one.
+        vector_env: a vector environment whose observations and actions are 1-D float32 boxes, with automatic resets
+            disabled: TorchRL requests them by mask, so the last observation of an episode is the true one.
 
     Raises:
         ValueError: If the vector environment resets by itself.
@@ -36,7 +36,7 @@ class VectorEnvironment(EnvBase):
         count = vector_env.num_envs
         super().__init__(device="cpu", batch_size=[count])
         self.vector_env = vector_env
-        self.is_closed = False  # TorchRL's base begins closed, and `close` would close nothing
+        self.is_closed = False  # TorchRL's base class starts as closed, so `close` would do nothing
         low, high = (torch.as_tensor(bound).expand(count, -1) for bound in _bounds(vector_env))
         size = vector_env.single_observation_space.shape[0]  # type: ignore[index]
         self.action_spec = Bounded(low, high, shape=low.shape)
@@ -59,7 +59,7 @@ class VectorEnvironment(EnvBase):
         mask = None if tensordict is None else tensordict.get("_reset", None)
         options = None if mask is None else {"reset_mask": mask.reshape(-1).numpy()}
         observation, _ = self.vector_env.reset(options=options)
-        # Of a partial reset TorchRL takes the rows of the mask only.
+        # After a partial reset TorchRL uses only the rows of the mask.
         shape = (*self.batch_size, 1)
         entries = {name: torch.zeros(shape, dtype=torch.bool) for name in ("done", "terminated", "truncated")}
         entries["observation"] = torch.from_numpy(observation)

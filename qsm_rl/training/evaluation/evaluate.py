@@ -1,4 +1,4 @@
-"""Evaluation: complete episodes of the policy as it is, with random numbers of its own."""
+"""Evaluation: complete episodes of the current policy, with separate random numbers."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ class EvaluationResult:
     """Episodes of one evaluation.
 
     Attributes:
-        returns: sums of rewards, undiscounted, one for each episode.
-        lengths: frames of each episode.
+        returns: undiscounted sums of rewards, one per episode.
+        lengths: number of frames of each episode.
     """
 
     returns: tuple[float, ...]
     lengths: tuple[int, ...]
 
     def metrics(self, way: str = "") -> dict[str, float]:
-        """Mean and spread of the returns (over episodes, as of a population), extremes, and mean length.
+        """Mean, population standard deviation, minimum and maximum of the returns over episodes, and mean length.
 
         Args:
-            way: how the policy acted, which becomes a part of the names: ``eval/WAY/return_mean``.
+            way: how the policy acted, which becomes part of the names: ``eval/WAY/return_mean``.
 
         Returns:
-            Names as they are logged, and values.
+            The values by the names under which they are logged.
         """
         prefix = f"eval/{way}/" if way else "eval/"
         returns = torch.tensor(self.returns, dtype=torch.float64)
@@ -66,22 +66,23 @@ def evaluate_policy(
 ) -> EvaluationResult:
     """Runs complete episodes of a policy, one after another, with TorchRL's Evaluator.
 
-    The policy samples (RANDOM exploration), as the QSM authors evaluate; add no exploration noise to it. Episodes run
-    in one environment: of several stepped together the first episodes to end would be the short ones. With the same
-    seed every policy starts its first episode in the same state, so comparisons are less noisy than their parts.
+    The policy samples (RANDOM exploration), as in the QSM authors' evaluations; do not add exploration noise to it.
+    Episodes run in a single environment: with several stepped together, the first episodes to end would be the short
+    ones. With the same seed every policy starts its first episode in the same state, which makes comparisons less
+    noisy.
 
     Args:
-        environment: just made, with ``num_envs=1``; it is seeded, and closed behind the evaluation. A used one would
-            begin where an evaluation before it has stopped.
+        environment: a newly made environment with ``num_envs=1``; it is seeded, and closed after the evaluation. A used
+            one would start where an earlier evaluation stopped.
         policy: reads the observation, writes the action.
         episodes: how many, at least 1.
-        seed: seed of environment and policy. The caller's random generators are left as they were.
-        deterministic: whether the policy acts under DETERMINISTIC exploration in place of RANDOM: a
+        seed: seed of environment and policy. The caller's random generators are restored afterwards.
+        deterministic: whether the policy acts under DETERMINISTIC instead of RANDOM exploration: a
             [`DiffusionActor`][qsm_rl.DiffusionActor] then follows the mean of each reverse step from zero noise.
-        film: takes pictures of the first episode in ``environment``; nothing else changes.
+        film: records the first episode in ``environment``; nothing else changes.
 
     Returns:
-        Returns and lengths in the order of the episodes.
+        Returns and lengths, in the order of the episodes.
 
     Raises:
         UserError: if an episode does not end.
@@ -126,14 +127,14 @@ def evaluate_agents(
 ) -> list[EvaluationResult]:
     """Runs one complete episode in every environment, for several agents that act together.
 
-    Each environment gives its first episode, whatever its length, so short ones are not preferred. The episodes of an
-    agent begin in states of their own, and those of different agents too.
+    Each environment contributes its first episode, whatever its length, so short ones are not favoured. All episodes,
+    of the same agent and of different agents, begin in different states.
 
     Args:
-        environment: just made, with ``num_envs`` a multiple of ``agents``; environment k belongs to agent ``k //
-            (num_envs / agents)``. It is seeded, and closed behind the evaluation.
+        environment: a newly made environment with ``num_envs`` a multiple of ``agents``; environment k belongs to agent
+            ``k // (num_envs / agents)``. It is seeded, and closed after the evaluation.
         policy: acts for all agents, on observations ``(agents, num_envs / agents, O)``, by sampling.
-        agents: how many.
+        agents: number of agents.
         seed: seed of environment and policy. The caller's random generators are left as they were.
         device: device of the policy.
 
@@ -168,7 +169,7 @@ def evaluate_agents(
 
 
 class _WatchedPolicy(TensorDictModuleBase):
-    """The policy, which refuses to go on with an episode that has no end, and lets it be filmed."""
+    """The policy, which raises an error in an episode without end and passes each step to the film."""
 
     def __init__(self, policy: TensorDictModuleBase, film: Film | None) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Videos of episodes: a renderer that works here, and the film of one episode."""
+"""Videos of episodes: finds a renderer that works on this machine, and films an episode."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["Film", "check_filming"]
 
 PICTURES_PER_SECOND = 30
 SECONDS_TO_TRY = 60
-# Run in a process of its own: a renderer that does not work may end the process, and PyOpenGL keeps its first choice.
+# Run in a separate process: a renderer that fails may end the process, and PyOpenGL keeps its first choice.
 TRY_RENDERER = """
 import os, sys
 from importlib import import_module
@@ -34,23 +34,23 @@ os._exit(0)
 
 
 class Film:
-    """A video of the first episode that an environment plays, as an mp4 file.
+    """A video of an environment's first episode, as an mp4 file.
 
-    Inside the ``with`` block call [`watch`][qsm_rl.training.Film.watch] before each step. The file appears at its place
-    when the block ends, and not at all if it is left by an exception. It shows the simulator's own speed, with about
-    ``PICTURES_PER_SECOND`` at most.
+    Inside the ``with`` block call [`watch`][qsm_rl.training.Film.watch] before each step. The file appears when the
+    block ends, but not if an exception ends it. The video plays at the simulator's own speed, with at most about
+    ``PICTURES_PER_SECOND``.
 
     Args:
-        path: the file, ending in ``.mp4``; its folder is made.
-        environment: from [`make_environment`][qsm_rl.training.make_environment] with ``filmed=True``; of a batch the
-            first is seen.
+        path: the file, ending in ``.mp4``; its folder is created.
+        environment: from [`make_environment`][qsm_rl.training.make_environment] with ``filmed=True``; of a batch, the
+            first environment is filmed.
 
     Attributes:
-        pictures: how many the video has so far.
+        pictures: number of pictures in the video so far.
 
     Raises:
-        UserError: if the packages that write videos are missing, the path ends in something else, or its folder cannot
-            be made.
+        UserError: if the packages that write videos are missing, the path does not end in ``.mp4``, or its folder
+            cannot be made.
     """
 
     def __init__(self, path: Path, environment: EnvBase) -> None:
@@ -73,13 +73,13 @@ class Film:
         return self.path.with_name(f".{self.path.stem}-unfinished{self.path.suffix}")
 
     def watch(self, step: int) -> None:
-        """Takes a picture of the environment as it is.
+        """Takes a picture of the environment's current state.
 
         Args:
-            step: frames since the episode's start; 0 after others ends the film.
+            step: frames since the start of the episode; a 0 after other values ends the film.
         """
         if step == 0:
-            # A collector may look at the policy and reset once more before it begins: the last start counts.
+            # A collector may try the policy and reset again before it begins: the last start counts.
             self._over = self._writer is not None
             if not self._over:
                 self._first, self.pictures = render(self.environment), 1
@@ -93,7 +93,7 @@ class Film:
     def _begin(self) -> None:
         import imageio
 
-        # The codec wants even sizes; imageio's own 16 would rescale the picture.
+        # The codec needs even sizes; imageio's default of 16 would rescale the picture.
         self._writer = imageio.get_writer(self._unfinished, fps=self._pictures_per_second, macro_block_size=2)
         self._writer.append_data(self._first)
 
@@ -115,14 +115,14 @@ class Film:
 
 
 def check_filming(env: str, make_environment: Callable[..., EnvBase]) -> None:
-    """Takes one picture of an environment, so that what stands in the way of videos is said before training.
+    """Takes one picture of an environment, so that obstacles to videos are reported before training.
 
-    MuJoCo needs OpenGL. Where ``MUJOCO_GL`` does not say which, the first of ``glfw`` (only with a display), ``egl``
-    and ``osmesa`` that works is chosen and put there; dm_control reads it at its first import.
+    MuJoCo needs OpenGL. If ``MUJOCO_GL`` is not set, it is set to the first of ``glfw`` (only with a display), ``egl``
+    and ``osmesa`` that works; dm_control reads it at its first import.
 
     Args:
         env: name of the environment, for the message.
-        make_environment: makes an environment, called with ``seed`` and ``filmed``.
+        make_environment: makes an environment; called with ``seed`` and ``filmed``.
 
     Raises:
         UserError: with the command that installs what is missing.
@@ -133,7 +133,7 @@ def check_filming(env: str, make_environment: Callable[..., EnvBase]) -> None:
     try:
         environment.reset()
         render(environment)
-    except Exception as error:  # whatever a renderer of any kind raises
+    except Exception as error:  # renderers can raise anything
         renderer = os.environ.get("MUJOCO_GL") or "none that works"
         raise UserError(
             f"no video of {env} can be made: {' '.join(str(error).split())[:200]}. MuJoCo draws by OpenGL, here by "
@@ -150,7 +150,7 @@ def check_packages() -> None:
 
 
 def choose_renderer() -> None:
-    """Puts the first renderer that works into ``MUJOCO_GL``, if there is one and nothing stands there yet."""
+    """Sets ``MUJOCO_GL`` to the first renderer that works, if there is one and the variable is not set yet."""
     if os.environ.get("MUJOCO_GL"):
         return
     display = sys.platform == "darwin" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
@@ -171,7 +171,7 @@ def choose_renderer() -> None:
 
 
 def render(environment: EnvBase) -> np.ndarray:
-    """A picture of the first of a batch of environments, ``(height, width, 3)`` of type uint8."""
+    """A picture of the first environment of a batch, ``(height, width, 3)``, dtype uint8."""
     picture = _gymnasium_env(environment).render()
     if not isinstance(picture, np.ndarray):
         raise TypeError(

@@ -1,4 +1,4 @@
-"""The algorithms that can be compared by name, and what is checked before any of their runs begins."""
+"""The algorithms that can be compared by name, and the checks before any of their runs begins."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ __all__ = ["ALGORITHMS", "Algorithm", "check_cells"]
 
 @dataclass(frozen=True)
 class Algorithm:
-    """A recipe with settings under a name.
+    """A recipe with settings, known by a name.
 
     Attributes:
-        recipe: name of the recipe's file, without ending.
-        configuration: the recipe's settings.
-        flags: settings that make the algorithm.
+        recipe: name of the recipe's file, without its extension.
+        configuration: class of the recipe's settings.
+        flags: settings that define the algorithm.
     """
 
     recipe: str
@@ -44,13 +44,13 @@ ALGORITHMS = {
 
 
 def check_cells(cells: Sequence[Cell]) -> None:
-    """Every setting and every environment of a grid, before anything runs.
+    """Checks every setting and every environment of a grid before anything runs.
 
     Args:
         cells: the grid.
 
     Raises:
-        UserError: naming the recipe, setting or environment that there is not, or the extra that it needs.
+        UserError: naming the recipe, setting or environment that does not exist, or the extra that it needs.
     """
     configurations = {algorithm.recipe: algorithm.configuration for algorithm in ALGORITHMS.values()}
     for cell in cells:

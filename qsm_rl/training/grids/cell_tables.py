@@ -1,4 +1,4 @@
-"""What the cells of a grid say together, as text for people."""
+"""Summarises the cells of a grid as a readable table."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ["final_rows", "markdown_table"]
 
 
 def final_rows(cells: Sequence[Cell], table: CellTable) -> dict[str, dict[str, list[dict[str, str]]]]:
-    """The last evaluation of every finished cell, by environment and variant, a row for each seed.
+    """The last evaluation of every finished cell, by environment and variant, one row per seed.
 
-    Ways of acting that were evaluated beside the policy's own come as ``"VARIANT, WAY"``.
+    Ways of acting that were evaluated in addition to the policy's own appear as ``"VARIANT, WAY"``.
     """
     rows: dict[str, dict[str, list[dict[str, str]]]] = {}
     ways = sorted({row["way"] for row in table.rows})
@@ -27,7 +27,7 @@ def final_rows(cells: Sequence[Cell], table: CellTable) -> dict[str, dict[str, l
 
 
 def markdown_table(cells: Sequence[Cell], table: CellTable) -> str:
-    """For each task a table with a line for each variant, the best first: return, interval, seeds, speed and time.
+    """For each task, a table with one line per variant, the best first: return, interval, seeds, speed and time.
 
     Args:
         cells: the grid.

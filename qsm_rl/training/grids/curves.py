@@ -1,4 +1,4 @@
-"""Learning curves over seeds, of runs here and elsewhere, in one picture."""
+"""Learning curves over seeds, of the kit's runs and of other sources, in one picture."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def curves_of(rows: Sequence[Mapping[str, Any]]) -> Curves:
         rows: evaluations with ``env``, ``curve``, ``seed``, ``frames`` and ``return_mean``.
 
     Raises:
-        UserError: if two runs of a curve have the same seed, or its seeds no evaluation in common.
+        UserError: if two runs of a curve have the same seed, or its seeds have no evaluation frame in common.
 
     Examples:
         >>> curves_of([{"env": "Hopper-v5", "curve": "qsm", "seed": 0, "frames": 1000, "return_mean": 7.0}])
@@ -60,13 +60,13 @@ def common_frames(curve: Curve) -> list[int]:
 
 
 def read_reference(path: Path) -> list[dict[str, Any]]:
-    """Curves from elsewhere.
+    """Reads curves from other sources.
 
     Args:
         path: CSV with ``env``, ``curve``, ``frames`` and ``return_mean``; other columns are kept.
 
     Raises:
-        UserError: if the file or a column is missing, or something in them is no number.
+        UserError: if the file or a column is missing, or a value is not a number.
     """
     if not path.is_file():
         raise UserError(f"--reference {path} does not exist.")
@@ -83,9 +83,9 @@ def read_reference(path: Path) -> list[dict[str, Any]]:
 
 
 def plot_curves(curves: Curves, reference: Sequence[Mapping[str, Any]], picture: Path) -> None:
-    """One panel for each environment: the mean of each curve in its 95 % interval, dashes for the reference.
+    """Draws one panel per environment: the mean of each curve with its 95 % interval, and dashed references.
 
-    A reference of one point, such as a published result, is a level across the panel.
+    A reference with a single point, such as a published result, is drawn as a horizontal line.
 
     Args:
         curves: from [`curves_of`][qsm_rl.training.curves_of].
@@ -124,7 +124,7 @@ def plot_curves(curves: Curves, reference: Sequence[Mapping[str, Any]], picture:
             else:
                 axes.plot(*zip(*sorted(points), strict=True), marker="s", markersize=3, **look)
         axes.set(title=env, xlabel="frames", ylabel="return, mean and 95 % interval")
-        if published:  # long names, which would hide curves
+        if published:  # their long names would hide curves
             axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(-0.05, -0.13))
         else:
             axes.legend(frameon=False, fontsize=9)

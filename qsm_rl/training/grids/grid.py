@@ -1,6 +1,6 @@
-"""Grids of runs: every variant of the settings on every task with every seed, each cell a process of its own.
+"""Grids of runs: every variant of the settings on every task with every seed, each cell in its own process.
 
-Results go to one table as cells finish, and what stands in the table is not run again.
+Results go to one table as cells finish, and cells in the table are not run again.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ __all__ = ["Cell", "CellTable", "make_cells", "read_grid", "run_cells"]
 KEY = ("env", "variant", "seed")
 NUMBERS = ("frames", "return_mean", "return_std", "updates_per_second", "elapsed_seconds")
 COLUMNS = (*KEY, *NUMBERS, "settings", "way", "recipe")
-LATER_COLUMNS = {"elapsed_seconds", "way", "recipe"}  # which older tables lack
+LATER_COLUMNS = {"elapsed_seconds", "way", "recipe"}  # missing in older tables
 POLL_SECONDS = 1.0
 SECONDS_TO_STOP = 60.0
-OWN = ("env", "seed", "run_dir", "resume")  # flags that are each cell's own
-OF_TASKS = ("seeds", "variants")  # what a task alone may choose
+OWN = ("env", "seed", "run_dir", "resume")  # flags that differ for every cell
+OF_TASKS = ("seeds", "variants")  # entries that only a task may choose
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,8 @@ class Cell:
     """One run of a grid.
 
     Attributes:
-        recipe: name of the recipe's file, without ending.
-        variant: name of the settings.
-        settings: flags of the recipe as sorted JSON, environment and seed apart; two cells with the same are the same.
+        recipe: name of the recipe's file, without its extension. variant: name of the settings. settings: flags of the
+            recipe as sorted JSON, without environment and seed; two cells with the same are the same.
         env: environment id.
         seed: seed of the run.
         folder: folder of the run.
@@ -79,14 +78,14 @@ class Cell:
 def make_cells(
     recipe: str, variant: str, settings: dict[str, Any], env: str, seeds: Iterable[int], runs: Path
 ) -> list[Cell]:
-    """The cells of one variant on one task, a seed each.
+    """The cells of one variant on one task, one per seed.
 
     Args:
         recipe: name of the recipe's file, without ending.
         variant: name of the settings.
-        settings: flags of the recipe, ``total_frames`` at least.
+        settings: flags of the recipe, including at least ``total_frames``.
         env: environment id.
-        seeds: seeds.
+        seeds: seeds of the cells.
         runs: folder for the runs' folders; cells with other settings get another one.
     """
     text = json.dumps(settings, sort_keys=True)
@@ -96,16 +95,17 @@ def make_cells(
 
 
 def read_grid(path: Path, runs: Path) -> list[Cell]:
-    """The cells of a grid file, seed by seed, so that every variant has its first result early.
+    """The cells of a grid file, ordered by seed, so that every variant has its first result early.
 
     Args:
-        path: YAML with ``recipe``, ``seeds`` (a list), ``settings`` (flags of every cell), ``tasks`` (environment to
-            its flags, ``total_frames`` at least) and ``variants`` (name to its flags). A variant's flags override a
-            task's, which override the settings. A task may list the ``variants`` that run on it, and its ``seeds``.
+        path: YAML file with ``recipe``, ``seeds`` (a list), ``settings`` (flags of every cell), ``tasks`` (a mapping
+            from environment to its flags, with at least ``total_frames``) and ``variants`` (a mapping from name to
+            flags). A variant's flags override a task's, which override the settings. A task may list the ``variants``
+            that run on it, and its ``seeds``.
         runs: folder for the runs' folders; cells with other settings get another one.
 
     Raises:
-        UserError: naming what the file lacks or holds too much of.
+        UserError: naming the entries that the file lacks or that do not belong there.
     """
     try:
         grid = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -146,25 +146,25 @@ def _check_flags(path: Path, name: str, entries: Any, refused: Sequence[str]) ->
     if not isinstance(entries, dict) or not all(isinstance(flags or {}, dict) for flags in entries.values()):
         raise UserError(f"{path}: {name} must hold flags with their values, such as {{tau: 0.1}}.")
     for entry, flags in entries.items():
-        if not isinstance(entry, str):  # a number, or one of YAML's words for yes and no
+        if not isinstance(entry, str):  # a number, or one of YAML's words for true and false
             raise UserError(f"{path}: the name {entry!r} among {name} is no text to YAML; put it in quotes.")
         if found := sorted({*(flags or {})} & {*refused}):
             raise UserError(f"{path}: {entry} sets {', '.join(found)}, which the grid gives each of its cells.")
-        if "config" in (flags or {}):  # cells are known by their flags: finished ones would stay as the file was
+        if "config" in (flags or {}):  # flags identify a cell: finished ones would miss changes of the file
             raise UserError(f"{path}: {entry} takes settings from a file by config; write them here in its place.")
 
 
 class CellTable:
-    """The evaluations of finished cells as a CSV file, a row each; written whole and atomically.
+    """The evaluations of finished cells as a CSV file, one row each; written completely and atomically.
 
-    The column ``way`` is empty for the policy as it samples, and names each way of acting evaluated beside it, such as
+    The column ``way`` is empty for the sampling policy. Otherwise it names an additional way of acting, such as
     ``best_of_16``.
 
     Args:
-        path: the file; made with the first finished cell.
+        path: the file; created when the first cell finishes.
 
     Raises:
-        UserError: if the file is none of this kind.
+        UserError: if the file is not such a table.
     """
 
     def __init__(self, path: Path) -> None:
@@ -179,13 +179,13 @@ class CellTable:
                 self.rows = [{name: row.get(name, "") for name in COLUMNS} for row in reader]
 
     def rows_of(self, cell: Cell, way: str = "") -> list[dict[str, str]]:
-        """The rows of a cell and a way of acting, none if it has not finished with these settings."""
+        """The rows of a cell and a way of acting; empty if the cell has not finished with these settings."""
         key = (cell.env, cell.variant, str(cell.seed), cell.settings, way)
         names, recipes = (*KEY, "settings", "way"), ("", cell.recipe)
         return [row for row in self.rows if row["recipe"] in recipes and tuple(row[name] for name in names) == key]
 
     def add(self, cell: Cell) -> None:
-        """Takes the results of a finished run over, in place of the same cell with other settings."""
+        """Adds the results of a finished run, replacing those of the same cell with other settings."""
         columns = read_metrics(cell.folder / "metrics.csv")
         rates = [rate for rate in columns["time/updates_per_second"] if rate > 0]
         rate = f"{statistics.median_high(rates):.1f}" if rates else ""
@@ -206,28 +206,29 @@ class CellTable:
 
 
 def run_cells(cells: Sequence[Cell], table: CellTable, recipes: Path, *, workers: int) -> list[str]:
-    """Runs the cells that the table lacks, so many at a time, each with one thread.
+    """Runs the cells that the table lacks, ``workers`` at a time, each with one thread.
 
-    A cell that was begun goes on from its last checkpoint. Ctrl-C, SIGTERM and SIGHUP stop every cell behind its step.
+    An interrupted cell continues from its last checkpoint. Ctrl-C, SIGTERM and SIGHUP stop every cell after its current
+    step.
 
     Args:
-        cells: what to run, in order.
-        table: takes the results.
+        cells: the cells to run, in order.
+        table: receives the results.
         recipes: folder of the recipes.
         workers: processes at a time.
 
     Returns:
-        A line for each cell that failed, with the end of its log.
+        One line for each cell that failed, with the end of its log.
 
     Raises:
-        KeyboardInterrupt: behind the stop that was asked for.
+        KeyboardInterrupt: after a requested stop.
     """
     waiting = [cell for cell in cells if not table.rows_of(cell)]
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     running: dict[int, tuple[Cell, subprocess.Popen[bytes]]] = {}
     failures: list[str] = []
     done = sum(cell.total_frames for cell in cells) - sum(cell.total_frames for cell in waiting)
-    # A closed terminal (SIGHUP) ends this process, too, and the cells, in sessions of their own, would live on.
+    # Closing the terminal (SIGHUP) would also end this process, while the cells, in separate sessions, would live on.
     numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
     previous = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
     bar = tqdm(total=sum(cell.total_frames for cell in cells), initial=done, unit=" frames", dynamic_ncols=True)
@@ -236,17 +237,17 @@ def run_cells(cells: Sequence[Cell], table: CellTable, recipes: Path, *, workers
             for worker in range(workers):
                 if worker not in running and waiting:
                     cell = waiting.pop(0)
-                    if _finished(cell):  # by a grid that was killed before it took the results over
+                    if _finished(cell):  # by a grid that was killed before it added the results
                         table.add(cell)
                         done += cell.total_frames
                         continue
-                    if in_use(cell.folder / CONFIGURATION_FILE):  # a killed grid's cells live on
+                    if in_use(cell.folder / CONFIGURATION_FILE):  # cells outlive a killed grid
                         failures.append(f"{_name(cell)}: another process runs it in {cell.folder}; wait, or stop that")
                         done += cell.total_frames
                         continue
                     process = _start(cell, recipes)
-                    # A core each where all are this grid's: moving about costs a tenth. With fewer, another grid may
-                    # run beside this one and would take the same.
+                    # One core per cell if this grid uses all cores: migrating between them costs a tenth. With fewer
+                    # workers, another grid may run at the same time and would take the same cores.
                     if workers == len(cores):
                         os.sched_setaffinity(process.pid, {cores[worker]})
                     running[worker] = cell, process
@@ -277,10 +278,10 @@ def _start(cell: Cell, recipes: Path) -> subprocess.Popen[bytes]:
     if any((folder / "checkpoints").glob("*.pt")):
         arguments = ["--resume", str(folder)]
     else:
-        shutil.rmtree(folder, ignore_errors=True)  # nothing in it to go on from
+        shutil.rmtree(folder, ignore_errors=True)  # it holds nothing to continue from
         arguments = [*cell.flags, "--run_dir", str(folder)]
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # One thread each: PyTorch's threads spin while they wait, and take the cores from the other cells.
+    # One thread each: PyTorch's threads spin while they wait and take cores from the other cells.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with _log(folder).open("ab") as log:
         return subprocess.Popen(
@@ -289,7 +290,7 @@ def _start(cell: Cell, recipes: Path) -> subprocess.Popen[bytes]:
             stdout=log,
             stderr=log,
             env=environment,
-            start_new_session=True,  # Ctrl-C reaches the grid alone, which then stops its cells
+            start_new_session=True,  # Ctrl-C reaches only the grid, which then stops its cells
         )
 
 
@@ -309,12 +310,12 @@ def _frames(folder: Path) -> int:
     try:
         columns = read_metrics(folder / "metrics.csv")
     except (OSError, ValueError):
-        return 0  # not begun, or in the middle of writing
+        return 0  # not begun yet, or being written
     return int(max(columns.get("frames", [0]), default=0))
 
 
 def _finished(cell: Cell) -> bool:
-    """Whether the run came to its end and evaluated there: its frames, or the return that stops it."""
+    """Whether the run ended with an evaluation, at its last frame or at the return that stops it."""
     metrics = cell.folder / "metrics.csv"
     if not (cell.folder / "actor" / "config.json").exists() or not metrics.exists():
         return False
@@ -325,7 +326,7 @@ def _finished(cell: Cell) -> bool:
 
 
 def _total_elapsed(clock: Sequence[float], count: int) -> list[str]:
-    """Seconds of training up to each row of the log; an early version's clock began anew where a run was resumed."""
+    """Seconds of training up to each row of the log; an early version restarted the clock when a run was resumed."""
     before, last, total = 0.0, 0.0, []
     for now in clock:
         before += last if now < last else 0.0

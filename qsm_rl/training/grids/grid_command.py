@@ -1,4 +1,4 @@
-"""The command line that programs of grids share: the options, and the way from the cells to the results."""
+"""The command line shared by programs that run grids: their options, and the steps from cells to results."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def add_grid_arguments(parser: argparse.ArgumentParser, runs: str) -> None:
     """Adds ``--output``, ``--runs``, ``--workers`` and ``--dry_run``.
 
     Args:
-        parser: gets them.
-        runs: default folder of the run folders.
+        parser: parser that receives the options.
+        runs: default parent folder of the run folders.
     """
     parser.add_argument("--output", type=Path, required=True, help="folder of cells.csv and the results")
     parser.add_argument("--runs", type=Path, default=Path(runs), help=f"folder of the run folders; default {runs}")
@@ -37,16 +37,16 @@ def run_grid(
     recipes: Path,
     write_results: Callable[[CellTable], Sequence[str]],
 ) -> int:
-    """Runs the cells that ``cells.csv`` in the output folder lacks, and writes the results of all.
+    """Runs the cells missing from ``cells.csv`` in the output folder, and writes the results of all cells.
 
     Args:
         cells: the grid.
         options: the values of [`add_grid_arguments`][qsm_rl.training.add_grid_arguments].
         recipes: folder of the recipes.
-        write_results: takes the table, writes into the output folder, and returns the names of the files.
+        write_results: takes the table, writes files into the output folder, and returns their names.
 
     Returns:
-        The exit status: 1 if a cell failed, which is named on stderr, else 0.
+        The exit status: 0, or 1 if a cell failed; failed cells are named on stderr.
 
     Raises:
         UserError: naming the wrong option, setting or environment, before anything runs or is written.

@@ -1,4 +1,4 @@
-"""Many seeds at once: independent runs of one recipe, each in a process of its own."""
+"""Many seeds at once: independent runs of one recipe, each in its own process."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ __all__ = ["run_seeds"]
 
 
 def run_seeds(config: TrainingConfiguration, script: Path) -> int:
-    """Runs a recipe with ``config.seeds`` seeds, as many at a time as there are cores, and says how they did.
+    """Runs a recipe with ``config.seeds`` seeds, as many at a time as there are cores, and prints a summary.
 
-    A run that was begun goes on from its last checkpoint, and a finished one is kept, so the same command with the same
-    ``run_dir`` goes on after a stop. ``run_dir/cells.csv`` holds every evaluation.
+    An interrupted run continues from its last checkpoint, and a finished one is kept, so after a stop the same command
+    with the same ``run_dir`` continues. ``run_dir/cells.csv`` holds every evaluation.
 
     Args:
-        config: the settings; their seed is the first.
+        config: the settings; ``seed`` is the first seed.
         script: the recipe's file.
 
     Returns:
         The exit code: 1 if a run failed, else 0.
 
     Raises:
-        UserError: if ``run_dir`` holds something else, or runs with other settings, if a single run was to be resumed,
-            or there is no such device, logger or environment.
+        UserError: if ``run_dir`` holds something else or runs with other settings, if ``resume`` names a single run, or
+            if there is no such device, logger or environment.
     """
     if config.resume is not None:
         raise UserError(
@@ -51,7 +51,7 @@ def run_seeds(config: TrainingConfiguration, script: Path) -> int:
     left_out = {*NOT_SAVED, "env", "seed", "seeds"}
     settings = {name: value for name, value in asdict(config).items() if name not in left_out}
     text = json.dumps(settings, sort_keys=True)
-    # What every run would say, once, and before there is a folder.
+    # Errors that every run would report, raised once and before there is a folder.
     choose_device(config.device)
     checked_environment(config, num_envs=1)[1].close()
     _claim(folder, {"recipe": script.stem, "env": config.env, **json.loads(text)})
@@ -76,7 +76,7 @@ def run_seeds(config: TrainingConfiguration, script: Path) -> int:
         try:
             _, low, high = mean_interval([[value] for value in finished])
             interval = f"95 % interval {low:.1f} to {high:.1f}" if len(finished) > 1 else "one seed"
-        except UserError as error:  # rliable is an extra; the returns are there without it
+        except UserError as error:  # rliable is an extra; the returns can be shown without it
             interval = f"no interval: {error}"
         print(f"last evaluation of {len(finished)} seeds: mean {fmean(finished):.1f}, {interval} ({returns})")
         plot, runs = shlex.quote(str(_near(script.with_name("plot.py")))), shlex.quote(str(folder))
@@ -85,12 +85,12 @@ def run_seeds(config: TrainingConfiguration, script: Path) -> int:
 
 
 def _near(path: Path) -> Path:
-    """A path as one would type it."""
+    """A path relative to the working directory, if it lies below it."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Writes down what the runs in the folder are, or checks that they are the same."""
+    """Records the settings of the runs in the folder, or checks that they are the recorded ones."""
     path = folder / "settings.json"
     if not path.exists():
         if any(make_folder(folder).iterdir()):

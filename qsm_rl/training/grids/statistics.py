@@ -1,4 +1,4 @@
-"""Interval estimates over seeds, by rliable (Agarwal et al. 2021, arXiv 2108.13264)."""
+"""Interval estimates over seeds, with rliable (Agarwal et al. 2021, arXiv 2108.13264)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["curve_intervals", "interval_estimates", "mean_interval", "performanc
 def mean_interval(scores: Sequence[Sequence[float]], *, repetitions: int = 2000) -> tuple[float, float, float]:
     """The mean over runs and tasks with its 95 % stratified bootstrap interval.
 
-    Of three seeds the interval reaches about from the lowest to the highest: it says how little three seeds say.
+    With three seeds the interval spans about the lowest to the highest value, which shows how little three seeds tell.
 
     Args:
-        scores: one row for each seed, one column for each task, ``(seeds, tasks)``.
+        scores: one row per seed, one column per task, ``(seeds, tasks)``.
         repetitions: bootstrap samples.
 
     Returns:
@@ -41,14 +41,14 @@ def curve_intervals(
 ) -> tuple[list[float], list[float], list[float]]:
     """The mean over seeds at each point of a learning curve, with its 95 % bootstrap interval.
 
-    Seeds are drawn as a whole, so the points of a curve stay together.
+    Whole seeds are resampled, so the points of a curve stay together.
 
     Args:
-        returns: one row for each seed, one column for each point, ``(seeds, points)``.
+        returns: one row per seed, one column per point, ``(seeds, points)``.
         repetitions: bootstrap samples.
 
     Returns:
-        Means, lower and upper ends, one for each point; the same on every call.
+        Means, lower and upper ends, one per point; the same on every call.
 
     Raises:
         UserError: if rliable is not installed.
@@ -68,7 +68,7 @@ def interval_estimates(
     """Rliable's aggregates over runs and tasks, each with its 95 % stratified bootstrap interval.
 
     Args:
-        scores: for each algorithm normalised scores, one row for each seed, one column for each task.
+        scores: for each algorithm the normalised scores, one row per seed, one column per task.
         repetitions: bootstrap samples.
 
     Returns:
@@ -104,15 +104,15 @@ def interval_estimates(
 def performance_profiles(
     scores: Mapping[str, Sequence[Sequence[float]]], thresholds: Sequence[float], *, repetitions: int = 2000
 ) -> dict[str, tuple[list[float], list[float], list[float]]]:
-    """For each threshold the share of runs with a higher score, with 95 % stratified bootstrap intervals.
+    """For each threshold, the share of runs with a higher score, with 95 % stratified bootstrap intervals.
 
     Args:
-        scores: for each algorithm normalised scores, one row for each seed, one column for each task.
-        thresholds: scores to count beyond.
+        scores: for each algorithm the normalised scores, one row per seed, one column per task.
+        thresholds: scores that a run has to exceed.
         repetitions: bootstrap samples.
 
     Returns:
-        For each algorithm shares, lower and upper ends, one for each threshold; the same on every call.
+        For each algorithm the shares, lower and upper ends, one per threshold; the same on every call.
 
     Raises:
         UserError: if rliable is not installed.
@@ -132,7 +132,7 @@ def performance_profiles(
 
 
 def require_rliable() -> ModuleType:
-    """Rliable's library, for programs that ask before hours of runs whether it is there.
+    """Rliable's library; lets programs check that it is installed before hours of runs.
 
     Raises:
         UserError: if rliable is not installed.
@@ -147,10 +147,10 @@ def require_rliable() -> ModuleType:
 def bootstrap(
     scores: Sequence[Sequence[float]] | np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], repetitions: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A statistic of ``(seeds, tasks, ...)`` and its 95 % interval ``(2, ...)``, by rliable."""
+    """A statistic of ``(seeds, tasks, ...)`` and its 95 % interval ``(2, ...)``, computed by rliable."""
     library = require_rliable()
     state = np.random.get_state()
-    np.random.seed(0)  # rliable draws from numpy's global generator, whatever it is given
+    np.random.seed(0)  # rliable always draws from numpy's global generator
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings(

@@ -1,4 +1,4 @@
-"""The trained actor of a run, published with what is needed to use it."""
+"""The trained actor of a run, saved with everything that is needed to use it."""
 
 from __future__ import annotations
 
@@ -28,18 +28,19 @@ MLP_ACTORS = {actor.__name__: actor for actor in (TanhActor, TanhGaussianActor)}
 def publish_actor(
     folder: Path, actor: TensorDictModuleBase, *, environment: EnvBase, env: str, action_repeat: int = 1
 ) -> None:
-    """Writes an actor with the statistics of its observations, see ``qsm_rl.DiffusionActor.save_pretrained``.
+    """Saves an actor with its observation statistics, see ``qsm_rl.DiffusionActor.save_pretrained``.
 
-    An actor that only its own code can build, a diffusion policy with a network or sampler of your own or an actor of
-    another class, is written as weights alone: model.safetensors then holds its ``state_dict``, and the statistics of
-    normalised observations as ``observation_norm.mean`` and ``observation_norm.variance``.
+    Some actors can only be built by their own code: a diffusion policy with a custom network or sampler, or an actor of
+    another class. Of these only the weights are saved: model.safetensors then holds the ``state_dict``, and the
+    statistics of normalised observations as ``observation_norm.mean`` and ``observation_norm.variance``.
 
     Args:
-        folder: made when missing; files of an earlier call are replaced.
-        actor: the actor; a [`ScoreMLP`][qsm_rl.ScoreMLP] and a sampler of the kit in it are read without its code.
-        environment: what it was trained in; where it normalises observations, so does the published actor.
-        env: name of that environment.
-        action_repeat: simulator steps for each action.
+        folder: created if missing; files of an earlier call are replaced.
+        actor: the actor; one with a [`ScoreMLP`][qsm_rl.ScoreMLP] and one of the kit's samplers can be loaded without
+            its code.
+        environment: its training environment; if it normalises observations, so does the saved actor.
+        env: id of that environment.
+        action_repeat: simulator steps per action.
     """
     about = {"env": env, "action_repeat": action_repeat}
     norms = [norm for norm in environment.modules() if isinstance(norm, RunningObservationNorm)]
@@ -51,7 +52,7 @@ def publish_actor(
         try:
             published.save_pretrained(folder, about)
             return
-        except ValueError as error:  # at the end of a long run is no time to refuse a network
+        except ValueError as error:  # too late to refuse a network: a long run has ended
             reason = str(error)
     warnings.warn(f"{folder} holds the weights alone: {reason}", stacklevel=2)
     weights = {name: value.clone() for name, value in actor.state_dict().items() if isinstance(value, Tensor)}
@@ -60,16 +61,17 @@ def publish_actor(
 
 
 def load_actor(folder: Path) -> Actor:
-    """The actor of a run, whatever its recipe, for a program that ends with a line instead of a traceback.
+    """Loads the actor of a run of any recipe, for programs that report errors without a traceback.
 
     Args:
-        folder: the folder ``actor`` of a run.
+        folder: folder ``actor`` of a run.
 
     Returns:
-        The actor on the CPU; reads observations as the environment gives them and writes actions in its units.
+        The actor on the CPU; it reads the environment's unnormalised observations and writes actions in environment
+        units.
 
     Raises:
-        UserError: if a file is missing or malformed, or they do not fit each other.
+        UserError: if a file is missing or malformed, or the files do not fit each other.
     """
     with user_errors(ValueError):
         return MLP_ACTORS.get(_kind(folder), DiffusionActor).from_pretrained(folder)
@@ -79,7 +81,7 @@ def _kind(folder: Path) -> str:
     try:
         return str(json.loads(read_bounded(folder / CONFIG, LARGEST_CONFIG, follow_links=True))["actor"])
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return DiffusionActor.__name__  # which says what is wrong with the files
+        return DiffusionActor.__name__  # which reports what is wrong with the files
 
 
 def _normalized(actor: Actor, norm: RunningObservationNorm) -> Actor:

@@ -1,4 +1,4 @@
-"""What happens at periods of frames: evaluation, rows of the log, the learning curve, checkpoints, the stop."""
+"""Periodic callbacks, counted in frames: evaluation, rows of the log, learning curve, checkpoints and stopping."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ __all__ = [
 
 
 class PeriodicCallback(Callback):
-    """Base: ``run`` is called behind a training step in which a period of frames ended, and behind the last one.
+    """Base class: ``run`` is called after each training step in which a period of frames ends, and after the last one.
 
     Args:
-        frames: the data set, which knows where the run ends and where it is cut.
+        frames: the data set, which determines the end of the run and the cuts.
         every: period in frames.
     """
 
@@ -57,7 +57,7 @@ class PeriodicCallback(Callback):
         return period_ended(before, after, self.every) or after >= self.frames.total_frames
 
     def run(self, trainer: Trainer, module: OffPolicyModule) -> None:
-        """What the callback does."""
+        """The action of the callback."""
         raise NotImplementedError
 
     def on_train_batch_end(
@@ -73,11 +73,11 @@ class StopRequested(Exception):
 
 
 class StopSignals(Callback):
-    """Ends training behind the current step on Ctrl-C (SIGINT) or SIGTERM; a second Ctrl-C ends the process at once.
+    """Ends training after the current step on Ctrl-C (SIGINT) or SIGTERM; a second Ctrl-C ends the process at once.
 
     Attributes:
-        signal: the signal that came, or None.
-        left: whether an evaluation was left because of it, by ``Evaluation``.
+        signal: the signal that was received, or None.
+        left: whether an evaluation was interrupted because of it; set by ``Evaluation``.
     """
 
     def __init__(self) -> None:
@@ -88,12 +88,12 @@ class StopSignals(Callback):
 
     @property
     def exit_code(self) -> int:
-        """What a shell expects of a process that a signal ended, 128 plus its number; 0 without one."""
+        """The exit code that a shell expects after a signal, 128 plus its number; 0 without a signal."""
         return 0 if self.signal is None else 128 + self.signal
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """A block that a signal leaves at once, by ``StopRequested``."""
+        """A block that a signal interrupts at once, by raising ``StopRequested``."""
         if self.signal is not None:
             raise StopRequested
         self._interruptible = True
@@ -103,7 +103,7 @@ class StopSignals(Callback):
             self._interruptible = False
 
     def on_train_start(self, trainer: Trainer, module: OffPolicyModule) -> None:
-        """Takes the signals over, from Lightning too."""
+        """Installs the signal handlers, replacing Lightning's."""
 
         def stop(number: int, frame: FrameType | None) -> None:
             if self.signal is not None and number == signal.SIGINT:
@@ -118,7 +118,7 @@ class StopSignals(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, module: OffPolicyModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Ends training on all ranks if one of them has a reason to."""
+        """Ends training on all ranks if any of them has a reason to stop."""
         trainer.should_stop = any_rank(self.signal is not None or trainer.should_stop, module.device)
 
     def on_train_end(self, trainer: Trainer, module: OffPolicyModule) -> None:
@@ -132,19 +132,20 @@ class StopSignals(Callback):
 
 
 class Evaluation(PeriodicCallback):
-    """Evaluates every policy of the update and adds ``eval/...`` to the next row of the log.
+    """Evaluates every policy of the update and adds the ``eval/...`` metrics to the next row of the log.
 
     Args:
         frames: the data set.
         every: frames between evaluations.
-        make_environment: makes an evaluation's environment, which takes over the training environments' statistics.
-        episodes: episodes of an evaluation, for each way of acting.
-        stop: asks for evaluations to be left.
+        make_environment: makes the environment of an evaluation, which receives a copy of the training environments'
+            statistics.
+        episodes: episodes per evaluation and way of acting.
+        stop: callback that may interrupt evaluations.
         deterministic: whether the actor is also evaluated under deterministic exploration.
-        videos: folder for a video of the first episode of the actor as it samples; None films nothing.
+        videos: folder for videos of the sampling actor's first episode; None records no video.
 
     Attributes:
-        results: the last results by the way of acting: ``""`` is the actor as it samples.
+        results: the latest results by way of acting; ``""`` is the sampling actor.
     """
 
     def __init__(
@@ -167,11 +168,11 @@ class Evaluation(PeriodicCallback):
 
     @property
     def last(self) -> EvaluationResult | None:
-        """The last result of the actor as it samples."""
+        """The latest result of the sampling actor."""
         return self.results.get("")
 
     def run(self, trainer: Trainer, module: OffPolicyModule) -> None:
-        """Evaluates, unless the process is to stop."""
+        """Evaluates, unless the process has been asked to stop."""
         begin = time.perf_counter()
         try:
             with self.stop.interruptible():
@@ -190,7 +191,7 @@ class Evaluation(PeriodicCallback):
         module.window.add({**metrics, "time/evaluation_seconds": time.perf_counter() - begin})
 
     def _evaluate_agents(self, module: OffPolicyModule) -> dict[str, EvaluationResult]:
-        """Each agent's result by its name, and under ``""`` the episodes of all."""
+        """The result of each agent by its name, and under ``""`` the episodes of all agents."""
         agents, actor = module.update.agents, module.update.actor
         seed = derived_seed(self.frames.seed, "evaluation", module.env_frames)
         environment = self.make_environment(seed=seed, num_envs=len(agents) * self.episodes)
@@ -204,12 +205,12 @@ class Evaluation(PeriodicCallback):
     def _evaluate(
         self, policy: TensorDictModuleBase, module: OffPolicyModule, deterministic: bool = False, filmed: bool = False
     ) -> EvaluationResult:
-        # One seed for all ways of acting: what is evaluated beside the actor does not change the actor's result.
+        # One seed for all ways of acting, so that additional evaluations do not change the actor's result.
         seed = derived_seed(self.frames.seed, "evaluation", module.env_frames)
         videos = self.videos if filmed else None
         environment = self.make_environment(seed=seed, filmed=videos is not None)
         copy_observation_statistics(self.frames.collector.env, environment)
-        if module.device.type == "cuda":  # for one observation the chain's launches take longer
+        if module.device.type == "cuda":  # for one observation, launching the chain's kernels takes longer
             policy = deepcopy(policy).cpu()
         name = f"frames-{module.env_frames:012d}.mp4"
         with Film(videos / name, environment) if videos is not None else nullcontext() as film:
@@ -219,10 +220,10 @@ class Evaluation(PeriodicCallback):
 
 
 class StopAtReturn(Callback):
-    """Ends training behind an evaluation that reaches a return; put it behind the evaluation.
+    """Ends training after an evaluation that reaches a return; place it after the evaluation callback.
 
     Args:
-        evaluation: the evaluation, of whose results the actor's as it samples counts.
+        evaluation: the evaluation callback; the result of its sampling actor counts.
         target: mean return to reach; None never stops.
 
     Attributes:
@@ -245,7 +246,7 @@ class StopAtReturn(Callback):
 
 
 class MetricRows(PeriodicCallback):
-    """Writes a row to every logger each period, at evaluations, and at cuts, where nothing may be left over.
+    """Writes a row to every logger each period, at evaluations, and at cuts, where no values may remain.
 
     Args:
         frames: the data set.
@@ -260,7 +261,7 @@ class MetricRows(PeriodicCallback):
         self._last_frames = self._last_steps = 0
 
     def on_train_start(self, trainer: Trainer, module: OffPolicyModule) -> None:
-        """Starts the clock, where earlier processes have stopped it."""
+        """Starts the clock at the time that earlier processes have reached."""
         self._last_time = time.perf_counter()
         self._begin = self._last_time - module.elapsed_seconds
         self._last_frames, self._last_steps = module.env_frames, module.grad_steps
@@ -290,7 +291,7 @@ class MetricRows(PeriodicCallback):
 
 
 class LearningCurve(PeriodicCallback):
-    """Draws learning_curve.png anew behind each evaluation.
+    """Redraws learning_curve.png after each evaluation.
 
     Args:
         frames: the data set.
@@ -305,22 +306,23 @@ class LearningCurve(PeriodicCallback):
         self.title = title
 
     def run(self, trainer: Trainer, module: OffPolicyModule) -> None:
-        """Draws."""
+        """Draws the curve."""
         plot_learning_curve(self.folder.metrics, self.folder.learning_curve, title=self.title)
 
 
 class CheckpointWriter(PeriodicCallback):
     """Stores networks, optimisers, counters, observation statistics and replay buffer at every cut.
 
-    Put it behind the callbacks that write to the run's files: what they wrote is then older than the checkpoint. Where
-    a stop has left the evaluation of the same frame nothing is stored, so that the run goes on before it and has it.
+    Place it after the callbacks that write to the run's files, so that the files are older than the checkpoint. If a
+    stop has interrupted the evaluation at the same frame, nothing is stored: the resumed run then repeats that
+    evaluation.
 
     Args:
         frames: the data set, whose cuts are the period.
         folder: the run's folder.
         archive: the replay buffer's files.
-        identity: what the checkpoints belong to, see ``resuming.run_identity``.
-        stop: knows of evaluations that were left.
+        identity: identifies the run to which the checkpoints belong, see ``resuming.run_identity``.
+        stop: callback that records interrupted evaluations.
     """
 
     def __init__(
@@ -337,15 +339,15 @@ class CheckpointWriter(PeriodicCallback):
         self.archive = archive
         self.identity = identity
         self.last_frame: int | None = frames.first_frame or None
-        # What a killed process left behind: unreadable checkpoints beyond the one to go on from, and rows that none of
-        # the others needs.
+        # Removes what a killed process has left: checkpoints beyond the one to continue from, and rows that no
+        # checkpoint needs.
         if rank() == 0:
             self.checkpoints.remove_after(frames.first_frame)
         self._manifests = [manifests_of_ranks(state)[rank()] for state in self.checkpoints.readable()]
         self.archive.prune(self._manifests)
 
     def run(self, trainer: Trainer, module: OffPolicyModule) -> None:
-        """Writes rows first, then the checkpoint that names them, then removes what no kept checkpoint needs.
+        """Writes the rows, then the checkpoint that names them, and then removes rows that no kept checkpoint needs.
 
         Raises:
             TrainingError: if the disk is full or not writable; the last good checkpoint is untouched.

@@ -1,4 +1,4 @@
-"""What is kept of values that are not finite: the batch they came in, and what is needed to see them again."""
+"""Dumps of non-finite values: the batch in which they occurred, and everything that is needed to reproduce them."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def write_fault(
     weights: Mapping[str, Tensor] | None = None,
     random_state: Tensor | None = None,
 ) -> None:
-    """Writes ``batch.safetensors`` and ``about.json``, and ``weights.safetensors`` where an update failed.
+    """Writes ``batch.safetensors`` and ``about.json``, and ``weights.safetensors`` if an update failed.
 
     Args:
-        folder: made when missing.
-        batch: what held or led to values that are not finite.
-        about: plain values.
+        folder: created if missing.
+        batch: the batch that contained or led to non-finite values.
+        about: plain values that describe the fault.
         weights: state of the update's modules.
         random_state: state of PyTorch's CPU generator before the update.
 
@@ -60,7 +60,7 @@ def write_fault(
     folder.mkdir(parents=True, exist_ok=True)
     entries = {key: value for key, value in batch.flatten_keys(".").items() if isinstance(value, Tensor)}
     states = {"random_state": random_state} if random_state is not None else {}
-    # Clones, since a file of safetensors holds no memory twice, and stacked weights share theirs.
+    # Clones, since safetensors does not store shared memory, and stacked weights share theirs.
     files = {"batch": entries, "weights": {**(weights or {}), **states}}
     for name, tensors in files.items():
         if tensors:
@@ -73,10 +73,10 @@ def write_fault(
 
 
 def read_fault(folder: Path) -> Fault:
-    """What [`write_fault`][qsm_rl.training.write_fault] wrote; runs no code in it.
+    """Reads what [`write_fault`][qsm_rl.training.write_fault] wrote; runs no code from the files.
 
     Args:
-        folder: a folder below ``faults`` of a run.
+        folder: a folder inside the folder ``faults`` of a run.
 
     Raises:
         OSError: if a file is missing.

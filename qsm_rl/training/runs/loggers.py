@@ -1,4 +1,4 @@
-"""Where a run's metrics go: metrics.csv, the log as one table, and a logger of the user's choice."""
+"""Loggers of a run's metrics: metrics.csv, the log as one table, and a logger of the user's choice."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STEP = "frames"
 
 
 class Service(NamedTuple):
-    """What is known of a logger of Lightning's beyond its class: its package, and how it names runs."""
+    """Facts about a Lightning logger beyond its class: its package, and how it names runs."""
 
     package: str
     to_install: str
@@ -40,14 +40,14 @@ RUN_ID = "logger_id.txt"
 
 
 class MetricsTable(Logger):
-    """A Lightning logger that keeps one CSV table, a row for each frame count, in a file of the caller's choice.
+    """A Lightning logger that keeps one CSV table, one row per frame count, in a file of the caller's choice.
 
-    Rows are appended as they come. A new metric adds a column, and the file is written anew. Lightning's CSVLogger
-    numbers its folders and deletes what an earlier process has logged, so it cannot go on with a run.
+    Rows are appended as they arrive. A new metric adds a column, and the file is rewritten. Lightning's CSVLogger
+    numbers its folders and deletes what an earlier process has logged, so it cannot continue a run.
 
     Args:
         path: the CSV file.
-        last_frame: rows of an earlier process beyond this frame count are removed, for the run continues there.
+        last_frame: rows of an earlier process beyond this frame count are removed, since the run continues there.
     """
 
     def __init__(self, path: Path, *, last_frame: int = 0) -> None:
@@ -58,7 +58,7 @@ class MetricsTable(Logger):
         if path.exists():
             self._columns, rows = _read(path)
             self._rows = [row for row in rows if int(row[STEP]) <= last_frame]
-            if not self._rows:  # columns without a row would look as if there had been an evaluation, say
+            if not self._rows:  # empty columns would look as if, say, an evaluation had taken place
                 self._columns = [STEP]
             self._rewrite()
 
@@ -69,7 +69,7 @@ class MetricsTable(Logger):
 
     @property
     def version(self) -> str:
-        """Nothing: a run folder holds one table."""
+        """Empty: a run folder holds a single table."""
         return ""
 
     @rank_zero_only
@@ -77,7 +77,7 @@ class MetricsTable(Logger):
         """Appends a row.
 
         Args:
-            metrics: the row.
+            metrics: values of the row by name.
             step: frames collected so far.
         """
         row = {STEP: str(step), **{name: repr(float(value)) for name, value in metrics.items()}}
@@ -92,20 +92,20 @@ class MetricsTable(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Nothing: config.yaml holds them."""
+        """Does nothing: config.yaml holds the settings."""
 
     def _rewrite(self) -> None:
         write_csv_atomically(self.path, self._columns, self._rows)
 
 
 def check_logger(choice: dict[str, Any] | None) -> None:
-    """Looks whether the package of a chosen logger is there, before anything is made.
+    """Checks that the package of a chosen logger is installed, before anything is created.
 
     Args:
         choice: the setting ``logger``: None, or the logger's ``class_path`` and its ``init_args``.
 
     Raises:
-        UserError: naming the pip command, if it is not.
+        UserError: naming the pip command, if it is not installed.
     """
     if choice is None:
         return
@@ -118,8 +118,8 @@ def check_logger(choice: dict[str, Any] | None) -> None:
 def chosen_logger(choice: dict[str, Any], folder: Path, settings: dict[str, Any]) -> Logger:
     """Makes and starts the logger that the setting ``logger`` chooses.
 
-    Its local files go to the run's folder, from which the run has its name. A run that is resumed goes on in the
-    service's record of it, whose id is kept in ``logger_id.txt``.
+    Its local files go to the run's folder, which also gives the run its name. A resumed run continues its record in the
+    service; the id of that record is kept in ``logger_id.txt``.
 
     Args:
         choice: the logger's ``class_path``, and its ``init_args``.
@@ -127,7 +127,7 @@ def chosen_logger(choice: dict[str, Any], folder: Path, settings: dict[str, Any]
         settings: the run's settings, which the logger records.
 
     Raises:
-        UserError: if the logger cannot be made or started, in its own words.
+        UserError: if the logger cannot be made or started, with the logger's own message.
     """
     module, _, name = choice["class_path"].rpartition(".")
     logger_class = getattr(importlib.import_module(module), name)
@@ -141,9 +141,9 @@ def chosen_logger(choice: dict[str, Any], folder: Path, settings: dict[str, Any]
     os.environ.setdefault("WANDB_PROJECT", "qsm_rl")  # in place of Lightning's "lightning_logs"
     try:
         logger: Logger = logger_class(**{**arguments, **choice.get("init_args", {})})
-        logger.log_hyperparams(settings)  # starts it
+        logger.log_hyperparams(settings)  # starts the logger
         version = logger.version
-    except Exception as error:  # whatever a service of any kind raises: no key, no network, a wrong address
+    except Exception as error:  # services can raise anything: no key, no network, a wrong address
         raise UserError(f"--logger {name} could not be started: {' '.join(str(error).split())[:500]}") from error
     if service is not None:
         write_atomically(id_file, lambda temporary: temporary.write_text(f"{version}\n", encoding="utf-8"))
@@ -166,6 +166,6 @@ def read_metrics(path: Path) -> dict[str, list[float]]:
 def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        # A process killed while appending may leave a last row without its end; the run continues before it.
+        # A process killed while appending may leave an incomplete last row; the run continues before it.
         rows = [row for row in reader if None not in row.values() and (row.get(STEP) or "").isdigit()]
         return list(reader.fieldnames or [STEP]), rows

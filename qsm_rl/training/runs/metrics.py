@@ -1,4 +1,4 @@
-"""Rows of the log: averages of what happened since the row before."""
+"""Rows of the log: averages of the values since the previous row."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class MetricWindow:
         self._counts: dict[str, int] = {}
 
     def add(self, values: dict[str, Tensor] | dict[str, float]) -> None:
-        """Adds one value of each metric, scalars; tensors stay on their device until ``pop``."""
+        """Adds one scalar value of each metric; tensors stay on their device until ``pop``."""
         for name, value in values.items():
             if name in self._sums:
                 self._sums[name] = self._sums[name] + value
@@ -35,7 +35,7 @@ class MetricWindow:
                 self._sums[name], self._counts[name] = value, 1
 
     def pop(self) -> dict[str, float]:
-        """The mean of each metric since the last call, and begins anew."""
+        """Returns the mean of each metric since the last call, and starts over."""
         means = {name: float(value) / self._counts[name] for name, value in self._sums.items()}
         self._sums, self._counts = {}, {}
         return means

@@ -30,20 +30,20 @@ class NonFiniteDataError(TrainingError):
 
 
 class OffPolicyModule(LightningModule):
-    """Writes each collected batch to the replay buffer, then updates as often as is due.
+    """Writes each collected batch to the replay buffer, then performs all updates that are due.
 
-    The first update comes with the last frame of the warm-up; from then on there are ``updates_per_frame`` for each
-    frame. The module knows nothing of the algorithm: that is ``update``'s.
+    The first update comes with the last frame of the warm-up; from then on there are ``updates_per_frame`` updates per
+    frame. The module is independent of the algorithm, which ``update`` implements.
 
     Args:
         update: the algorithm's update.
         writer: writes to the replay buffer that updates sample from.
         env: name of the environment, for messages.
         warmup_frames: frames before the first update.
-        updates_per_frame: updates for each frame after that.
-        count: how many frames a batch counts for by its number of entries, see ``FramesDataset.count``.
-        faults: folder for dumps of values that are not finite, see [`read_fault`][qsm_rl.training.read_fault]; None
-            keeps none.
+        updates_per_frame: updates per frame after that.
+        count: maps a batch's number of entries to the number of frames that it counts for, see ``FramesDataset.count``.
+        faults: folder for dumps of non-finite values, see [`read_fault`][qsm_rl.training.read_fault]; None writes no
+            dumps.
 
     Attributes:
         env_frames: frames collected since the run began.
@@ -71,9 +71,9 @@ class OffPolicyModule(LightningModule):
         self.updates_per_frame = updates_per_frame
         self.count = count
         self.faults = faults
-        # Plain integers: buffers would live on the GPU, and reading them there would wait for it at every frame.
+        # Plain integers: buffers would live on the GPU, and reading them would wait for it at every frame.
         self.env_frames = 0
-        self.elapsed_seconds = 0.0  # of training, up to the last row of the log; by MetricRows
+        self.elapsed_seconds = 0.0  # of training, up to the last row of the log; set by MetricRows
         self.grad_steps = 0
         self.window = MetricWindow()
 
@@ -84,7 +84,7 @@ class OffPolicyModule(LightningModule):
     def transfer_batch_to_device(
         self, batch: TensorDictBase, device: torch.device, dataloader_idx: int
     ) -> TensorDictBase:
-        """Leaves the collected frames where they are; the replay buffer takes them to its device."""
+        """Leaves the collected frames where they are; the replay buffer moves them to its device."""
         return batch
 
     def training_step(self, batch: TensorDictBase, batch_idx: int) -> None:
@@ -107,7 +107,7 @@ class OffPolicyModule(LightningModule):
             self._update(batches)
 
     def _update(self, batches: Sequence[TensorDictBase]) -> None:
-        """Updates on each batch, and sees to it that every loss was finite."""
+        """Updates on each batch, and checks that every loss was finite."""
         for index, batch in enumerate(batches):
             random_state = torch.get_rng_state()
             try:
@@ -139,16 +139,16 @@ class OffPolicyModule(LightningModule):
         return row
 
     def checkpoint_state(self) -> dict[str, Any]:
-        """What training depends on, replay buffer and environments apart, as plain data."""
+        """The state of training as plain data, without replay buffer and environments."""
         return {"env_frames": self.env_frames, "grad_steps": self.grad_steps, "update": self.update.checkpoint_state()}
 
     def restore_state(self, state: dict[str, Any]) -> None:
-        """Takes over what [`checkpoint_state`][qsm_rl.training.OffPolicyModule.checkpoint_state] returned."""
+        """Restores what [`checkpoint_state`][qsm_rl.training.OffPolicyModule.checkpoint_state] returned."""
         self.env_frames, self.grad_steps = state["env_frames"], state["grad_steps"]
         self.update.restore_state(state["update"])
 
     def _draw(self, count: int) -> Iterator[Sequence[TensorDictBase]]:
-        """Batches from the replay buffer, up to sixteen drawn together: each then costs half of one drawn alone."""
+        """Batches from the replay buffer, up to sixteen drawn together, which halves the cost of each."""
         replay = self.writer.replay
         while count > 0:
             together = min(count, MOST_DRAWN_TOGETHER)
@@ -175,7 +175,7 @@ class OffPolicyModule(LightningModule):
                 raise NonFiniteDataError(f"{error}{self._dump(batch, error)}")
 
     def _dump(self, batch: TensorDictBase, error: Exception, **state: Any) -> str:
-        """Keeps what is needed to see the error again; a sentence for the message on where it lies."""
+        """Writes a dump to reproduce the error; returns a sentence for the message that says where it is."""
         if self.faults is None:
             return ""
         folder = self.faults / f"frame-{self.env_frames:012d}"

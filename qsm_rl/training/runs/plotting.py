@@ -13,14 +13,14 @@ __all__ = ["plot_learning_curve"]
 
 
 def plot_learning_curve(metrics: Path, picture: Path, *, title: str) -> None:
-    """Draws the returns of a run over frames: evaluations with their spread, and the episodes of training.
+    """Draws the returns of a run over frames: evaluations with their spread, and training episodes.
 
     Args:
         metrics: the run's metrics.csv.
         picture: PNG file to write.
-        title: what stands above the axes.
+        title: title of the picture.
     """
-    # The figure's own canvas draws without a display, and pyplot's global state is left alone.
+    # The figure's own canvas draws without a display and leaves pyplot's global state unchanged.
     from matplotlib.figure import Figure
 
     columns = read_metrics(metrics)

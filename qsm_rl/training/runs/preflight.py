@@ -1,4 +1,4 @@
-"""Whether a run will fit: memory for the replay buffer, disk for its files and the checkpoints."""
+"""Checks whether a run will fit: memory for the replay buffer, disk space for its files and the checkpoints."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from qsm_rl.training.errors import UserError
 
 __all__ = ["available_memory", "check_space"]
 
-KEPT_CHECKPOINTS = 3  # two, and the one that is being written
+KEPT_CHECKPOINTS = 3  # two, plus the one that is being written
 CGROUP = Path("/sys/fs/cgroup")
 SMALL_FILES = 64 << 20  # bytes of logs, pictures and the actor
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes that can still be taken on a device; None where the system does not tell."""
+    """Bytes that are still available on a device; None if the system does not report them."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -26,7 +26,7 @@ def available_memory(device: torch.device) -> int | None:
         free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return None
-    try:  # in a container, where files that were read lately count as used, and give way when memory is wanted
+    try:  # in a container, recently read files count as used memory, but are dropped when memory is needed
         limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
         counts = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
         return min(free, max(0, limit - used + int(counts["inactive_file"])))
@@ -45,21 +45,21 @@ def check_space(
     device: torch.device | None,
     stored: int = 0,
 ) -> None:
-    """Refuses a run that would end in the middle for want of memory or disk.
+    """Refuses a run that would fail midway for lack of memory or disk space.
 
     Args:
         folder: the run's folder.
         rows: transitions that the replay buffers of all processes will hold.
-        capacity: those that one of them could. Their memory is asked for with the first one; a GPU's is taken then, a
-            CPU's as it is written to.
-        row: bytes of one, see ``row_bytes``.
-        checkpoint_every: frames between checkpoints, whose rows lie on the disk beside the buffer's.
+        capacity: transitions that one of these buffers could hold. Its memory is allocated with the first one; on a GPU
+            all of it is used from then on, elsewhere as rows are written.
+        row: bytes of one transition, see ``row_bytes``.
+        checkpoint_every: frames between checkpoints, whose rows are on disk in addition to the buffer's.
         state: the update's tensors; Adam keeps two more of each.
         device: device whose memory holds the replay buffer; None for one in memory-mapped files.
-        stored: rows that lie on the disk already.
+        stored: rows that are on disk already.
 
     Raises:
-        UserError: naming the need, what is free, and what to lower.
+        UserError: naming the space needed, the space available, and the setting to lower.
     """
     free = None if device is None else available_memory(device)
     held = capacity if device is not None and device.type == "cuda" else rows
@@ -71,7 +71,7 @@ def check_space(
     if device is not None and device.type == "cpu":
         try:
             torch.empty(capacity * row, dtype=torch.uint8)
-        except (RuntimeError, TypeError) as error:  # the latter where the number itself is too large
+        except (RuntimeError, TypeError) as error:  # the latter if the number itself is too large
             raise UserError(
                 f"a replay buffer of {capacity:,} transitions of {row} bytes is more than this machine gives; lower "
                 f"--replay_size, of which this run needs {rows:,}."
@@ -89,7 +89,7 @@ def check_space(
 
 
 def _size(count: int) -> str:
-    """Bytes for people, by powers of 1,000."""
+    """Bytes in a readable form, by powers of 1,000."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= size:
             return f"{count / size:.1f} {unit}"

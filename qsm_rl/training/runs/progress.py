@@ -1,4 +1,4 @@
-"""The progress bar: frames, speed, time left, and the last returns."""
+"""The progress bar: frames, speed, time left, and the latest returns."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ __all__ = ["Progress"]
 
 BAR_INTERVAL = 0.5
 LINE_INTERVAL = 15.0
-WIDE = 110  # columns from which a bar and whole words fit
-MEMORY = 20.0  # seconds over which speeds are averaged, for a warm-up is many times faster than what follows
+WIDE = 110  # columns needed for a bar and whole words
+MEMORY = 20.0  # seconds over which speeds are averaged, since the warm-up is many times faster than training
 
 
 class Speed:
@@ -31,7 +31,7 @@ class Speed:
         self._count, self._time, self._fresh = count, now, True
 
     def update(self, count: int, now: float) -> float:
-        """The speed at a time at which ``count`` events have happened."""
+        """The speed at time ``now``, by which ``count`` events have happened."""
         seconds = max(now - self._time, 1e-9)
         weight = 1.0 if self._fresh else 1 - math.exp(-seconds / MEMORY)
         self.value += weight * ((count - self._count) / seconds - self.value)
@@ -40,12 +40,12 @@ class Speed:
 
 
 class Progress(Callback):
-    """A bar on a terminal; elsewhere, as in a log file, a line every fifteen seconds.
+    """A bar on a terminal; otherwise, for example in a log file, a line every fifteen seconds.
 
     Args:
         frames: the data set.
-        evaluation: the evaluation callback, for the last result.
-        stream: where it is written; stderr when not given.
+        evaluation: the evaluation callback, for its latest result.
+        stream: where the bar is written; stderr if not given.
     """
 
     def __init__(self, frames: FramesDataset, evaluation: Evaluation, stream: TextIO | None = None) -> None:
@@ -62,7 +62,7 @@ class Progress(Callback):
         now = time.perf_counter()
         self._frame_speed, self._update_speed = Speed(module.env_frames, now), Speed(module.grad_steps, now)
         self._next = now + (0.0 if self._terminal else LINE_INTERVAL)
-        columns, lines = shutil.get_terminal_size()  # 80 and 24 where a terminal says that it has none
+        columns, lines = shutil.get_terminal_size()  # 80 and 24 if a terminal reports no size
         self._wide = columns >= WIDE or not self._terminal
         self._bar = tqdm(
             total=self.frames.total_frames,
@@ -80,7 +80,7 @@ class Progress(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, module: OffPolicyModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Shows where the run is, not more often than can be read."""
+        """Shows the state of the run, no more often than can be read."""
         ended = batch["next", "episode_end"]
         if ended.any():
             self._training_return = batch["next", "episode_reward"][ended][-1].item()
@@ -90,7 +90,7 @@ class Progress(Callback):
             self._next = now + (BAR_INTERVAL if self._terminal else LINE_INTERVAL)
 
     def on_train_end(self, trainer: Trainer, module: OffPolicyModule) -> None:
-        """Shows the end and closes the bar."""
+        """Shows the final state and closes the bar."""
         if module.env_frames > self._shown:
             self._show(module, time.perf_counter())
         self._bar.close()
@@ -99,7 +99,7 @@ class Progress(Callback):
         self._shown, total = module.env_frames, self.frames.total_frames
         frame_speed = self._frame_speed.update(module.env_frames, now)
         update_speed = self._update_speed.update(module.grad_steps, now)
-        # The last batch of frames may go beyond the total.
+        # The last batch of frames may exceed the total.
         left = tqdm.format_interval(max(0, total - module.env_frames) / max(frame_speed, 1e-9))
         result = self.evaluation.last
         evaluated = None if result is None else result.metrics()["eval/return_mean"]

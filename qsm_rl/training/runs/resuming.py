@@ -1,4 +1,4 @@
-"""Going on with a run: what it is known by, whether there is anything to go on with, and its checkpoint put back."""
+"""Resuming a run: its identity, whether there is anything to continue, and the restoring of its checkpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from qsm_rl.training.runs.run_folder import RunFolder
 
 __all__ = ["check_identity", "check_never_stored", "check_unfinished", "restore_checkpoint", "run_identity"]
 
-# Settings that may be edited in the config.yaml of a run: they do not enter what it learns.
+# Settings that may be edited in the config.yaml of a run: they do not change what it learns.
 FREE = (
     "total_frames",
     "stop_at_return",
@@ -38,14 +38,14 @@ FREE_PREFIXES = ("eval_", "video")
 
 
 def run_identity(config: TrainingConfiguration, environment: EnvBase) -> dict[str, Any]:
-    """What a checkpoint belongs to, as plain data: the settings that learning depends on, and the environment's specs.
+    """Identifies the run of a checkpoint by plain data: settings that affect learning, and the environment's specs.
 
     Args:
         config: the run's settings.
         environment: its environments.
     """
     settings = {name: value for name, value in asdict(config).items() if name not in (*NOT_SAVED, *FREE)}
-    settings["warmup_frames"] = config.capped_warmup  # as config.yaml keeps it
+    settings["warmup_frames"] = config.capped_warmup  # as stored in config.yaml
     spec = environment.action_spec_unbatched
     return {
         "settings": json.loads(
@@ -60,11 +60,11 @@ def run_identity(config: TrainingConfiguration, environment: EnvBase) -> dict[st
 
 
 def check_identity(state: dict[str, Any], identity: dict[str, Any], folder: object) -> None:
-    """Refuses to go on from a checkpoint of another run.
+    """Refuses to continue from a checkpoint of another run.
 
     Args:
-        state: the checkpoint; one that an early version wrote carries no identity and passes.
-        identity: what ``run_identity`` says of the run as it would go on.
+        state: the checkpoint; one written by an early version has no identity and passes.
+        identity: result of ``run_identity`` for the run that would continue.
         folder: the run's folder, for the message.
 
     Raises:
@@ -81,23 +81,23 @@ def check_identity(state: dict[str, Any], identity: dict[str, Any], folder: obje
 
 
 def check_never_stored(config: TrainingConfiguration, folder: RunFolder) -> None:
-    """Refuses to begin a run anew that has had checkpoints: its log and its actor would be lost.
+    """Refuses to restart a run that has had checkpoints: its log and its actor would be lost.
 
     Args:
         config: the run's settings.
-        folder: its folder, in which there is no checkpoint.
+        folder: its folder, without any checkpoint.
 
     Raises:
-        UserError: naming how far its log reaches.
+        UserError: naming the last frame of its log.
     """
     columns = read_metrics(folder.metrics) if folder.metrics.exists() else {}
     last = max(columns.get("frames", []), default=0)
     evaluated = not math.isnan((columns.get("eval/return_mean") or [math.nan])[-1])
-    # The frames that it was begun for: those of now may have been raised to go on, and with the last one of then came a
-    # checkpoint.
+    # The original total counts: the current one may have been raised to continue, and a checkpoint came with the last
+    # frame of the original total.
     ended = bool(folder.published) and last >= folder.settings["total_frames"] and evaluated
-    # Rows of the frame of the first checkpoint are written before it, so a killed process may leave them. It comes with
-    # the end of a batch.
+    # Rows for the frame of the first checkpoint are written before it, so a killed process may leave them. That
+    # checkpoint comes at the end of a batch.
     batch = config.frames_per_batch * config.devices
     if ended or last > batch * math.ceil(config.checkpoint_every / batch):
         raise UserError(
@@ -107,9 +107,10 @@ def check_never_stored(config: TrainingConfiguration, folder: RunFolder) -> None
 
 
 def check_unfinished(config: TrainingConfiguration, folder: RunFolder, first_frame: int) -> None:
-    """Refuses to go on with a run that has all its frames and its actor, or has reached its return.
+    """Refuses to continue a run that has all its frames and its actor, or has reached its return.
 
-    A run that was killed before it published its actor does that. What lies beyond the last checkpoint does not count.
+    A run that was killed before it saved its actor may continue, to do so. Anything after the last checkpoint is
+    ignored.
 
     Args:
         config: the run's settings.
@@ -134,17 +135,17 @@ def check_unfinished(config: TrainingConfiguration, folder: RunFolder, first_fra
 def restore_checkpoint(
     state: dict[str, Any], module: OffPolicyModule, frames: FramesDataset, archive: ReplayArchive
 ) -> None:
-    """Puts a run back to where a checkpoint was written.
+    """Restores the state in which a checkpoint was written.
 
     Args:
         state: what [`CheckpointFolder.newest`][qsm_rl.training.CheckpointFolder.newest] returned.
         module: the module of a run with the same settings.
-        frames: its data set, not iterated yet.
+        frames: its data set, before any iteration.
         archive: the replay buffer's files.
 
     Raises:
-        UserError: if the checkpoint does not fit the networks or holds NaN, naming the first
-            difference, or the replay files do not fit it.
+        UserError: if the checkpoint does not fit the networks or holds NaN, naming the first difference, or if the
+            replay files do not fit the checkpoint.
     """
     manifests, env = manifests_of_ranks(state), frames.collector.env
     if len(manifests) != frames.num_ranks:
@@ -159,7 +160,7 @@ def restore_checkpoint(
             raise ValueError(difference)
         module.restore_state(state["training"])
         update = state["training"]["update"]
-        # What a module keeps beside its tensors may say "not known yet" by NaN, as a value support does.
+        # In a module's extra state NaN may stand for "not known yet", as in a value support.
         weights = {name: value for name, value in update["modules"].items() if not name.endswith("_extra_state")}
         if bad := first_non_finite([weights, update["optimizers"], state["environment"]], "state"):
             raise ValueError(f"{bad}, which no run stores")
@@ -170,4 +171,4 @@ def restore_checkpoint(
         missing = f"{reason} is missing" if isinstance(error, KeyError) else reason[:300]
         raise UserError(f"the checkpoint at frame {state['frames']:,} does not fit this run: {missing}.") from error
     frames.first_frame = state["frames"]
-    module.elapsed_seconds = state.get("elapsed_seconds", 0.0)  # which early versions did not keep
+    module.elapsed_seconds = state.get("elapsed_seconds", 0.0)  # missing in early versions

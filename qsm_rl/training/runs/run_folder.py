@@ -1,4 +1,4 @@
-"""The folder of a run: what lies where, made once and never written over by another run."""
+"""The folder of a run: where its files are. It is created once, and no other run overwrites it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from qsm_rl.version import __version__
 
 __all__ = ["RunFolder"]
 
-# An environment variable, by which the processes that rank 0 starts join its folder.
+# An environment variable by which the processes that rank 0 starts find its folder.
 FOLDER_OF_RANK_0 = "QSM_RL_RUN_FOLDER"
 
 
@@ -44,17 +44,18 @@ class RunFolder:
 
     @classmethod
     def open(cls, configuration: TrainingConfiguration, recipe: str) -> RunFolder:
-        """The folder of a new run, made with its config.yaml, or the one that ``configuration.resume`` names.
+        """Creates the folder of a new run with its config.yaml, or opens the one that ``configuration.resume`` names.
 
         A process of a higher rank joins the one that rank 0 has opened.
 
         Args:
-            configuration: ``run_dir`` names the folder; ``runs/RECIPE/ENV/TIME-sSEED`` when not given.
+            configuration: ``run_dir`` names the folder; ``runs/RECIPE/ENV/TIME-sSEED`` if not given.
             recipe: name of the recipe.
 
         Raises:
-            UserError: if the folder holds anything, cannot be made, is in use by another process, or, resumed, holds
-                symbolic links in place of its files; or if something else than rank 0 has started this process.
+            UserError: if the folder is not empty, cannot be made, or is in use by another process; if a resumed one
+                holds symbolic links in place of its files; or if this process was started by anything other than rank
+                0.
         """
         if rank() > 0:
             if FOLDER_OF_RANK_0 not in os.environ:
@@ -67,7 +68,7 @@ class RunFolder:
             folder = cls(Path(configuration.resume), recipe, resumed=True)
             folder._refuse_links()
             folder._locked()
-            sweep_temporaries(folder.path)  # of killed processes, now that no other process is in the folder
+            sweep_temporaries(folder.path)  # of killed processes; no other process is using the folder now
             return folder
         default = Path("runs") / recipe / configuration.env / f"{time.strftime('%Y%m%d-%H%M%S')}-s{configuration.seed}"
         path = default if configuration.run_dir is None else Path(configuration.run_dir)
@@ -79,7 +80,7 @@ class RunFolder:
                 )
             if any(path.iterdir()):
                 raise UserError(f"{path} is not empty; choose a new folder as --run_dir.")
-            # The warm-up that the run really has: more total_frames on resuming must not move its end.
+            # The actual warm-up of the run: raising total_frames on resuming must not move its end.
             settings = replace(configuration, warmup_frames=configuration.capped_warmup)
             with (path / CONFIGURATION_FILE).open("x", encoding="utf-8") as file:
                 file.write(f"# python recipes/{recipe}.py --config {CONFIGURATION_FILE}\n")
@@ -93,7 +94,7 @@ class RunFolder:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What config.yaml holds: that with which the run was begun; what was changed on resuming is not in it."""
+        """The content of config.yaml: the settings at the start of the run, without changes made on resuming."""
         return yaml.safe_load((self.path / CONFIGURATION_FILE).read_text(encoding="utf-8"))
 
     @property
@@ -108,17 +109,17 @@ class RunFolder:
 
     @property
     def faults(self) -> Path:
-        """Folder of dumps of values that are not finite; there only if there were any."""
+        """Folder of dumps of non-finite values; it exists only if there were any."""
         return self.path / "faults"
 
     @property
     def actor(self) -> Path:
-        """Folder of the published actor, model.safetensors and config.json."""
+        """Folder of the saved actor, with model.safetensors and config.json."""
         return self.path / "actor"
 
     @property
     def published(self) -> list[Path]:
-        """Folders of the actors that there are: ``actor``, or of agents that shared the run ``seed_N/actor``."""
+        """Folders of the saved actors: ``actor``, or ``seed_N/actor`` for agents that shared the run."""
         folders = [self.actor, *sorted(self.path.glob(f"seed_*/{self.actor.name}"))]
         return [folder for folder in folders if (folder / "config.json").is_file()]
 
@@ -133,19 +134,19 @@ class RunFolder:
         return self.path / "videos"
 
     def discard(self) -> None:
-        """Removes the folder of a run that could not begin."""
+        """Removes the folder of a run that could not start."""
         self.close()
         (self.path / CONFIGURATION_FILE).unlink()
         with contextlib.suppress(OSError):  # something else has appeared in it
             self.path.rmdir()
 
     def close(self) -> None:
-        """Lets other processes continue the run."""
+        """Releases the folder, so that other processes can continue the run."""
         if rank() == 0:
             self._lock.close()
 
     def _refuse_links(self) -> None:
-        """A link in a run folder from somebody else could lead any file of the reader's away."""
+        """A link in a run folder from someone else could give away any file of the reader's."""
         own = [self.path / CONFIGURATION_FILE, self.metrics, self.checkpoints, self.actor, self.learning_curve]
         agents = [*self.path.glob("seed_*")]
         own += [self.videos, self.faults, self.path / RUN_ID, self.path / "tensorboard", *agents]
@@ -155,7 +156,7 @@ class RunFolder:
                 raise UserError(f"{path} is a symbolic link, which no run makes; put the file itself there.")
 
     def _locked(self) -> RunFolder:
-        # The lock belongs to the open file, so it ends with the process however that ends.
+        # The lock belongs to the open file, so it is released however the process ends.
         path = self.path / CONFIGURATION_FILE
         try:
             file = path.open("r+", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What a run says of itself, and what watches over it: summary, loggers, callbacks, and how it went."""
+"""The summary, loggers and callbacks of a run, and its closing report."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ CallbackType = TypeVar("CallbackType", bound=Callback)
 
 
 def quiet_libraries() -> None:
-    """Silences the remarks of libraries that nobody can act on."""
+    """Silences library warnings that users cannot act on."""
     logging.getLogger("torchrl").setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
@@ -67,14 +67,14 @@ def print_summary(
     *,
     first_frame: int = 0,
 ) -> None:
-    """Says what is about to run.
+    """Prints what is about to run.
 
     Args:
         config: the run's settings.
         folder: its folder.
         environment: the training environments.
         device: device of the networks.
-        first_frame: where the run continues.
+        first_frame: frame at which the run continues.
     """
     observation_dim = environment.observation_spec["observation"].shape[-1]
     action_dim = environment.action_spec.shape[-1]
@@ -106,12 +106,12 @@ def print_summary(
 
 
 def make_loggers(config: TrainingConfiguration, folder: RunFolder, *, first_frame: int = 0) -> list[Logger]:
-    """metrics.csv and TensorBoard events in a run's folder, and the logger that the settings choose.
+    """Makes the loggers: metrics.csv, TensorBoard events, and the logger that the settings choose.
 
     Args:
         config: the run's settings.
         folder: its folder.
-        first_frame: where the run continues; later rows of an earlier process are dropped.
+        first_frame: frame at which the run continues; later rows of an earlier process are dropped.
 
     Raises:
         UserError: if the chosen logger cannot be started.
@@ -130,9 +130,9 @@ def make_callbacks(
     archive: ReplayArchive,
     make_environment: Callable[..., EnvBase],
 ) -> list[Callback]:
-    """What happens at periods of frames: evaluation, row of the log, learning curve, checkpoint, progress.
+    """Makes the callbacks: evaluation, rows of the log, learning curve, checkpoints, progress and stopping.
 
-    Ranks above 0 only store their replay buffer.
+    Ranks above 0 only store their replay buffers and handle stop signals.
 
     Args:
         config: the run's settings.
@@ -168,14 +168,14 @@ def make_callbacks(
 def finish_run(
     trainer: Trainer, module: OffPolicyModule, frames: FramesDataset, folder: RunFolder, *, usual_frames: int
 ) -> int:
-    """Closes the environments and says how the run went and how to go on.
+    """Closes the environments, and prints how the run went and how to continue it.
 
     Args:
-        trainer: the trainer, behind ``fit``.
+        trainer: the trainer, after ``fit``.
         module: the trained module.
         frames: the data set.
-        folder: the run's folder, the actor in it published.
-        usual_frames: frames of the recipe's runs by default; a shorter run says how to begin one.
+        folder: the run's folder, with the saved actor.
+        usual_frames: default frames of the recipe; a shorter run prints the command of a full one.
 
     Returns:
         The exit code: 0, or 128 plus the signal that ended the run.
@@ -186,11 +186,11 @@ def finish_run(
         logger.finalize("success")
     stop, evaluation = _callback(trainer, StopSignals), _callback(trainer, Evaluation)
     last_checkpoint = _callback(trainer, CheckpointWriter).last_frame
-    called = Path(sys.argv[0])  # a copy of a recipe lies anywhere
+    called = Path(sys.argv[0])  # a copy of a recipe may be anywhere
     script = f"python {called if called.stem == folder.recipe else f'recipes/{folder.recipe}.py'}"
     target = _callback(trainer, StopAtReturn)
     resume = f"{script} --resume {shlex.quote(str(folder.path))}"
-    # What was changed on resuming, which config.yaml does not know.
+    # Changes made on resuming, which config.yaml does not contain.
     saved = folder.settings
     longer = f" --total_frames {frames.total_frames}" if frames.total_frames > saved["total_frames"] else ""
     if target.target != (math.inf if saved["stop_at_return"] is None else saved["stop_at_return"]):

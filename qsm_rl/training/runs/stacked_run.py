@@ -1,4 +1,4 @@
-"""Many seeds in one process on a GPU: independent agents in one run, whose networks are stacked."""
+"""Many seeds in one process on a GPU: independent agents in one run, with stacked networks."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ __all__ = ["split_seeds", "stack_seeds", "stacks_seeds"]
 
 
 def stacks_seeds(config: QSMConfiguration) -> bool:
-    """Whether the seeds of a run are trained stacked in one process: on a GPU, or where such a run goes on.
+    """Whether the seeds of a run are trained stacked in one process: on a GPU, or if such a run is resumed.
 
     Raises:
-        UserError: if a setting does not go with that.
+        UserError: if a setting is not compatible with stacking.
     """
     if config.seeds == 1 or (choose_device(config.device).type == "cpu" and config.resume is None):
         return False
@@ -56,11 +56,11 @@ def stacks_seeds(config: QSMConfiguration) -> bool:
 def stack_seeds(
     config: TrainingConfiguration, build: Callable[[], tuple[DiffusionUpdate, TensorDictSequential]]
 ) -> tuple[StackedUpdate, TensorDictModuleBase]:
-    """One update and one acting policy for the agents of all seeds.
+    """Builds one update and one acting policy for the agents of all seeds.
 
     Args:
-        config: the run's settings; its seed is the first agent's.
-        build: the recipe's parts for one agent: the update, and the policy with exploration behind it.
+        config: the run's settings; ``seed`` is that of the first agent.
+        build: builds the recipe's parts for one agent: the update, and the policy followed by exploration.
 
     Returns:
         The update, and the policy that collects: agent n acts in environment n.
@@ -75,12 +75,12 @@ def stack_seeds(
 
 
 def split_seeds(config: TrainingConfiguration, folder: RunFolder, agents: Sequence[str]) -> None:
-    """Gives each agent the folder of a run of its own, ``seed_N``: settings and evaluations.
+    """Writes a run folder ``seed_N`` for each agent, with its settings and evaluations.
 
     Args:
         config: the run's settings.
         folder: the run's folder.
-        agents: their names, ``seed_N``.
+        agents: names of the agents, ``seed_N``.
     """
     columns = read_metrics(folder.metrics)
     for name in agents:

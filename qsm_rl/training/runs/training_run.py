@@ -1,4 +1,4 @@
-"""What every recipe does around its algorithm: everything before the networks are built, and everything after."""
+"""The part of a recipe around its algorithm: everything before the networks are built, and everything after."""
 
 from __future__ import annotations
 
@@ -63,10 +63,10 @@ Configuration = TypeVar("Configuration", bound=TrainingConfiguration)
 
 
 def checked_environment(config: TrainingConfiguration, num_envs: int) -> tuple[Callable[..., EnvBase], EnvBase]:
-    """What makes a run's environments, called with ``seed`` and ``num_envs``, and the first that it made.
+    """A function that makes a run's environments from ``seed`` and ``num_envs``, and the first that it made.
 
     Raises:
-        UserError: if there is no such environment, or its logger, workers or videos cannot be had.
+        UserError: if there is no such environment, or if the logger, workers or videos are not available.
     """
     make = partial(
         make_environment,
@@ -88,12 +88,12 @@ class TrainingRun(Generic[Configuration]):
     """One run of an off-policy recipe: ``begin`` it, build policy, critics, loss and update, and ``train``.
 
     Attributes:
-        config: the settings, ``compile`` and ``precision`` decided.
+        config: the settings, with ``compile`` and ``precision`` resolved.
         device: device of the networks and the replay buffer.
-        environment: the training environments, ``num_envs`` stepped together.
-        make_environment: makes another one, called with ``seed`` (and ``num_envs``), as evaluations need it.
+        environment: the training environments, ``num_envs`` in one batch.
+        make_environment: makes another environment, for evaluations; called with ``seed`` (and ``num_envs``).
         folder: the run's folder.
-        checkpoint: where the run goes on; None for a new one.
+        checkpoint: the checkpoint at which the run continues; None for a new run.
     """
 
     config: Configuration
@@ -105,14 +105,14 @@ class TrainingRun(Generic[Configuration]):
 
     @classmethod
     def begin(cls, config: Configuration, recipe: Path | str) -> TrainingRun[Configuration]:
-        """Chooses device and arithmetic, seeds everything, makes environments and folder, and says what will run.
+        """Chooses device and arithmetic, seeds everything, makes environments and folder, and prints a summary.
 
         Args:
-            config: the settings as given; with ``resume`` the run there goes on.
-            recipe: the recipe's file, whose name the folder gets.
+            config: the settings as given; ``resume`` continues the run in that folder.
+            recipe: the recipe's file, after which the folder is named.
 
         Raises:
-            UserError: if device, environment or folder cannot be had; nothing has been written then.
+            UserError: if device, environment or folder is not available; nothing has been written then.
         """
         quiet_libraries()
         device = choose_device(config.device)
@@ -158,12 +158,12 @@ class TrainingRun(Generic[Configuration]):
 
     @property
     def action_dim(self) -> int:
-        """A, numbers of an action."""
+        """A, the number of action dimensions."""
         return self.action_spec.shape[-1]
 
     @property
     def observation_dim(self) -> int:
-        """O, numbers of an observation."""
+        """O, the number of observation features."""
         return self.environment.observation_spec["observation"].shape[-1]
 
     def train(
@@ -174,14 +174,15 @@ class TrainingRun(Generic[Configuration]):
         dataset: TensorDictBase | None = None,
         offline_frames: int = 0,
     ) -> int:
-        """Collects, updates, evaluates, logs and writes checkpoints to the end of the run, and publishes the actor.
+        """Collects, updates, evaluates, logs and writes checkpoints until the run ends, and saves the actor.
 
         Args:
             update: the algorithm's update, on ``device``.
-            acting: the policy that collects, exploration included; reads ``observation``, writes ``action``.
-            dataset: transitions ``(N,)`` from [`read_dataset`][qsm_rl.training.read_dataset] that the replay buffer
-                begins with.
-            offline_frames: frames at the beginning for which nothing is collected: updates on the data set alone.
+            acting: the policy that collects, including exploration; reads ``observation``, writes ``action``.
+            dataset: transitions ``(N,)`` from [`read_dataset`][qsm_rl.training.read_dataset] with which the replay
+                buffer starts.
+            offline_frames: number of frames at the beginning for which nothing is collected: updates use the data set
+                alone.
 
         Returns:
             The exit code: 0, or 128 plus the signal that ended the run.
@@ -192,9 +193,9 @@ class TrainingRun(Generic[Configuration]):
         """
         config, folder, ranks = self.config, self.folder, self.config.devices
 
-        # Data: frames from the collector, transitions in the replay buffer, both a rank's own.
+        # Data: frames from the collector and transitions in the replay buffer, separate for each rank.
         storage = make_storage(config, folder.path, self.device)
-        agents = config.seeds  # more than one in one run: stacked, see stacked_run.py
+        agents = config.seeds  # more than one agent in a run: stacked, see stacked_run.py
         if agents > 1:
             replay = AgentsReplayBuffer(agents, storage=storage, batch_size=config.batch_size)
         else:
@@ -228,7 +229,7 @@ class TrainingRun(Generic[Configuration]):
         )
 
         try:
-            # Training: one step for each batch of frames.
+            # Training: one step per batch of frames.
             module = OffPolicyModule(
                 update,
                 writer,
@@ -238,7 +239,7 @@ class TrainingRun(Generic[Configuration]):
                 count=frames.count,
                 faults=folder.faults if rank() == 0 else folder.faults / f"rank-{rank()}",
             )
-            if rank() == 0:  # one machine: what all processes need together
+            if rank() == 0:  # one machine: the needs of all processes together
                 known = 0 if dataset is None else len(dataset)
                 written = known + max(0, config.total_frames - offline_frames)
                 stored = known + max(0, self.first_frame - offline_frames) if self.checkpoint else 0
@@ -253,7 +254,7 @@ class TrainingRun(Generic[Configuration]):
                     accelerator=self.device.type,
                     devices=devices,
                     strategy=DDPStrategy() if ranks > 1 else "auto",
-                    plugins=LightningEnvironment(),  # starts the other processes here, also in the job of a scheduler
+                    plugins=LightningEnvironment(),  # starts the other processes here, even within a scheduler's job
                     max_epochs=1,
                     logger=make_loggers(config, folder, first_frame=self.first_frame) if rank() == 0 else [],
                     callbacks=make_callbacks(config, folder, frames, archive, self.make_environment),
@@ -265,11 +266,11 @@ class TrainingRun(Generic[Configuration]):
                 try:
                     trainer.fit(module, frames)
                 except SystemExit as end:
-                    if isinstance(end.__context__, KeyboardInterrupt):  # by Lightning, without a word and with code 1
+                    if isinstance(end.__context__, KeyboardInterrupt):  # Lightning would exit silently with code 1
                         raise KeyboardInterrupt from None
                     raise
         except BaseException:
-            frames.close()  # workers that live would keep this process from ending
+            frames.close()  # live workers would keep this process from ending
             folder.close()
             raise
         finally:
@@ -290,7 +291,7 @@ class TrainingRun(Generic[Configuration]):
         return finish_run(trainer, module, frames, folder, usual_frames=type(config).total_frames)
 
     def _check_space(self, module: OffPolicyModule, written: int, stored: int) -> None:
-        """Room for the ``written`` transitions of the whole run, ``stored`` of which lie on the disk already."""
+        """Checks the space for the run's ``written`` transitions, ``stored`` of which are on disk already."""
         config = self.config
         capacity = module.writer.replay.storage.max_size  # of this rank
         rows = min(capacity * config.devices, written)

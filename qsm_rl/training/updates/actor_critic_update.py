@@ -1,4 +1,4 @@
-"""What updates of an actor and its critics share: optimisers, turns, CUDA graphs, and checks that do not wait."""
+"""Shared parts of actor-critic updates: optimisers, the delay of the actor, CUDA graphs, and deferred checks."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ __all__ = ["LOSS_NAMES", "ActorCriticUpdate", "StepOutputs"]
 
 LOSS_NAMES = ("loss_qvalue", "loss_actor")
 
-# Rows (loss, norm of its gradient) of the critics and, where it acts, the actor; the info of both losses.
+# Rows (loss, gradient norm) of the critics and, if it is updated, the actor; then the info of both losses.
 StepOutputs = tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]
 
 
 class ActorCriticUpdate(Update):
-    """Critics at every update, the actor at each ``policy_delay``-th; as a CUDA graph where asked for.
+    """Updates the critics every time and the actor every ``policy_delay``-th time, as a CUDA graph if requested.
 
     A subclass overrides ``_step``, which changes weights in place, and ``_raise_non_finite``.
 
     Args:
-        loss: as of ``Update``.
-        actor_parameters: what the actor's optimiser trains.
-        critic_parameters: what the critics' optimiser trains.
-        actor_learning_rate: Adam's step size for the actor.
-        critic_learning_rate: Adam's step size for the critics.
-        critic_adam_beta1: decay of the critics' momentum.
-        policy_delay: critic updates for each of the actor's.
-        actor_learning_rate_decay: see ``cosine_decay``, in the actor's updates.
-        gradient_clipping: largest gradient norm; None clips nothing.
+        loss: the loss, as for ``Update``.
+        actor_parameters: parameters that the actor's optimiser trains.
+        critic_parameters: parameters that the critics' optimiser trains.
+        actor_learning_rate: Adam's learning rate for the actor.
+        critic_learning_rate: Adam's learning rate for the critics.
+        critic_adam_beta1: Adam's beta1 for the critics.
+        policy_delay: critic updates per actor update.
+        actor_learning_rate_decay: see ``cosine_decay``; counted in actor updates.
+        gradient_clipping: maximum gradient norm; None does not clip.
         cuda_graph: whether a step is recorded as a CUDA graph.
-        deferred: whether what is not finite shows in ``check``; a CUDA graph needs it.
+        deferred: whether non-finite values are reported by ``check`` later; required with a CUDA graph.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class ActorCriticUpdate(Update):
     ) -> None:
         device = actor_parameters[0].device
         rate: float | Tensor = actor_learning_rate
-        if cuda_graph:  # which reads the rate where it lies, and a number would be recorded
+        if cuda_graph:  # it reads the rate from memory; a plain number would be recorded as a constant
             rate = torch.tensor(actor_learning_rate, device=device)
         adam = partial(PiecewiseAdam if cuda_graph else Adam, fused=True, capturable=cuda_graph)
         actor = adam(actor_parameters, lr=rate)
@@ -80,7 +80,7 @@ class ActorCriticUpdate(Update):
         if deferred:
             for optimizer in self.optimizers.values():
                 optimizer.found_inf = self._failed  # type: ignore[attr-defined]  # shared: one failure stops both
-        # One for the critics alone, one for the whole update.
+        # One step for the critics alone, one for the whole update.
         self._steps: dict[bool, Callable[[TensorDictBase], StepOutputs]] = {
             acts: partial(self._step, acts=acts) for acts in (False, True)
         }
@@ -91,7 +91,7 @@ class ActorCriticUpdate(Update):
         """See ``Update.check``."""
         reports, self._reports = self._reports, []
         if not reports or torch.stack([report.sum() for report in reports]).isfinite().all():
-            return  # having waited for the GPU once
+            return  # after waiting for the GPU once
         for index, report in enumerate(reports):
             try:
                 self._raise_non_finite(report)
@@ -100,19 +100,19 @@ class ActorCriticUpdate(Update):
                 raise
 
     def _run(self, batch: TensorDictBase) -> tuple[bool, Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """Whether it was the actor's turn, and what ``_step`` returned."""
+        """Whether the actor was updated, and what ``_step`` returned."""
         self.num_updates += 1
         acts = self.num_updates % self.policy_delay == 0
         if acts:
             self._set_actor_rate()
         report, qvalue_info, actor_info = self._steps[acts](batch)
         if self._deferred:
-            report = report.clone()  # the next update writes where it lies
+            report = report.clone()  # the next update overwrites it
             self._reports.append(report)
         return acts, report, qvalue_info, actor_info
 
     def _step(self, batch: TensorDictBase, *, acts: bool) -> StepOutputs:
-        """The critics, their targets and, where it acts, the actor: all that a CUDA graph may hold."""
+        """Updates the critics, their targets and, if ``acts``, the actor: everything that a CUDA graph may contain."""
         raise NotImplementedError
 
     def _raise_non_finite(self, report: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The critics that a configuration of diffusion policies names."""
+"""The critics that the configuration of a diffusion policy chooses."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ __all__ = ["make_critics"]
 def make_critics(
     config: DiffusionConfiguration, observation_dim: int, action_dim: int, head: TwoHotHead | None = None
 ) -> list[TensorDictModule]:
-    """``num_critics`` networks of the kind ``critic``, on ``observation`` and ``action``.
+    """Makes ``num_critics`` networks of the kind ``critic``, on ``observation`` and ``action``.
 
     Args:
-        config: ``critic``, ``critic_hidden_dims``, ``critic_layer_norm`` and ``num_critics`` are read.
+        config: the settings ``critic``, ``critic_hidden_dims``, ``critic_layer_norm`` and ``num_critics`` are read.
         observation_dim: size of an observation.
         action_dim: size of an action.
-        head: of critics that classify; None regresses.
+        head: value head of critics trained by classification; None uses regression.
 
     Returns:
-        What a loss of diffusion policies takes as ``qvalue_network``.
+        The ``qvalue_network`` of a diffusion policy's loss.
 
     Examples:
         >>> from qsm_rl.training import QSMConfiguration

@@ -1,4 +1,4 @@
-"""An update's kernels recorded once as a CUDA graph and launched together from then on."""
+"""Records the kernels of an update once as a CUDA graph and launches them together from then on."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ WARMUP = 3
 
 
 class CudaGraph:
-    """A function of a batch whose kernels are launched together, without Python between them.
+    """A function of a batch whose kernels are launched together, without Python in between.
 
-    The first ``WARMUP`` calls run as they are, on a stream of their own, so that whatever is compiled, chosen or
-    allocated on the way is there; the next one records the graph. ``tensordict.nn.CudaGraphModule`` does the same, but
-    waits for the GPU before each launch and copies every output.
+    The first ``WARMUP`` calls run normally on a separate stream, so that everything that they compile, choose or
+    allocate is ready; the next call records the graph. ``tensordict.nn.CudaGraphModule`` does the same, but waits for
+    the GPU before each launch and copies every output.
 
     Args:
-        function: takes a batch of one shape and returns tensors, nested in tuples and dictionaries, none of which asks
-            for a gradient. It must not read anything back from the GPU, and changes state in place only. What it draws
-            from PyTorch's generator of the GPU is drawn anew by each launch.
+        function: takes batches of one shape and returns tensors, nested in tuples and dictionaries, none of which
+            requires a gradient. It must not read anything back from the GPU and may change state only in place. Random
+            numbers from PyTorch's GPU generator are drawn anew by each launch.
 
     Raises:
-        ValueError: when called with a batch that lacks an entry of the recorded one or has another shape.
+        ValueError: when called with a batch that lacks an entry of the recorded batch or has another shape.
     """
 
     def __init__(self, function: Callable[[TensorDictBase], Any]) -> None:
@@ -42,7 +42,7 @@ class CudaGraph:
         self._outputs: Any = None
 
     def __call__(self, batch: TensorDictBase) -> Any:
-        """The function's outputs, copies of which live until the next call's: they lie where the graph writes them."""
+        """The function's outputs, in memory that the next call overwrites."""
         self._calls += 1
         if self._graph is None:
             if self._calls <= WARMUP:
@@ -75,20 +75,20 @@ class CudaGraph:
         inputs = batch.clone()
         self._inputs = dict(inputs.items(True, True))
         graph = torch.cuda.CUDAGraph()
-        # A copy, since a loss writes its priorities into the batch, which are no input.
+        # A copy, since a loss writes its priorities into the batch, and those are not inputs.
         with torch.cuda.graph(graph, stream=self._stream):
             outputs = self.function(inputs.copy())
         self._graph, self._outputs = graph, tree_map_only(torch.Tensor, torch.Tensor.detach, outputs)
 
 
 class CudaGraphPolicy(TensorDictModuleBase):
-    """A policy on a GPU that acts by one launch, where a diffusion policy would take hundreds of its own.
+    """A policy on a GPU that acts with a single launch, where a diffusion policy would need hundreds.
 
-    To a collector it is a policy on the CPU: what it reads is taken to the GPU, and the action back.
+    A collector sees a policy on the CPU: its inputs are moved to the GPU, and the action back.
 
     Args:
-        policy: writes the action, its last out_key, from PyTorch's generator of the GPU and parameters that may change
-            in place between the calls. The exploration type is recorded, too.
+        policy: writes the action, its last out_key, using PyTorch's GPU generator and parameters that may change in
+            place between calls. The exploration type is recorded too.
         device: the GPU.
     """
 

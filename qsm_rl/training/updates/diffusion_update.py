@@ -32,29 +32,31 @@ SPREAD_OBSERVATIONS = 32
 
 
 class DiffusionUpdate(ActorCriticUpdate):
-    """Critics first, then their targets, then the actor with the critics just updated, for any of the kit's losses.
+    """Updates the critics, then their targets, then the actor with the new critics, for any of the kit's losses.
 
-    ``qvalue_loss``, critic step, Polyak step of the target networks where the loss has any, ``actor_loss``, actor step.
+    The order is: ``qvalue_loss``, critic step, Polyak step of the target networks if the loss has any, ``actor_loss``,
+    actor step.
 
     Args:
         loss: the loss, with its value estimator made and on its device.
-        actor_learning_rate: Adam's step size for the actor.
-        critic_learning_rate: Adam's step size for the critics.
-        tau: share of the critics that the target critics take over, if there are any.
-        critic_adam_beta1: decay of the critics' momentum in Adam, in [0, 1).
-        policy_delay: critic updates for each of the actor's, at least 1.
-        actor_learning_rate_decay: its updates over which the actor's rate falls to zero along a cosine; None keeps it.
-        gradient_clipping: largest gradient norm, for actor and critics each; None clips nothing.
-        actor_ema: decay of the moving average of the actor; None keeps none.
-        eval_best_of: N of the best of N samples by the mean of the critics that is evaluated beside the actor; 1 for
-            none.
+        actor_learning_rate: Adam's learning rate for the actor.
+        critic_learning_rate: Adam's learning rate for the critics.
+        tau: fraction by which the target critics, if there are any, move towards the critics at each update.
+        critic_adam_beta1: Adam's beta1 for the critics, in [0, 1).
+        policy_delay: critic updates per actor update, at least 1.
+        actor_learning_rate_decay: actor updates over which the actor's learning rate falls to zero along a cosine; None
+            keeps it constant.
+        gradient_clipping: maximum gradient norm, for actor and critics separately; None does not clip.
+        actor_ema: decay of the moving average of the actor; None for no average.
+        eval_best_of: number of samples N for an additional evaluation that acts by the sample with the largest mean Q;
+            1 for none.
         precision: arithmetic of the matrix products, ``"float32"``, ``"tf32"`` or ``"bfloat16"``. With bfloat16 the
             losses run under ``torch.autocast``; weights, optimisers, Q-values, predicted noises and losses stay
             float32.
-        compile: whether the losses go through ``torch.compile``; their first call then takes about a minute.
-        cuda_graph: whether the kernels of an update are recorded once and launched together from then on, which is
-            several times as fast for networks of this size. Needs a GPU, one process, and batches of one shape. A loss
-            that is not finite then shows in ``check``, not at once.
+        compile: whether to compile the losses with ``torch.compile``; their first call then takes about a minute.
+        cuda_graph: whether to record the kernels of an update once and launch them together from then on, which is
+            several times as fast for networks of this size. Needs a GPU, a single process, and batches of one shape. A
+            non-finite loss is then reported by ``check``, not at once.
 
     Attributes:
         ema: the averaged actor; None without ``actor_ema``.
@@ -98,7 +100,7 @@ class DiffusionUpdate(ActorCriticUpdate):
         has_targets = loss.delay_actor or loss.delay_qvalue
         self.tau = tau
         self.target_updater = SoftUpdate(loss, tau=tau) if has_targets else None
-        # A view on the loss's parameters; in a tuple, so that they are not registered a second time.
+        # A view of the loss's parameters; in a tuple, so that they are not registered twice.
         self._actor = (loss.get_stateful_net("actor_network"),)
         self.ema: AveragedModel | None = None
         if actor_ema is not None:
@@ -112,12 +114,12 @@ class DiffusionUpdate(ActorCriticUpdate):
 
     @property
     def actor(self) -> DiffusionActor:
-        """What is published: the averaged actor if there is one, else the actor itself."""
+        """The actor to save: the averaged actor if there is one, else the actor itself."""
         return self._actor[0] if self.ema is None else cast(DiffusionActor, self.ema.module)
 
     @property
     def policies(self) -> dict[str, TensorDictModuleBase]:
-        """``actor``, and where asked for its best of ``eval_best_of`` samples by the critics as they are now."""
+        """``actor``, and with ``eval_best_of`` above 1 also its best sample by the current critics."""
         policies = super().policies
         if self.eval_best_of > 1:
             critics = self.loss.trained_critics(live=True)
@@ -125,11 +127,11 @@ class DiffusionUpdate(ActorCriticUpdate):
         return policies
 
     def begin(self, transitions: TensorDictBase) -> None:
-        """Chooses the value support of critics that were given none."""
+        """Chooses the value support of critics that were not given one."""
         self.loss.choose_value_support(transitions)
 
     def forward(self, batch: TensorDictBase) -> dict[str, Tensor]:
-        """See ``Update.forward``; returns ``qvalue`` (mean over critics) and, where it is its turn, ``actor``."""
+        """See ``Update.forward``; returns ``qvalue`` (mean over critics) and, if the actor was updated, ``actor``."""
         acts, report, self._qvalue_info, actor_info = self._run(batch)
         if acts:
             self._actor_info = actor_info
@@ -143,7 +145,7 @@ class DiffusionUpdate(ActorCriticUpdate):
         raise_non_finite(report, LOSS_NAMES)
 
     def _step(self, batch: TensorDictBase, *, acts: bool) -> StepOutputs:
-        """The critics, their targets and, where it acts, the actor: all that a CUDA graph may hold."""
+        """Updates the critics, their targets and, if ``acts``, the actor: everything that a CUDA graph may contain."""
         loss_qvalue, qvalue_info = self._qvalue_loss(batch)
         report = [self._descend("critic", "loss_qvalue", loss_qvalue, self.critic_parameters)]
         average_batch_statistics(self.loss.qvalue_network_params)
@@ -156,7 +158,7 @@ class DiffusionUpdate(ActorCriticUpdate):
         return torch.stack(report), qvalue_info, actor_info
 
     def diagnostics(self) -> dict[str, Tensor]:
-        """The loss's own, spreads of Q and its targets, the share of saturated actions and the policy's spread."""
+        """The loss's diagnostics, spreads of Q and its targets, share of saturated actions, spread of the policy."""
         qvalue_info, actor_info = self._qvalue_info, self._actor_info
         if qvalue_info is None or actor_info is None:
             return {}
@@ -166,18 +168,18 @@ class DiffusionUpdate(ActorCriticUpdate):
         out["target_value_spread"] = qvalue_info["target_value"].std(correction=0)
         out["critic_disagreement"] = q_value.std(0, correction=0).mean()
         out["action_saturation"] = (qvalue_info["next_action"].abs() > 0.999).float().mean()
-        with isolated_random_state(0):  # how often a row is written must not change the training
+        with isolated_random_state(0):  # the frequency of log rows must not change the training
             out["policy_spread"] = self._samples().std(0, correction=0).mean()
         return out
 
     @torch.no_grad()
     def _samples(self) -> Tensor:
-        """Actions of the policy in box units, ``(SPREAD_SAMPLES, SPREAD_OBSERVATIONS, A)``."""
+        """Actions sampled from the policy in box units, ``(SPREAD_SAMPLES, SPREAD_OBSERVATIONS, A)``."""
         assert self._observation is not None, "asked before the first update"
         return self._actor[0].sample(self._observation.expand(SPREAD_SAMPLES, *self._observation.shape))
 
     def _descend(self, name: str, loss_name: str, loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
-        """An optimiser's step; returns the loss and its gradient's norm, ``(2,)``."""
+        """One optimiser step; returns the loss and its gradient norm, ``(2,)``."""
         optimizer = self.optimizers[name]
         if not self._deferred:
             return gradient_step(loss_name, loss, optimizer, parameters, self.gradient_clipping)

@@ -1,4 +1,4 @@
-"""The policies of the baselines, plain multilayer perceptrons whose actions lie inside the environment's bounds."""
+"""The policies of the baselines: plain multilayer perceptrons with actions inside the environment's bounds."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ BOX = "box."
 
 
 class BoxTanhNormal(TanhNormal):
-    """TorchRL's squashed Gaussian with its density taken over box units, ``[-1, 1]^A``, whatever the bounds are.
+    """TorchRL's squashed Gaussian with its density in box units, ``[-1, 1]^A``, whatever the bounds are.
 
-    The entropy of the policy, and with it the reward for it, is then the same for robots that differ in the range of
-    their actions only, and minus A is a target entropy for all of them.
+    The entropy of the policy, and therefore the entropy bonus, is then the same for robots that differ only in the
+    range of their actions, and minus A is a suitable target entropy for all of them.
     """
 
     def _log_volume(self) -> Tensor:
@@ -52,7 +52,7 @@ class BoxTanhNormal(TanhNormal):
 
 
 class Network(nn.Module):
-    """A multilayer perceptron on observations, normalised first where statistics are given."""
+    """A multilayer perceptron on observations, which are normalised first if statistics are given."""
 
     mean: Tensor | None
     variance: Tensor | None
@@ -71,14 +71,14 @@ class Network(nn.Module):
             self.register_buffer(name, value)
 
     def outputs(self, observation: Tensor) -> Tensor:
-        """What the last layer says, shape ``(*B, output_dim)``."""
+        """Output of the last layer, shape ``(*B, output_dim)``."""
         if self.mean is not None and self.variance is not None:
             observation = normalize(observation, self.mean, self.variance)
         return self.mlp(observation)
 
 
 class GaussianParameters(Network):
-    """Mean and standard deviation before the squashing, both functions of the observation."""
+    """Mean and standard deviation before squashing, both functions of the observation."""
 
     def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_std = self.outputs(observation).chunk(2, -1)
@@ -86,7 +86,7 @@ class GaussianParameters(Network):
 
 
 class SquashedMean(Network):
-    """The output squashed into the bounds by tanh, in environment units."""
+    """The network's output squashed into the bounds by tanh, in environment units."""
 
     def __init__(self, box: ActionBox, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -97,7 +97,7 @@ class SquashedMean(Network):
 
 
 class MLPActor:
-    """What both actors share: files that need no code to be read, as those of ``DiffusionActor``."""
+    """Shared parts of both actors: files that can be read without running code, as for ``DiffusionActor``."""
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class MLPActor:
         raise NotImplementedError
 
     def normalized(self, mean: Tensor, variance: Tensor) -> Self:
-        """A copy on the CPU that takes observations as they come and normalises them by fixed statistics, ``(O,)``."""
+        """A copy on the CPU that takes raw observations and normalises them by fixed statistics, ``(O,)``."""
         network, spec = self.network, Bounded(self.box.low.cpu(), self.box.high.cpu())
         statistics = (mean.cpu(), variance.cpu())
         copy = type(self)(network.observation_dim, spec, network.hidden_dims, statistics=statistics)
@@ -131,8 +131,8 @@ class MLPActor:
         """Writes model.safetensors and config.json.
 
         Args:
-            folder: made when missing; files of an earlier call are replaced.
-            about: plain values kept in config.json beside the settings.
+            folder: created if missing; files of an earlier call are replaced.
+            about: plain values to store in config.json in addition to the settings.
         """
         config = {
             "actor": type(self).__name__,
@@ -149,7 +149,7 @@ class MLPActor:
         """The actor that ``save_pretrained`` wrote, on the CPU; reading runs no code.
 
         Raises:
-            ValueError: if a file is missing, malformed or from another version, or they do not fit each other.
+            ValueError: if a file is missing, malformed or from another version, or the files do not fit each other.
         """
         try:
             config, tensors = read_files(Path(folder))
@@ -170,13 +170,13 @@ class MLPActor:
 class TanhGaussianActor(MLPActor, ProbabilisticTensorDictSequential):
     """SAC's policy (Haarnoja et al. 2018, arXiv 1812.05905): a Gaussian squashed into the bounds by tanh.
 
-    Samples under ``ExplorationType.RANDOM`` or none, and takes the squashed mean under DETERMINISTIC.
+    Samples under ``ExplorationType.RANDOM`` or no exploration type, and uses the squashed mean under DETERMINISTIC.
 
     Args:
         observation_dim: size O of ``observation``.
-        action_spec: bounded action spec, the action as its last dimension.
-        hidden_dims: widths of the hidden layers, relu between them.
-        statistics: mean and variance of the observations, ``(O,)`` each, by which they are normalised.
+        action_spec: bounded action spec, with the action as its last dimension.
+        hidden_dims: widths of the hidden layers, with ReLU between them.
+        statistics: mean and variance for normalising observations, ``(O,)`` each; None does not normalise.
 
     Raises:
         ValueError: if the action spec is unbounded or discrete.
@@ -227,9 +227,9 @@ class TanhActor(MLPActor, TensorDictModule):
 
     Args:
         observation_dim: size O of ``observation``.
-        action_spec: bounded action spec, the action as its last dimension.
-        hidden_dims: widths of the hidden layers, relu between them.
-        statistics: mean and variance of the observations, ``(O,)`` each, by which they are normalised.
+        action_spec: bounded action spec, with the action as its last dimension.
+        hidden_dims: widths of the hidden layers, with ReLU between them.
+        statistics: mean and variance for normalising observations, ``(O,)`` each; None does not normalise.
 
     Raises:
         ValueError: if the action spec is unbounded or discrete.
@@ -265,7 +265,7 @@ class TanhActor(MLPActor, TensorDictModule):
 
 
 class DeterministicPolicy(TensorDictModuleBase):
-    """A policy under ``ExplorationType.DETERMINISTIC`` wherever it is called: how SAC is usually evaluated.
+    """A policy that always acts under ``ExplorationType.DETERMINISTIC``, as SAC is usually evaluated.
 
     Args:
         actor: the policy.

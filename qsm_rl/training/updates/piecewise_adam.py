@@ -1,4 +1,4 @@
-"""Adam for a GPU that a network of some hundred thousand weights would leave idle."""
+"""Adam for GPUs that networks of some hundred thousand weights would leave idle."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from torch.optim import Adam
 
 __all__ = ["PiecewiseAdam"]
 
-BLOCK = 65_536  # numbers that PyTorch's kernel gives each block
-PIECES = 32  # about as many as one launch takes, which is 36
-ALIGNED = 64  # numbers of which a piece is a multiple: the kernel reads four at once where they lie on such an address
+BLOCK = 65_536  # numbers per block of PyTorch's kernel
+PIECES = 32  # a little below the 36 that one launch takes
+ALIGNED = 64  # a piece is a multiple of this many numbers: the kernel reads four at once at addresses so aligned
 
 
 class PiecewiseAdam(Adam):
-    """PyTorch's fused Adam, to the bit, on parameters cut in pieces, for updates that watch ``found_inf``.
+    """PyTorch's fused Adam, bitwise equal, on parameters cut into pieces, for updates that use ``found_inf``.
 
-    Its kernel gives each block 65,536 numbers, so that the weights of two layers of 512 keep six of the 132
-    multiprocessors of an H100 busy; pieces keep some thirty busy. Networks of more than two million weights are left
-    whole. State and ``state_dict`` are those of whole parameters. Asks for ``fused=True`` and knows no ``amsgrad``.
+    PyTorch's kernel gives each block 65,536 numbers, so the weights of two layers of 512 keep only six of an H100's 132
+    multiprocessors busy; with pieces it is some thirty. Networks of more than two million weights are not cut. State
+    and ``state_dict`` are those of whole parameters. Requires ``fused=True`` and does not support ``amsgrad``.
 
     Attributes:
-        found_inf: scalar on the parameters' device; where it is not 0 a step changes nothing.
+        found_inf: scalar on the parameters' device; unless it is 0, a step changes nothing.
     """
 
     found_inf: Tensor
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step of all parameters that have a gradient."""
+        """Performs one step on all parameters that have a gradient."""
         for group in self.param_groups:
             lists: list[list[Tensor]] = [[] for _ in range(6)]
             self._init_group(group, *lists)
@@ -69,7 +69,7 @@ class PiecewiseAdam(Adam):
 
 
 def _cut(tensors: list[Tensor], size: int) -> list[tuple[Tensor, ...]]:
-    """Views of equal parts of tensors of one shape; the tensors themselves if parts are no use or one is not flat."""
+    """Views of equal parts of tensors of one shape; the tensors themselves if parts do not help or cannot be made."""
     if size >= BLOCK or not all(tensor.is_contiguous() for tensor in tensors):
         return [tuple(tensors)]
     return list(zip(*(tensor.detach().view(-1).split(size) for tensor in tensors), strict=True))

@@ -18,23 +18,23 @@ TUNING_PERIOD = 10
 
 
 class QSMUpdate(DiffusionUpdate):
-    """[`DiffusionUpdate`][qsm_rl.training.DiffusionUpdate], with a temperature that may tune itself.
+    """A [`DiffusionUpdate`][qsm_rl.training.DiffusionUpdate] that can also tune the temperature automatically.
 
     Args:
         loss: the loss, with its value estimator made and on its device.
-        spread_tuner: moves the score target's temperature; None leaves it. It is asked every ``TUNING_PERIOD`` updates
-            with 8 actions for each of the batch's first 32 observations.
-        **options: those of [`DiffusionUpdate`][qsm_rl.training.DiffusionUpdate].
+        spread_tuner: adjusts the score target's temperature; None leaves it fixed. It is called every ``TUNING_PERIOD``
+            updates with 8 actions for each of the batch's first 32 observations.
+        **options: options of [`DiffusionUpdate`][qsm_rl.training.DiffusionUpdate].
     """
 
     loss: QScoreMatchingLoss
 
     def __init__(self, loss: QScoreMatchingLoss, *, spread_tuner: SpreadTuner | None = None, **options: Any) -> None:
         super().__init__(loss, **options)
-        self._spread_tuner = (spread_tuner,)  # it holds the loss's score target: in a tuple, as the actor
+        self._spread_tuner = (spread_tuner,)  # it holds the loss's score target: in a tuple, like the actor
 
     def forward(self, batch: TensorDictBase) -> dict[str, Tensor]:
-        """See ``DiffusionUpdate.forward``; then the temperature, where it is its turn."""
+        """See ``DiffusionUpdate.forward``; then tunes the temperature if it is due."""
         losses = super().forward(batch)
         (tuner,) = self._spread_tuner
         if tuner is not None and self.num_updates % TUNING_PERIOD == 0:
@@ -42,7 +42,7 @@ class QSMUpdate(DiffusionUpdate):
         return losses
 
     def diagnostics(self) -> dict[str, Tensor]:
-        """The base's, with sizes of dQ/da, the score target and the predicted noise, and the temperature."""
+        """The base's diagnostics, with sizes of dQ/da, score target and predicted noise, and the temperature."""
         out = super().diagnostics()
         buffers = dict(self.loss.score_target.named_buffers())
         if out and "temperature" in buffers:

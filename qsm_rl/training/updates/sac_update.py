@@ -16,16 +16,16 @@ __all__ = ["SACUpdate"]
 
 
 class SACUpdate(Update):
-    """Critics first, then their targets, then the actor with the critics just updated, then the entropy's temperature.
+    """Updates the critics, then their targets, then the actor with the new critics, then the entropy temperature.
 
     Args:
         loss: TorchRL's loss, version 2 (without a value network), with its value estimator made and on its device.
-        actor_learning_rate: Adam's step size for the actor, and for the temperature unless it is fixed.
-        critic_learning_rate: Adam's step size for the critics.
-        tau: share of the critics that the target critics take over.
-        gradient_clipping: largest gradient norm, for actor and critics each; None clips nothing.
+        actor_learning_rate: Adam's learning rate for the actor, and for the temperature unless it is fixed.
+        critic_learning_rate: Adam's learning rate for the critics.
+        tau: fraction by which the target critics move towards the critics at each update.
+        gradient_clipping: maximum gradient norm, for actor and critics separately; None does not clip.
         precision: arithmetic of the matrix products, ``"float32"``, ``"tf32"`` or ``"bfloat16"``.
-        compile: whether the losses go through ``torch.compile``; their first call then takes about a minute.
+        compile: whether to compile the losses with ``torch.compile``; their first call then takes about a minute.
     """
 
     loss: SACLoss
@@ -41,7 +41,7 @@ class SACUpdate(Update):
         precision: Precision = "float32",
         compile: bool = False,
     ) -> None:
-        loss.target_entropy  # noqa: B018  becomes a buffer when first asked for, which a checkpoint has to find
+        loss.target_entropy  # noqa: B018  becomes a buffer on first access, and checkpoints need it
         self.actor_parameters = list(loss.actor_network_params.parameters())
         self.critic_parameters = list(loss.qvalue_network_params.parameters())
         optimizers: dict[str, Optimizer] = {
@@ -53,7 +53,7 @@ class SACUpdate(Update):
         super().__init__(loss, optimizers)
         self.gradient_clipping = gradient_clipping
         self.target_updater = SoftUpdate(loss, tau=tau)
-        # A view on the loss's parameters; in a tuple, so that they are not registered a second time.
+        # A view of the loss's parameters; in a tuple, so that they are not registered twice.
         self._actor = (loss.get_stateful_net("actor_network"),)
         self._qvalue_loss = accelerated(loss.qvalue_v2_loss, precision, compile)
         self._actor_loss = accelerated(loss.actor_loss, precision, compile)
@@ -61,12 +61,12 @@ class SACUpdate(Update):
 
     @property
     def actor(self) -> TanhGaussianActor:
-        """What is published; it samples."""
+        """The actor to save; it samples."""
         return self._actor[0]
 
     @property
     def policies(self) -> dict[str, TensorDictModuleBase]:
-        """What is evaluated: the squashed mean, as is usual."""
+        """The policy to evaluate: the squashed mean, as is usual."""
         return {"": DeterministicPolicy(self.actor)}
 
     def forward(self, batch: TensorDictBase) -> dict[str, Tensor]:
@@ -92,7 +92,7 @@ class SACUpdate(Update):
 
     @torch.no_grad()
     def diagnostics(self) -> dict[str, Tensor]:
-        """Temperature, entropy of the policy in box units, and size of the TD errors."""
+        """Temperature, entropy of the policy in box units, and size of the TD error."""
         if self._infos is None:
             return {}
         qvalue_info, actor_info = self._infos

@@ -1,4 +1,4 @@
-"""Independent agents trained together: their parameters stacked, so that they share every kernel."""
+"""Independent agents trained together: their parameters are stacked, so that they share every kernel."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ __all__ = ["StackedActor", "StackedUpdate"]
 
 
 class StackedUpdate(ActorCriticUpdate):
-    """The updates of N agents as one: each agent has networks, optimiser state, data and random numbers of its own.
+    """The updates of N agents as one; each agent has its own networks, optimiser state, data and random numbers.
 
-    What each agent learns is what its own ``DiffusionUpdate`` would have taught it on the same batches and draws, up to
-    rounding. On a GPU, where an update of small networks costs its kernels' launches and hardly their arithmetic, N
-    agents take little longer than one.
+    Up to rounding, each agent learns exactly what its own ``DiffusionUpdate`` would teach it with the same batches and
+    random numbers. On a GPU an update of small networks spends its time on launching kernels, hardly on arithmetic, so
+    N agents take little longer than one.
 
     Args:
-        updates: an update for each agent, alike but for their weights, on their device, without an averaged actor,
-            spread tuner, best of N or precision of their own.
-        seeds: the agents' seeds, which name them.
+        updates: one update per agent, on the right device, identical except for the weights, and without averaged
+            actor, spread tuner, best of N or a precision setting.
+        seeds: the agents' seeds, after which they are named.
         cuda_graph: as in [`DiffusionUpdate`][qsm_rl.training.DiffusionUpdate].
 
     Raises:
@@ -66,13 +66,13 @@ class StackedUpdate(ActorCriticUpdate):
         self._qvalue_info: dict[str, Tensor] | None = None
         self._actor_info: dict[str, Tensor] | None = None
 
-    # The loss that the agents take turns in belongs to none of them: its weights are no state of this update.
+    # The loss module is only a template for all agents: its own weights are not part of this update's state.
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The stacked parameters and buffers."""
         return self.params.state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-        """Takes over stacked parameters and buffers."""
+        """Loads stacked parameters and buffers."""
         with torch.no_grad():
             own = self.params.state_dict()
             for name, value in state_dict.items():
@@ -81,7 +81,7 @@ class StackedUpdate(ActorCriticUpdate):
 
     @property
     def actors(self) -> dict[str, TensorDictModuleBase]:
-        """Each agent's actor by its name, ``seed_N``; on the stacked parameters, so they follow the training."""
+        """Each agent's actor by its name, ``seed_N``; they use the stacked parameters, so they follow the training."""
         actors: dict[str, TensorDictModuleBase] = {}
         for index, name in enumerate(self.agents):
             actor = deepcopy(self.loss.actor_network)
@@ -91,7 +91,7 @@ class StackedUpdate(ActorCriticUpdate):
 
     @property
     def actor(self) -> TensorDictModuleBase:
-        """All agents at once."""
+        """The actors of all agents as one policy."""
         return StackedActor(self.loss.actor_network, self.params["actor_network_params"])
 
     def forward(self, batch: TensorDictBase) -> dict[str, Tensor]:
@@ -101,7 +101,7 @@ class StackedUpdate(ActorCriticUpdate):
             batch: transitions ``(B, N)``, those of agent n in column n.
 
         Returns:
-            ``qvalue`` and, where it is its turn, ``actor``: means over the agents.
+            ``qvalue`` and, if the actor was updated, ``actor``: means over the agents.
         """
         acts, report, self._qvalue_info, actor_info = self._run(batch)
         if acts:
@@ -115,14 +115,14 @@ class StackedUpdate(ActorCriticUpdate):
             raise_non_finite(report[..., index], [f"{name} of {agent}" for name in LOSS_NAMES])
 
     def diagnostics(self) -> dict[str, Tensor]:
-        """The loss's own, means over the agents."""
+        """The loss's diagnostics, averaged over the agents."""
         if self._qvalue_info is None or self._actor_info is None:
             return {}
         diagnostics = torch.vmap(self.loss.diagnostics)(self._qvalue_info, self._actor_info)
         return {name: value.mean() for name, value in diagnostics.items()}
 
     def _of_all_agents(self, name: str) -> Callable[..., Any]:
-        """A method of the loss for every agent at once; the loss itself is a mould that holds one's weights."""
+        """A method of the loss for all agents at once; the loss is a template for the weights of one agent."""
         loss = self.loss
 
         def of_one(params: TensorDictBase, batch: TensorDictBase) -> Any:
@@ -148,10 +148,10 @@ class StackedUpdate(ActorCriticUpdate):
         return torch.stack(report), qvalue_info, actor_info
 
     def _descend(self, name: str, losses: Tensor, parameters: list[nn.Parameter]) -> Tensor:
-        """An optimiser's step; returns the losses and their gradients' norms, ``(2, N)``."""
+        """One optimiser step; returns the losses and their gradient norms, ``(2, N)``."""
         optimizer = self.optimizers[name]
         optimizer.zero_grad(set_to_none=True)
-        losses.sum().backward()  # no agent's loss knows another's weights
+        losses.sum().backward()  # no agent's loss depends on another's weights
         gradients = [p.grad for p in parameters if p.grad is not None]
         norms = torch.cat([gradient.flatten(1) for gradient in gradients], 1).norm(dim=1)
         watched = torch.stack([losses.detach(), norms])
@@ -168,14 +168,14 @@ class StackedActor(TensorDictModuleBase):
     """The actors of N agents as one policy: agent n acts on row n of the observations, ``(N, *B, O)``.
 
     Args:
-        actor: one of them, as a mould.
-        params: the parameters of all, stacked.
+        actor: one of the actors, as a template.
+        params: the stacked parameters of all actors.
     """
 
     def __init__(self, actor: DiffusionActor, params: TensorDictBase) -> None:
         super().__init__()
         self.in_keys, self.out_keys = actor.in_keys, actor.out_keys
-        self._actor = (deepcopy(actor),)  # a mould in a tuple: what it holds is not this module's
+        self._actor = (deepcopy(actor),)  # in a tuple: the template's parameters are not this module's
         self.params = params
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -193,9 +193,9 @@ class StackedActor(TensorDictModuleBase):
 
 
 def _target_pairs(params: TensorDictBase) -> Iterator[tuple[Tensor, Tensor]]:
-    """The stacked target parameters and what they follow."""
+    """The stacked target parameters and the parameters that they follow."""
     for network in ("actor_network_params", "qvalue_network_params"):
-        if f"target_{network}" in params.keys():  # noqa: SIM118  # a tensordict is asked by its keys
+        if f"target_{network}" in params.keys():  # noqa: SIM118  # a tensordict's membership test needs its keys
             sources = params[network]
             for key, target in params[f"target_{network}"].items(True, True):
                 if isinstance(sources[key], nn.Parameter):

@@ -14,17 +14,17 @@ __all__ = ["TD3Update"]
 
 
 class TD3Update(Update):
-    """The critics at every update; actor and all target networks at every ``policy_delay``-th, behind the critics.
+    """Updates the critics every time, and then, every ``policy_delay``-th time, the actor and all target networks.
 
     Args:
-        loss: TorchRL's loss with two critics and a delayed actor, its value estimator made, on its device.
-        actor_learning_rate: Adam's step size for the actor.
-        critic_learning_rate: Adam's step size for the critics.
-        tau: share of actor and critics that the target networks take over.
-        policy_delay: updates of the critics for each of the actor.
-        gradient_clipping: largest gradient norm, for actor and critics each; None clips nothing.
+        loss: TorchRL's loss with two critics and a delayed actor, with its value estimator made and on its device.
+        actor_learning_rate: Adam's learning rate for the actor.
+        critic_learning_rate: Adam's learning rate for the critics.
+        tau: fraction by which the target networks move towards actor and critics.
+        policy_delay: critic updates per actor update.
+        gradient_clipping: maximum gradient norm, for actor and critics separately; None does not clip.
         precision: arithmetic of the matrix products, ``"float32"``, ``"tf32"`` or ``"bfloat16"``.
-        compile: whether the losses go through ``torch.compile``; their first call then takes about a minute.
+        compile: whether to compile the losses with ``torch.compile``; their first call then takes about a minute.
     """
 
     loss: TD3Loss
@@ -51,7 +51,7 @@ class TD3Update(Update):
         self.policy_delay = policy_delay
         self.gradient_clipping = gradient_clipping
         self.target_updater = SoftUpdate(loss, tau=tau)
-        # A view on the loss's parameters; in a tuple, so that they are not registered a second time.
+        # A view of the loss's parameters; in a tuple, so that they are not registered twice.
         self._actor = (loss.get_stateful_net("actor_network"),)
         self._qvalue_loss = accelerated(loss.value_loss, precision, compile)
         self._actor_loss = accelerated(loss.actor_loss, precision, compile)
@@ -59,11 +59,11 @@ class TD3Update(Update):
 
     @property
     def actor(self) -> TanhActor:
-        """What is evaluated and published."""
+        """The actor to evaluate and save."""
         return self._actor[0]
 
     def forward(self, batch: TensorDictBase) -> dict[str, Tensor]:
-        """See ``Update.forward``; returns ``qvalue`` (mean over critics), and ``actor`` where it was updated."""
+        """See ``Update.forward``; returns ``qvalue`` (mean over critics), and ``actor`` if it was updated."""
         loss_qvalue, self._info = self._qvalue_loss(batch)
         critic = self.optimizers["critic"]
         gradient_step("loss_qvalue", loss_qvalue, critic, self.critic_parameters, self.gradient_clipping)
@@ -84,5 +84,5 @@ class TD3Update(Update):
         return {
             "q_value": self._info["pred_value"].mean(),
             "target_value": self._info["target_value"].mean(),
-            "td_error": self._info["td_error"].detach().amax(0).sqrt().mean(),  # squares, a row for each critic
+            "td_error": self._info["td_error"].detach().amax(0).sqrt().mean(),  # squares, one row per critic
         }

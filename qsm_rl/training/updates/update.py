@@ -1,4 +1,4 @@
-"""What a training step asks of an algorithm: one update on a batch. Each algorithm's stands in a file of its own."""
+"""The interface between training step and algorithm: one update on a batch. Each algorithm has its own file."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ LossMethod = Callable[[TensorDictBase], tuple[Tensor, dict[str, Tensor]]]
 
 
 class NonFiniteLossError(TrainingError):
-    """A loss or its gradient is NaN or infinite. Raised before the step of the networks that the loss trains.
+    """A loss or its gradient is NaN or infinite. Raised before the optimiser step on that loss.
 
-    What the same update stepped before stays as it is then: the critics, where it is the actor's loss.
+    Earlier steps of the same update are kept: if the actor's loss failed, the critics have been updated.
 
     Attributes:
-        updates_since: updates called for since then, all of which left the weights alone.
+        updates_since: number of updates called since the failure, all of which left the weights unchanged.
     """
 
     updates_since = 0
@@ -48,15 +48,15 @@ class Update(nn.Module):
     """One update of an algorithm on a replay batch: every loss, every optimiser step, every target network.
 
     A subclass overrides [`forward`][qsm_rl.training.Update.forward] and [`actor`][qsm_rl.training.Update.actor]. The
-    training module calls it, logs what it returns, and stores its state.
+    training module calls the update, logs what it returns, and stores its state.
 
     Args:
-        loss: the loss module; holds networks and target networks.
+        loss: the loss module, which holds networks and target networks.
         optimizers: the optimisers by name.
 
     Attributes:
-        cuda_graph: whether the update is recorded as a CUDA graph; the policy then acts by one, too.
-        agents: names of the independent agents that it trains together; empty for one alone.
+        cuda_graph: whether the update is recorded as a CUDA graph; the policy then also acts through one.
+        agents: names of the independent agents that it trains together; empty for a single agent.
     """
 
     cuda_graph = False
@@ -70,27 +70,27 @@ class Update(nn.Module):
 
     @property
     def actor(self) -> TensorDictModuleBase:
-        """What is published."""
+        """The actor to save."""
         raise NotImplementedError
 
     @property
     def actors(self) -> dict[str, TensorDictModuleBase]:
-        """What is published of each agent, by its name, which is ``""`` for one alone."""
+        """The actors to save, by the name of the agent, which is ``""`` for a single agent."""
         return {"": self.actor}
 
     @property
     def policies(self) -> dict[str, TensorDictModuleBase]:
-        """What is evaluated, each apart: ``""`` is ``actor``, logged as ``eval/...``, NAME as ``eval/NAME/...``."""
+        """The policies to evaluate: ``""`` is ``actor``, logged as ``eval/...``, NAME as ``eval/NAME/...``."""
         return {"": self.actor}
 
     def forward(self, batch: TensorDictBase) -> dict[str, Tensor]:
-        """Updates once.
+        """Performs one update.
 
         Args:
             batch: a batch from the replay buffer, batch size ``(B,)``.
 
         Returns:
-            Detached scalar losses by name; the log averages them.
+            Detached scalar losses by name; the log shows their averages.
 
         Raises:
             NonFiniteLossError: naming the loss that is not finite.
@@ -101,11 +101,11 @@ class Update(nn.Module):
         """Called once in a run, before its first update.
 
         Args:
-            transitions: all that the replay buffer holds, batch size ``(N,)``.
+            transitions: all transitions in the replay buffer, batch size ``(N,)``.
         """
 
     def check(self) -> None:
-        """Raises for updates since the last call that could not raise at once, since they do not wait for the GPU.
+        """Raises deferred errors of the updates since the last call, which did not wait for the GPU.
 
         Raises:
             NonFiniteLossError: naming the first loss that was not finite.
@@ -116,7 +116,7 @@ class Update(nn.Module):
         return {}
 
     def checkpoint_state(self) -> dict[str, Any]:
-        """All that the next update depends on, as plain data."""
+        """The state on which the next update depends, as plain data."""
         return {
             "num_updates": self.num_updates,
             "modules": self.state_dict(),
@@ -124,7 +124,7 @@ class Update(nn.Module):
         }
 
     def restore_state(self, state: dict[str, Any]) -> None:
-        """Takes over what [`checkpoint_state`][qsm_rl.training.Update.checkpoint_state] returned.
+        """Restores what [`checkpoint_state`][qsm_rl.training.Update.checkpoint_state] returned.
 
         Raises:
             ValueError: naming the first network weight or optimiser state that does not fit.
@@ -145,16 +145,16 @@ class Update(nn.Module):
 
 
 def _optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
-    """The state_dict as a run on any device reads it: a GPU keeps its rate in a tensor."""
+    """The state_dict in a form for any device: with CUDA graphs the learning rate is a tensor."""
     state = optimizer.state_dict()
     groups = [{**group, "capturable": False, "lr": float(group["lr"])} for group in state["param_groups"]]
     return {**state, "param_groups": groups}
 
 
 def _optimizer_difference(state: dict[str, Any], optimizer: Optimizer, name: str) -> str | None:
-    """The first difference of a saved optimiser, whose own check counts parameters only."""
+    """The first difference from a saved optimiser; PyTorch's own check only counts parameters."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    # Before the first step there is nothing; then each parameter has averages of its shape, and the number of steps.
+    # Before the first step the state is empty; then each parameter has averages of its shape and a step count.
     expected = {
         index: {key: parameter if value.ndim else value for key, value in state["state"].get(index, {}).items()}
         for index, parameter in enumerate(parameters if state["state"] else [])
@@ -170,20 +170,20 @@ def _optimizer_difference(state: dict[str, Any], optimizer: Optimizer, name: str
 def gradient_step(
     name: str, loss: Tensor, optimizer: Optimizer, parameters: Iterable[Tensor], gradient_clipping: float | None = None
 ) -> Tensor:
-    """Backward, the mean of the gradients over all ranks, and one optimiser step.
+    """Backward pass, averaging of the gradients over all ranks, and one optimiser step.
 
     Args:
         name: name of the loss, for the error.
         loss: scalar loss.
         optimizer: its optimiser.
-        parameters: what the optimiser trains.
-        gradient_clipping: largest norm of the gradient over all parameters; None clips nothing.
+        parameters: parameters that the optimiser trains.
+        gradient_clipping: maximum norm of the gradient over all parameters; None does not clip.
 
     Returns:
         The loss and the norm of its gradient, shape ``(2,)``.
 
     Raises:
-        NonFiniteLossError: if the loss or its gradient is NaN or infinite; the weights are as they were then.
+        NonFiniteLossError: if the loss or its gradient is NaN or infinite; the weights are then unchanged.
     """
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -199,13 +199,13 @@ def gradient_step(
 
 
 def watch(loss: Tensor, gradients: Sequence[Tensor], failed: Tensor) -> Tensor:
-    """Notes whether a loss and its gradients are finite where nothing may be read back, as in a CUDA graph.
+    """Records whether a loss and its gradients are finite without reading anything back, as a CUDA graph requires.
 
     Args:
-        loss: scalar.
-        gradients: of all parameters.
-        failed: scalar, set to 1 if something is not finite, and left at 1. As an optimiser's ``found_inf`` it keeps the
-            weights as they are.
+        loss: scalar loss.
+        gradients: gradients of all parameters.
+        failed: scalar, set to 1 if anything is not finite, and left at 1. As an optimiser's ``found_inf`` it keeps the
+            weights unchanged.
 
     Returns:
         The loss and the norm of the gradients together, shape ``(2,)``, for ``raise_non_finite``.
@@ -217,19 +217,19 @@ def watch(loss: Tensor, gradients: Sequence[Tensor], failed: Tensor) -> Tensor:
 
 
 def note_failure(watched: Tensor, failed: Tensor) -> None:
-    """Sets the scalar ``failed`` to 1 if anything watched is not finite, and reads nothing back."""
+    """Sets the scalar ``failed`` to 1 if anything watched is not finite; reads nothing back from the GPU."""
     failed.copy_(torch.maximum(failed, (~torch.isfinite(watched)).any().to(failed.dtype)))
 
 
 def raise_non_finite(report: Tensor, names: Sequence[str]) -> None:
-    """Raises for a loss or gradient that is not finite; on a GPU this waits for all work before it.
+    """Raises an error for a non-finite loss or gradient; on a GPU this waits for all earlier work.
 
     Args:
-        report: rows of a loss and the norm of its gradient, ``(losses, 2)``.
+        report: rows of a loss and its gradient norm, ``(losses, 2)``.
         names: names of the losses.
 
     Raises:
-        NonFiniteLossError: naming the first.
+        NonFiniteLossError: naming the first non-finite value.
     """
     if torch.isfinite(report.sum()):
         return
@@ -240,14 +240,14 @@ def raise_non_finite(report: Tensor, names: Sequence[str]) -> None:
 
 
 def accelerated(part: LossMethod, precision: Precision, compile: bool) -> LossMethod:
-    """A loss method that runs under autocast, compiled, both, or as it is.
+    """A loss method under autocast, compiled, both, or unchanged.
 
     Args:
         part: takes a batch and returns a loss and its info, such as ``QScoreMatchingLoss.actor_loss``.
-        precision: ``"bfloat16"`` runs it under ``torch.autocast`` on the batch's device; tf32 is a setting of PyTorch's
-            for all products, ``torch.set_float32_matmul_precision("high")``.
-        compile: whether it goes through ``torch.compile``. Random numbers then come from the compiler's generators,
-            which follow PyTorch's seed but draw other numbers than eager code.
+        precision: ``"bfloat16"`` runs it under ``torch.autocast`` on the batch's device; tf32 is a global PyTorch
+            setting, ``torch.set_float32_matmul_precision("high")``.
+        compile: whether to compile it with ``torch.compile``. Random numbers then come from the compiler's generators,
+            which follow PyTorch's seed but give different numbers than eager code.
 
     Returns:
         A function of the batch.
@@ -273,11 +273,11 @@ def accelerated(part: LossMethod, precision: Precision, compile: bool) -> LossMe
 
 
 def cosine_decay(step: int, decay_steps: int | None) -> float:
-    """Factor on a learning rate that falls from 1 to 0 along half a cosine, ``0.5 (1 + cos(pi step / decay_steps))``.
+    """Factor on a learning rate, falling from 1 to 0 along half a cosine: ``0.5 (1 + cos(pi step / decay_steps))``.
 
     Args:
         step: steps done so far.
-        decay_steps: steps until the rate is zero; None keeps it.
+        decay_steps: steps until the rate is zero; None keeps it constant.
 
     Returns:
         The factor; 0 beyond ``decay_steps``.
