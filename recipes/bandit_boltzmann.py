@@ -1,8 +1,9 @@
 """Which policy does each score target train? A bandit with a known answer: `python recipes/bandit_boltzmann.py`.
 
-The critic is given, not learned: Q = log p for a mixture p of four Gaussians of unequal weights in the box [-1, 1]^2,
-so at temperature 1 the policy exp(Q) is that mixture. The actor is trained on it by each score target and compared with
-true draws. Writes a table and a figure into the output folder, in a few minutes on two cores.
+The critic is given, not learned: Q = log p for a mixture p of four Gaussians with unequal weights in the box [-1, 1]^2.
+At temperature 1 the policy exp(Q) is therefore that mixture. Each score target trains an actor on this critic, and its
+samples are compared with exact samples. Writes a table and two figures into the output folder, in a few minutes on two
+cores.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ TARGETS: dict[str, Callable[[int], ScoreTarget]] = {
 
 
 class MixtureCritic(nn.Module):
-    """Q = log p of a Gaussian mixture: the first two dimensions hold the modes, the others a Gaussian around 0."""
+    """Q = log p of a Gaussian mixture: the modes lie in the first two dimensions; the others are Gaussian around 0."""
 
     def __init__(self, action_dim: int) -> None:
         super().__init__()
@@ -67,7 +68,7 @@ class MixtureCritic(nn.Module):
         return torch.logsumexp(self.log_weights - squared / (2 * STD**2), -1, keepdim=True)
 
     def draw(self, count: int) -> Tensor:
-        """True draws of exp(Q)."""
+        """Exact samples of exp(Q)."""
         modes = torch.multinomial(WEIGHTS, count, replacement=True)
         return self.centers[modes] + STD * torch.randn(count, self.centers.shape[-1])
 
@@ -78,13 +79,14 @@ class MixtureCritic(nn.Module):
 
 
 def energy_distance(a: Tensor, b: Tensor) -> float:
-    """Squared energy distance of two samples, 0 for equal laws (Szekely and Rizzo 2013, equation 2.1), unbiased."""
+    """Unbiased squared energy distance of two samples, 0 for equal distributions (Szekely and Rizzo 2013, equation
+    2.1)."""
     within = sum(torch.cdist(x, x).sum() / (len(x) * (len(x) - 1)) for x in (a, b))
     return (2 * torch.cdist(a, b).mean() - within).item()
 
 
 def make_actor(action_dim: int, schedule: NoiseSchedule, clip: Clip = "clean") -> DiffusionActor:
-    """An untrained actor on the box."""
+    """An untrained actor with actions in the box."""
     return DiffusionActor(
         ScoreMLP(1, action_dim, (256, 256)),
         action_spec=Bounded(-1.0, 1.0, (action_dim,)),
@@ -102,7 +104,7 @@ def train(
     precision: Precision = "float32",
     compile: bool = False,
 ) -> None:
-    """Trains an actor on the given critic by one score target."""
+    """Trains an actor on the given critic with one score target."""
     action_dim = critic.centers.shape[-1]
     q_network = TensorDictModule(critic, ["observation", "action"], ["state_action_value"])
     loss = QScoreMatchingLoss(actor, [q_network], score_target=target, delay_qvalue=False)
@@ -110,7 +112,7 @@ def train(
     optimizer = torch.optim.Adam(actor.parameters(), lr=3e-3, fused=True)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
     for _ in range(updates):
-        # Actions all over the box, as random warm-up would store them.
+        # Actions from the whole box, as a random warm-up would store them.
         batch = TensorDict({"observation": torch.zeros(512, 1), "action": torch.rand(512, action_dim) * 2 - 1}, [512])
         optimizer.zero_grad()
         actor_loss(batch)[0].backward()
@@ -120,7 +122,7 @@ def train(
 
 @torch.no_grad()
 def measure(critic: MixtureCritic, action: Tensor, truth: Tensor) -> dict[str, str]:
-    """How far samples are from true draws, as a row of the tables."""
+    """Compares samples with exact ones; a row of the tables."""
     return {
         "energy_distance": f"{energy_distance(action, truth):.4f}",
         "mode_weights": " ".join(f"{w:.2f}" for w in critic.mode_weights(action).tolist()),
@@ -129,7 +131,7 @@ def measure(critic: MixtureCritic, action: Tensor, truth: Tensor) -> dict[str, s
 
 
 def draw_figure(critic: MixtureCritic, samples: dict[str, Tensor], picture: Path) -> None:
-    """The true density beside the samples of each target."""
+    """Draws the true density next to the samples of each target."""
     columns = min(3, len(samples) + 1)
     rows = -(-(len(samples) + 1) // columns)
     figure = Figure(figsize=(3.1 * columns, 3.3 * rows), dpi=110, layout="constrained")
@@ -150,7 +152,7 @@ def draw_figure(critic: MixtureCritic, samples: dict[str, Tensor], picture: Path
 
 
 def draw_score_field(critic: MixtureCritic, before: DiffusionActor, after: DiffusionActor, picture: Path) -> None:
-    """dQ/da beside the learned score, -predicted noise / sigma_t, before and after training: the paper's picture."""
+    """Draws dQ/da next to the learned score, -predicted noise / sigma_t, before and after training, as in the paper."""
     grid = torch.linspace(-0.95, 0.95, 20)
     points = torch.cartesian_prod(grid, grid)
     actions = nn.functional.pad(points, (0, critic.centers.shape[-1] - 2))
@@ -194,18 +196,18 @@ def main() -> None:
         "--clip",
         default="clean",
         choices=["sample", "clean", "none"],
-        help="what the sampler clips; default %(default)s",
+        help="what the sampler clips at each step; default %(default)s",
     )
     parser.add_argument(
         "--action_dim",
         type=int,
         default=2,
-        help="action dimensions, at least 2; the modes lie in two of them; default %(default)s",
+        help="action dimensions, at least 2; the modes lie in the first two; default %(default)s",
     )
     parser.add_argument(
         "--particles", type=int, default=PARTICLES, help="particles of the posterior targets; default %(default)s"
     )
-    parser.add_argument("--updates", type=int, default=4_000, help="updates for each target; default %(default)s")
+    parser.add_argument("--updates", type=int, default=4_000, help="updates per target; default %(default)s")
     parser.add_argument(
         "--precision",
         default="float32",
@@ -213,9 +215,12 @@ def main() -> None:
         help="arithmetic of the matrix products; default %(default)s",
     )
     parser.add_argument("--compile", action="store_true", help="compile the loss, as the recipes do on a CPU")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything random; default %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers; default %(default)s")
     parser.add_argument(
-        "--output", type=Path, default=Path("bandit_boltzmann"), help="folder of table and figure; default %(default)s"
+        "--output",
+        type=Path,
+        default=Path("bandit_boltzmann"),
+        help="folder for the table and figures; default %(default)s",
     )
     arguments = parser.parse_args()
     if arguments.action_dim < 2 or min(arguments.num_steps, arguments.updates, arguments.particles) < 1:

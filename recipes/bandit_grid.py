@@ -1,10 +1,10 @@
-"""Which diffusion suits which score target, and how many action dimensions the exact one bears: many small bandits.
+"""Finds which diffusion suits which score target, and how many action dimensions the exact target can handle.
 
     python -m recipes.bandit_grid --output docs/results/bandit_grid
 
-Each cell trains one actor as bandit_boltzmann.py does, in a minute or two on one core, and adds its rows to cells.csv
-in the output folder. Cells that stand there are not run again, so the command can be stopped at any time and goes on
-where it was. At the end it writes both tables into table.md.
+Runs many small bandits. Each cell trains one actor as bandit_boltzmann.py does, in a minute or two on one core, and
+adds its rows to cells.csv in the output folder. Cells in that file are not run again, so the command can be stopped at
+any time and continues where it was. It writes both tables into table.md.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CLIPS = ("clean", "sample", None)
 
 
 def cells(seeds: int) -> Iterator[dict[str, str]]:
-    """Settings of all cells, as text, the cheap and telling ones first."""
+    """Settings of all cells as text, the cheapest and most informative ones first."""
     for seed in range(seeds):
         for action_dim in DIMENSIONS:
             yield cell("posterior", "cosine", 20, action_dim, PARTICLES[0], seed)
@@ -51,7 +51,7 @@ def cell(target: str, schedule: str, num_steps: int, action_dim: int, particles:
 
 
 def run_cell(settings: dict[str, str]) -> list[dict[str, str]]:
-    """Trains one actor; a row for each clip, since only sampling depends on it."""
+    """Trains one actor; returns one row per clip setting, since only sampling depends on it."""
     started = time.monotonic()
     action_dim, seed = int(settings["action_dim"]), int(settings["seed"])
     critic = bandit.MixtureCritic(action_dim)
@@ -79,7 +79,7 @@ def run_cell(settings: dict[str, str]) -> list[dict[str, str]]:
 
 @torch.no_grad()
 def effective_sample_sizes(critic: bandit.MixtureCritic, target: ScoreTarget, schedule: NoiseSchedule) -> Tensor | None:
-    """Mean effective sample size at each timestep ``(num_steps,)``, for actions all over the box."""
+    """Mean effective sample size at each timestep ``(num_steps,)``, for actions from the whole box."""
     if "effective_sample_size" not in target.info_keys:
         return None
     t = torch.arange(schedule.num_steps).repeat_interleave(256)
@@ -96,7 +96,7 @@ def table(rows: list[dict[str, str]], columns: dict[str, str]) -> str:
 
 
 def tables(rows: list[dict[str, str]]) -> str:
-    """Diffusions in two dimensions, and what becomes of the posterior target in more of them."""
+    """Tables of the diffusions in two dimensions, and of the posterior target in more dimensions."""
     two = [row for row in rows if row["action_dim"] == "2" and row["particles"] == str(bandit.PARTICLES)]
     shared = {
         "seed": "seed",
@@ -124,7 +124,7 @@ def tables(rows: list[dict[str, str]]) -> str:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Runs the cells that the table lacks."""
+    """Runs the cells that are missing from the table."""
     path = options.output / "cells.csv"
     rows: list[dict[str, str]] = []
     if path.exists():
@@ -144,10 +144,10 @@ def run(options: argparse.Namespace) -> None:
 @rl.exit_on_error
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=1, help="seeds of every cell; default %(default)s")
-    parser.add_argument("--most", type=int, default=None, help="cells to run at most in this call")
+    parser.add_argument("--seeds", type=int, default=1, help="number of seeds for every cell; default %(default)s")
+    parser.add_argument("--most", type=int, default=None, help="maximum number of cells to run in this call")
     parser.add_argument(
-        "--output", type=Path, default=Path("bandit_grid"), help="folder of the tables; default %(default)s"
+        "--output", type=Path, default=Path("bandit_grid"), help="folder for the tables; default %(default)s"
     )
     options = parser.parse_args(arguments)
     if options.seeds < 1:

@@ -1,8 +1,9 @@
-"""Measures how fast the kit is, beside a hand-written loop and JAX: `python recipes/benchmark.py`.
+"""Measures the kit's speed against a hand-written loop and JAX: `python recipes/benchmark.py`.
 
 One update is a TD target at a sample of the whole chain, a step of the critics, dQ/da at the noised action, a step of
-the actor, and a Polyak step. Contenders take turns in one process and are compared by the median over turns, so what
-else the machine does hits all alike; run it alone all the same. Writes OUTPUT.json, OUTPUT.md and OUTPUT.png.
+the actor, and a Polyak step. Contenders take turns in one process and are compared by the median over turns, so that
+other load on the machine affects all of them alike; still, run it on an idle machine. Writes OUTPUT.json, OUTPUT.md and
+OUTPUT.png.
 
 python recipes/benchmark.py --parts update acting --jax_python ~/jax/bin/python
 """
@@ -39,7 +40,7 @@ from qsm_rl import DiffusionActor, NoiseSchedule, PosteriorQScore, QScoreMatchin
 from qsm_rl import training as rl
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))  # run by its path it knows its own folder only
+sys.path.insert(0, str(HERE.parent))  # a script run by its path finds only its own folder
 from recipes.peers.hand_written import ACTION, OBSERVATION, HandWritten  # noqa: E402
 
 SIZE = {"steps": 5, "batch": 256, "hidden": 512, "critics": 2, "particles": 0}
@@ -64,7 +65,7 @@ def make_actor(size: dict[str, int]) -> DiffusionActor:
 
 
 def make_update(size: dict[str, int], device: torch.device, **options: Any) -> rl.QSMUpdate:
-    """The kit's update, as recipes/mujoco_qsm.py builds it."""
+    """The kit's update, built as in recipes/mujoco_qsm.py."""
     critics = [
         TensorDictModule(
             QValueMLP(OBSERVATION, ACTION, (size["hidden"],) * 2), ["observation", "action"], ["state_action_value"]
@@ -87,7 +88,7 @@ def make_batch(size: int, device: torch.device) -> TensorDict:
 
 
 def draw_together(replay: TensorDictReplayBuffer) -> Iterator[TensorDictBase]:
-    """Batches as a run draws them, sixteen at once."""
+    """Batches drawn as in a run, sixteen at a time."""
     while True:
         yield from replay.sample(16 * SIZE["batch"]).split(SIZE["batch"])
 
@@ -97,8 +98,8 @@ def take_turns(contenders: dict[str, Callable[[], object]], seconds: float, devi
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     calls = {}
-    for name, call in contenders.items():  # warm up, and let a turn last about a third of a second
-        for _ in range(5):  # of a CUDA graph the fourth call records it
+    for name, call in contenders.items():  # warms up, and sizes a turn to last about a third of a second
+        for _ in range(5):  # the fourth call records a CUDA graph
             call()
         synchronize()
         begin = time.perf_counter()
@@ -125,7 +126,7 @@ def measure_update(seconds: float, device: torch.device, jax_python: str | None)
     rl.set_products(best.precision, device)
     on_gpu, agents = device.type == "cuda", 1
     fastest = make_update(SIZE, device, precision=best.precision, compile=best.compile, cuda_graph=on_gpu)
-    plain = "tf32" if on_gpu and best.precision != "float32" else "float32"  # what set_products has made of it
+    plain = "tf32" if on_gpu and best.precision != "float32" else "float32"  # the result of set_products
     floor, name = HandWritten(SIZE, device), f"qsm_rl, {best.precision}{', compiled' if best.compile else ''}"
     contenders = {
         f"hand-written PyTorch, {plain}": lambda: floor.update(batch),
@@ -161,7 +162,7 @@ def measure_update(seconds: float, device: torch.device, jax_python: str | None)
 
 
 def child(script: Path, *arguments: object, python: str | None = None) -> Row:
-    """What a script prints as JSON, run in a process of its own."""
+    """The JSON that a script prints when run in a separate process."""
     command = [python or sys.executable, str(script), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
@@ -200,7 +201,7 @@ def measure_acting(seconds: float, device: torch.device) -> list[Row]:
 
 
 def measure_collection(seconds: float, device: torch.device, env: str = "HalfCheetah-v5", count: int = 8) -> list[Row]:
-    """Collection alone, beside Gymnasium's own vectorised stepping with the same network."""
+    """Measures collection alone, against Gymnasium's own vectorised stepping with the same network."""
     environment = rl.make_environment(env, num_envs=count, seed=0)
     spec = environment.action_spec_unbatched
     observation_dim = environment.observation_spec["observation"].shape[-1]
@@ -234,7 +235,7 @@ def measure_collection(seconds: float, device: torch.device, env: str = "HalfChe
 
 
 def measure_recipe(seconds: float, device: torch.device) -> list[Row]:
-    """Frames of the whole recipe at one update per frame, beside the same updates alone, by turns in one process."""
+    """Measures frames of the whole recipe at one update per frame against the same updates alone, taking turns."""
     script, turns = HERE / "peers" / "recipe_frames.py", max(3, round(seconds))
     rows = []
     for hidden, steps in ((SIZE["hidden"], SIZE["steps"]), (256, 10)):
@@ -245,7 +246,7 @@ def measure_recipe(seconds: float, device: torch.device) -> list[Row]:
 
 
 def measure_growth(seconds: float) -> list[Row]:
-    """Each point in a process of its own, which also knows its peak memory, libraries included."""
+    """Measures each point in a separate process, which also reports its peak memory, libraries included."""
     rows = []
     for axis, values in GROWTH.items():
         for value in values:
@@ -319,18 +320,20 @@ def write_report(rows: Sequence[Row], about: Row, output: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure; default all")
-    parser.add_argument("--seconds", type=float, default=5.0, help="for each contender or point; default %(default)s")
+    parser.add_argument(
+        "--seconds", type=float, default=5.0, help="seconds to measure each contender or point; default %(default)s"
+    )
     parser.add_argument(
         "--device",
         default="auto",
-        help="auto, cpu, cuda; growth and start are measured on the CPU; default %(default)s",
+        help="auto, cpu or cuda; growth and start are always measured on the CPU; default %(default)s",
     )
-    parser.add_argument("--jax_python", help="a Python with jax and optax, to compare with")
+    parser.add_argument("--jax_python", help="path of a Python with jax and optax, for the comparison with JAX")
     parser.add_argument(
         "--output",
         type=Path,
         default=Path("runs/benchmark"),
-        help="files to write, without ending; default %(default)s",
+        help="files to write, without extension; default %(default)s",
     )
     parser.add_argument("--point", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

@@ -1,11 +1,11 @@
-"""Compares algorithms on the same environments, collectors, replay and evaluations, over seeds.
+"""Compares algorithms over several seeds, with the same environments, collectors, replay buffers and evaluations.
 
 python recipes/compare.py --algos qsm,sac,td3 --envs HalfCheetah-v5,dm_control/walker-walk --seeds 5 \\
     --total_frames 200000 --output results/comparison
 
-Each cell, one algorithm on one environment with one seed, is a process of its own with one thread. Finished cells stand
-in OUTPUT/cells.csv and are not run again; begun ones go on from their last checkpoint. Stop it with Ctrl-C and give the
-same command to go on. OUTPUT gets table.md, intervals.csv, curves.png and profiles.png.
+Each cell, one algorithm on one environment with one seed, is a separate process with one thread. Finished cells are
+recorded in OUTPUT/cells.csv and are not run again; unfinished ones continue from their last checkpoint. Stop with
+Ctrl-C, and repeat the command to continue. Writes table.md, intervals.csv, curves.png and profiles.png into OUTPUT.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Scores = dict[str, list[list[float]]]
 
 
 def make_grid(options: argparse.Namespace) -> list[rl.Cell]:
-    """The cells, seed by seed, so that every algorithm has its first result early."""
+    """The cells, ordered by seed, so that every algorithm has its first result early."""
     sixth = max(1, options.total_frames // 6)
     settings: dict[str, Any] = {
         "total_frames": options.total_frames,
@@ -46,10 +46,11 @@ def make_grid(options: argparse.Namespace) -> list[rl.Cell]:
 
 
 def normalized_scores(cells: Sequence[rl.Cell], table: rl.CellTable) -> tuple[Scores, list[str]]:
-    """Last evaluations as scores, ``(seeds, environments)`` for each algorithm, of the environments that all finished.
+    """Last evaluations as scores, ``(seeds, environments)`` for each algorithm, on environments that all have finished.
 
-    A dm_control return is divided by 1,000, the most there is; another by the highest mean over seeds of any of the
-    algorithms there. Where that is not above 0, as of returns that are costs, there is no such scale and no score.
+    A dm_control return is divided by 1,000, its maximum; any other return by the highest mean over seeds that an
+    algorithm reaches on that environment. If that mean is not above 0, for example because returns are costs, there is
+    no scale and no score.
     """
     finals = rl.final_rows(cells, table)
     algorithms = list(dict.fromkeys(cell.variant for cell in cells))
@@ -71,7 +72,7 @@ def normalized_scores(cells: Sequence[rl.Cell], table: rl.CellTable) -> tuple[Sc
 
 
 def write_intervals(scores: Scores, path: Path) -> None:
-    """rliable's aggregates over environments with their intervals, a row each."""
+    """Writes rliable's aggregates over environments with their intervals, one row each."""
     columns = ("algorithm", "aggregate", "value", "low", "high")
     rows = [
         dict(zip(columns, (name, aggregate, *(f"{value:.4f}" for value in values)), strict=True))
@@ -82,7 +83,7 @@ def write_intervals(scores: Scores, path: Path) -> None:
 
 
 def draw_profiles(scores: Scores, picture: Path) -> None:
-    """For each score the share of runs above it."""
+    """Draws the share of runs above each score."""
     figure = Figure(figsize=(6.4, 4.2), dpi=130, layout="constrained")
     axes = figure.subplots()
     for color, (name, (share, low, high)) in enumerate(rl.performance_profiles(scores, THRESHOLDS).items()):
@@ -96,13 +97,13 @@ def draw_profiles(scores: Scores, picture: Path) -> None:
 
 
 def published(envs: Sequence[str], total_frames: int) -> list[dict[str, Any]]:
-    """Published numbers at no more than twice the frames of the comparison, each named with source and protocol."""
+    """Published numbers at no more than twice the frames of the comparison, each with its source and protocol."""
     rows = [row for row in rl.read_reference(PUBLISHED) if row["env"] in envs and row["frames"] <= 2 * total_frames]
     return [{**row, "curve": f"{row['curve']}: {row['source']}, {row['protocol']}"} for row in rows]
 
 
 def write_results(cells: Sequence[rl.Cell], table: rl.CellTable, output: Path, total_frames: int) -> list[str]:
-    """Everything that follows from the table; the names of the files written."""
+    """Writes all results that follow from the table; returns the names of the files."""
     text = rl.markdown_table(cells, table)
     envs = list(dict.fromkeys(cell.env for cell in cells))
     references = published(envs, total_frames)
@@ -136,16 +137,19 @@ def write_results(cells: Sequence[rl.Cell], table: rl.CellTable, output: Path, t
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options, checked."""
+    """Parses and checks the options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--algos", required=True, help=f"names joined by commas, of {', '.join(rl.ALGORITHMS)}")
-    parser.add_argument("--envs", required=True, help="environment ids joined by commas")
-    parser.add_argument("--seeds", type=int, default=5, help="runs of each with the seeds 0, 1, ...; default 5")
+    parser.add_argument("--algos", required=True, help=f"comma-separated names out of {', '.join(rl.ALGORITHMS)}")
+    parser.add_argument("--envs", required=True, help="comma-separated environment ids")
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds (0, 1, ...) for each cell; default 5")
     parser.add_argument("--total_frames", type=int, required=True, help="frames of each run")
     parser.add_argument("--eval_every", type=int, help="frames between evaluations; default a sixth of the run")
-    parser.add_argument("--eval_episodes", type=int, default=5, help="episodes of an evaluation; default 5")
+    parser.add_argument("--eval_episodes", type=int, default=5, help="episodes per evaluation; default 5")
     parser.add_argument(
-        "--hidden_dims", type=int, nargs="+", help="widths of all networks; default each algorithm's own"
+        "--hidden_dims",
+        type=int,
+        nargs="+",
+        help="widths of the hidden layers of all networks; default each algorithm's own",
     )
     rl.add_grid_arguments(parser, runs="runs/compare")
     options = parser.parse_args(arguments)

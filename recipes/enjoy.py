@@ -1,7 +1,7 @@
-"""Watches a trained actor: `python recipes/enjoy.py RUN_DIR` prints the returns of some episodes and films the first.
+"""Plays a trained actor: `python recipes/enjoy.py RUN_DIR` prints the returns of some episodes and films the first.
 
-RUN_DIR is the folder of a run, or one with an actor's files. An actor that balances a pendulum comes with the recipes:
-`python recipes/enjoy.py recipes/pretrained/inverted_pendulum`.
+RUN_DIR is the folder of a run or of a saved actor. An actor that balances a pendulum comes with the recipes: `python
+recipes/enjoy.py recipes/pretrained/inverted_pendulum`.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def actor_folder(run_dir: Path) -> Path:
 @rl.exit_on_error
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run_dir", type=Path, help="folder of a run, or of an actor")
+    parser.add_argument("run_dir", type=Path, help="folder of a run or of a saved actor")
     parser.add_argument("--episodes", type=int, default=10, help="episodes to play (default: 10)")
     parser.add_argument("--seed", type=int, default=0, help="seed of environment and policy (default: 0)")
     parser.add_argument(
-        "--deterministic", action="store_true", help="follow the policy's mean from zero noise; it samples otherwise"
+        "--deterministic", action="store_true", help="follow the policy's mean from zero noise instead of sampling"
     )
     parser.add_argument("--video", type=Path, help="mp4 file for the first episode (default: RUN_DIR/videos/enjoy.mp4)")
-    parser.add_argument("--no_video", action="store_true", help="print the returns only")
+    parser.add_argument("--no_video", action="store_true", help="only print the returns")
     given = parser.parse_args(arguments)
     if given.episodes < 1:
         raise rl.UserError(f"--episodes must be at least 1, got {given.episodes}.")

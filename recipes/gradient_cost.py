@@ -1,8 +1,8 @@
-"""Measures what an update costs as the chain grows: Q-score matching, Diffusion-QL, and the chain's policy gradient.
+"""Measures the cost of an update as the chain grows: Q-score matching, Diffusion-QL and the chain's policy gradient.
 
 Diffusion-QL differentiates through all T steps and keeps their activations; Q-score matching's actor never runs the
-chain. Each point is a process of its own with one thread, eager float32, and counts processor time, so that what else
-runs on the machine matters little. Writes OUTPUT.csv and OUTPUT.png.
+chain. Each point runs in a separate process with one thread and eager float32, and counts processor time, so that other
+load on the machine matters little. Writes OUTPUT.csv and OUTPUT.png.
 
 python recipes/gradient_cost.py --steps 2 10 50 --updates 10
 """
@@ -49,7 +49,7 @@ LOSSES = {
 
 
 def make_update(algorithm: str, steps: int, hidden: int) -> rl.DiffusionUpdate:
-    """The update of an algorithm on networks that are the same for all."""
+    """The update of an algorithm; the networks are the same for all algorithms."""
     actor = DiffusionActor(
         ScoreMLP(OBSERVATION, ACTION, (hidden, hidden)),
         action_spec=Bounded(-1.0, 1.0, (ACTION,)),
@@ -75,9 +75,9 @@ def make_batch(size: int) -> TensorDict:
 
 
 def measure(algorithm: str, steps: int, batch: int, hidden: int, updates: int) -> dict[str, float]:
-    """Updates for each second of processor time, the median over updates, and what memory they add at the peak.
+    """Median updates per second of processor time, and the memory that they add at the peak.
 
-    The memory is over that of the process before its first update, libraries and networks included there.
+    The baseline is the memory of the process before its first update, including libraries and networks.
     """
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -88,7 +88,7 @@ def measure(algorithm: str, steps: int, batch: int, hidden: int, updates: int) -
     for index in range(updates + 2):
         begin = time.process_time()
         update(data.copy())
-        if index >= 2:  # the first ones allocate
+        if index >= 2:  # the first two allocate memory
             seconds.append(time.process_time() - begin)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     return {"updates_per_second": 1 / statistics.median(seconds), "added_mib": peak - before}
@@ -115,21 +115,24 @@ def draw_figure(rows: Sequence[dict[str, float | str]], picture: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--algorithms", nargs="+", choices=LOSSES, default=list(LOSSES), help="what to measure; default all"
+        "--algorithms", nargs="+", choices=LOSSES, default=list(LOSSES), help="algorithms to measure; default all"
     )
     parser.add_argument(
         "--steps", nargs="+", type=int, default=[2, 5, 10, 20, 50], help="chain lengths T; default 2 5 10 20 50"
     )
-    parser.add_argument("--batch", type=int, default=256, help="transitions of an update; default %(default)s")
+    parser.add_argument("--batch", type=int, default=256, help="transitions per update; default %(default)s")
     parser.add_argument("--hidden", type=int, default=256, help="width of the two hidden layers; default %(default)s")
     parser.add_argument(
-        "--updates", type=int, default=10, help="updates measured for each point, after two others; default %(default)s"
+        "--updates",
+        type=int,
+        default=10,
+        help="updates measured per point, after two unmeasured ones; default %(default)s",
     )
     parser.add_argument(
         "--output",
         type=Path,
         default=Path("runs/gradient_cost"),
-        help="files, without their endings; default %(default)s",
+        help="files to write, without extension; default %(default)s",
     )
     parser.add_argument("--point", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -142,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for algorithm in options.algorithms:
         for steps in options.steps:
             point = json.dumps([algorithm, steps, options.batch, options.hidden, options.updates])
-            # One mapping for each large block, so that what is freed goes back and the peak is that of one update.
+            # One mapping per large block, so that freed memory is returned and the peak is that of one update.
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
             command = [sys.executable, __file__, "--point", point]
             done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)

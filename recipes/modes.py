@@ -1,8 +1,8 @@
-"""Counts the modes that a policy keeps: Q-score matching, Diffusion-QL and SAC on one critic with two equal peaks.
+"""Counts the modes that a policy keeps: Q-score matching, Diffusion-QL and SAC on a critic with two equal peaks.
 
-The critic is given, Q = log p of two equal Gaussians at each of several states, so the policy exp(Q) is known: half of
-the actions at each peak. A mode is a peak of the actions' kernel density that stands out from the valleys beside it.
-Writes OUTPUT/table.csv, OUTPUT/table.md and OUTPUT/actions.png.
+The critic is given: at each of several states, Q = log p for two equal Gaussians. The policy exp(Q) is therefore known:
+half of the actions at each peak. A mode is a peak of the actions' kernel density that stands out from its neighbouring
+valleys. Writes OUTPUT/table.csv, OUTPUT/table.md and OUTPUT/actions.png.
 
 python recipes/modes.py --seeds 3 --output docs/results/modes
 """
@@ -49,7 +49,7 @@ class TwoPeaks(nn.Module):
     """Q(s, a) = log p(a), p two equal Gaussians at ``0.3 s - 0.5`` and ``0.3 s + 0.5``."""
 
     def peaks(self, observation: Tensor) -> Tensor:
-        """Where they are, ``(*B, 2)``."""
+        """Positions of the peaks, ``(*B, 2)``."""
         return 0.3 * observation + torch.tensor([-0.5, 0.5])
 
     def forward(self, observation: Tensor, action: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class TwoPeaks(nn.Module):
 
 
 def make_batch(size: int) -> TensorDict:
-    """States between the shown ones and actions all over the box, as random warm-up would store them."""
+    """States from the range shown and actions from the whole box, as a random warm-up would store them."""
     following = {"observation": torch.zeros(size, 1), "reward": torch.zeros(size, 1)}
     following |= {name: torch.ones(size, 1, dtype=torch.bool) for name in ("done", "terminated")}
     entries = {"observation": torch.rand(size, 1) - 0.5, "action": torch.rand(size, 1) * 2 - 1}
@@ -90,7 +90,7 @@ def train_diffusion(
 
 
 def train_sac(critic: TensorDictModule, updates: int, rate: float) -> Callable:
-    """A squashed Gaussian by TorchRL's SAC actor loss at temperature 1, whose best policy would be exp(Q)."""
+    """Trains a squashed Gaussian with TorchRL's SAC actor loss at temperature 1, whose optimal policy is exp(Q)."""
     actor = rl.TanhGaussianActor(1, SPEC, (256, 256))
     loss = SACLoss(actor, [critic], num_qvalue_nets=1, alpha_init=1.0, fixed_alpha=True, delay_qvalue=False)
     fit(list(actor.parameters()), lambda batch: loss.actor_loss(batch)[0].mean(), updates, rate)
@@ -111,7 +111,7 @@ POLICIES: dict[str, Callable[[TensorDictModule, int, float], Callable]] = {
         rate,
     ),
     "Diffusion-QL": lambda critic, updates, rate: train_diffusion(
-        # Q is 0 at its peaks: dividing by its mean size would blow up just there.
+        # Q is 0 at its peaks, so dividing by its mean size would blow up there.
         lambda *networks: DiffusionQLLoss(
             *networks, bc_weight=0.0, normalize_q=False, delay_actor=False, delay_qvalue=False
         ),
@@ -152,7 +152,7 @@ def count_modes(action: Tensor, bandwidth: float = 0.05) -> int:
 
 
 def measure(critic: TwoPeaks, state: Tensor, action: Tensor) -> dict[str, float]:
-    """What the table says of the actions ``(N,)`` at one state."""
+    """The table's entries for the actions ``(N,)`` at one state."""
     left, right = shares_of_peaks(action, critic.peaks(state)).tolist()
     q_value = critic(state.expand(len(action), 1), action.unsqueeze(-1)).mean().item()
     return {
@@ -165,7 +165,7 @@ def measure(critic: TwoPeaks, state: Tensor, action: Tensor) -> dict[str, float]
 
 
 def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
-    """A line for each policy: the least and the most over states and seeds."""
+    """One line per policy: minimum and maximum over states and seeds."""
     lines = ["| policy | modes | share of the smaller peak | elsewhere | mean Q |", "|---|---|---|---|---|"]
     for name in dict.fromkeys(row["policy"] for row in rows):
         own = [row for row in rows if row["policy"] == name]
@@ -185,7 +185,7 @@ def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def draw_figure(actions: dict[str, Tensor], critic: TwoPeaks, picture: Path) -> None:
-    """A row for each policy, a column for each state."""
+    """Draws one row per policy and one column per state."""
     figure = Figure(figsize=(2.6 * len(STATES), 1.5 * len(actions)), dpi=110, layout="constrained")
     panels = figure.subplots(len(actions), len(STATES), squeeze=False, sharex=True)
     grid = torch.linspace(-1, 1, 401).unsqueeze(-1)
@@ -209,18 +209,18 @@ def draw_figure(actions: dict[str, Tensor], critic: TwoPeaks, picture: Path) -> 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--policies", nargs="+", choices=POLICIES, default=list(POLICIES), help="what to train; default all"
+        "--policies", nargs="+", choices=POLICIES, default=list(POLICIES), help="policies to train; default all"
     )
-    parser.add_argument("--updates", type=int, default=2_500, help="updates for each policy; default %(default)s")
+    parser.add_argument("--updates", type=int, default=2_500, help="updates per policy; default %(default)s")
     parser.add_argument(
         "--learning_rate",
         type=float,
         default=3e-3,
-        help="Adam's first step size; it falls to zero; default %(default)s",
+        help="Adam's initial learning rate, which decays to zero; default %(default)s",
     )
-    parser.add_argument("--seeds", type=int, default=1, help="runs of each with the seeds 0, 1, ...; default 1")
+    parser.add_argument("--seeds", type=int, default=1, help="number of seeds (0, 1, ...) for each policy; default 1")
     parser.add_argument(
-        "--output", type=Path, default=Path("runs/modes"), help="folder of table and figure; default %(default)s"
+        "--output", type=Path, default=Path("runs/modes"), help="folder for the tables and figure; default %(default)s"
     )
     options = parser.parse_args(arguments)
     for name in ("updates", "learning_rate", "seeds"):

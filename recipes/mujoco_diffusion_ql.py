@@ -1,4 +1,4 @@
-"""Trains a diffusion policy by Diffusion-QL, through the chain, on a MuJoCo task, HalfCheetah-v5 if none is given.
+"""Trains a diffusion policy by Diffusion-QL, through the chain, on a MuJoCo task, by default HalfCheetah-v5.
 
 python recipes/mujoco_diffusion_ql.py --env Hopper-v5 --total_frames 200000 --seed 1
 """
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     run = rl.TrainingRun.begin(config, recipe=__file__)
     config, device = run.config, run.device
 
-    # Policy: a network that predicts the noise in an action, a noise schedule, and a sampler that walks it back.
+    # Policy: a network that predicts the noise in an action, a noise schedule, and a sampler that removes the noise.
     clip = None if config.clip == "none" else config.clip
     if config.sampler == "ddpm":
         sampler = DDPMSampler(clip=clip, temperature=config.sampler_temperature)

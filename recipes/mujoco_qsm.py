@@ -1,4 +1,4 @@
-"""Trains a diffusion policy by Q-score matching on a MuJoCo task, HalfCheetah-v5 if none is given.
+"""Trains a diffusion policy by Q-score matching on a MuJoCo task, by default HalfCheetah-v5.
 
 python recipes/mujoco_qsm.py --env Hopper-v5 --total_frames 200000 --seed 1
 """
@@ -51,10 +51,10 @@ def main(arguments: list[str] | None = None) -> int:
 def build(
     config: rl.QSMConfiguration, observation_dim: int, action_spec: Bounded, device: torch.device
 ) -> tuple[rl.QSMUpdate, TensorDictSequential]:
-    """The update, and the policy that collects."""
+    """Builds the update, and the policy that collects."""
     action_dim = action_spec.shape[-1]
 
-    # Policy: a network that predicts the noise in an action, a noise schedule, and a sampler that walks it back.
+    # Policy: a network that predicts the noise in an action, a noise schedule, and a sampler that removes the noise.
     clip = None if config.clip == "none" else config.clip
     if config.sampler == "ddpm":
         sampler = DDPMSampler(clip=clip, temperature=config.sampler_temperature)
@@ -67,7 +67,7 @@ def build(
         sampler=sampler,
     ).to(device)
 
-    # Critics, and the target that their action gradient makes for the policy.
+    # Critics, and the score target that turns them into a regression target for the policy.
     head = None
     if config.critic_bins is not None:
         head = TwoHotHead(*(config.critic_support or (None, None)), config.critic_bins, config.critic_symlog)
@@ -114,7 +114,7 @@ def build(
         cuda_graph=device.type == "cuda" and config.devices == 1,
     )
 
-    # Acting: a sample of the policy, or the best of several by the critics as they train, with noise added.
+    # Acting: a sample of the policy, or the best of several according to the current critics, with noise added.
     acting = update.actor if config.actor_ema_acts else actor
     if config.best_of > 1:
         acting = BestOfN(acting, loss.trained_critics(live=True), num_samples=config.best_of)

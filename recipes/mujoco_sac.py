@@ -1,4 +1,4 @@
-"""Trains soft actor-critic, a baseline, on a MuJoCo task, HalfCheetah-v5 if none is given.
+"""Trains the soft actor-critic baseline on a MuJoCo task, by default HalfCheetah-v5.
 
 python recipes/mujoco_sac.py --env Hopper-v5 --total_frames 200000 --seed 1
 """
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         for _ in range(config.num_critics)
     ]
 
-    # Loss and update. The policy's entropy is worth a temperature, tuned so that it comes to the target.
+    # Loss and update. A temperature weights the policy's entropy; it is tuned so that the entropy reaches its target.
     fixed = config.entropy_temperature
     loss = SACLoss(
         actor,

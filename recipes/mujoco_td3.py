@@ -1,4 +1,4 @@
-"""Trains TD3, a baseline, on a MuJoCo task, HalfCheetah-v5 if none is given.
+"""Trains the TD3 baseline on a MuJoCo task, by default HalfCheetah-v5.
 
 python recipes/mujoco_td3.py --env Hopper-v5 --total_frames 200000 --seed 1
 """
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         for _ in range(2)
     ]
 
-    # Loss and update. Noise on the target's action follows each actuator's range.
+    # Loss and update. The noise on the target action scales with the range of each actuator.
     half_range = (actor.box.high - actor.box.low) / 2
     loss = TD3Loss(
         actor,

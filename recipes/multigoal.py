@@ -1,11 +1,11 @@
 """Several goals of unequal worth: who keeps all of them? `python recipes/multigoal.py`.
 
-A point moves in the plane from the middle; four goals lie around it, worth 1, 0.9, 0.8 and 0.7 (the QSM paper's
-continuous gridworld, with unequal goals). Q-score matching with several targets and TorchRL's SAC, whose policy is one
-Gaussian, are trained online with real steps, the same sizes of networks, replay buffer and number of updates. The
-soft-optimal policy, which exp(Q / temperature) is if the backup carries the entropy bonus, is computed by value
-iteration on a grid and stands beside them. Writes the trajectories as a figure, and the share of each goal and the
-spread of the first action as a table.
+A point starts in the middle of a plane, among four goals worth 1, 0.9, 0.8 and 0.7 (the QSM paper's continuous
+gridworld, with unequal goals). Q-score matching with several score targets and TorchRL's SAC, whose policy is a single
+Gaussian, are trained online in this environment, with the same network sizes, replay buffer and number of updates. They
+are compared with the soft-optimal policy, computed by value iteration on a grid; it equals exp(Q / temperature) if the
+backup includes the entropy bonus. Writes a figure of the trajectories, and a table of the share of each goal and the
+spread of the first action.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ GOALS = np.array([[0.8, 0.0], [0.0, 0.8], [-0.8, 0.0], [0.0, -0.8]])
 REWARDS = np.array([1.0, 0.9, 0.8, 0.7])
 RADIUS = 0.2
 SPEED = 0.25
-GAMMA = 0.6  # a far-sighted agent may turn round at any time, and hardly minds where it goes first
+GAMMA = 0.6  # a far-sighted agent may turn round at any time, so its first direction hardly matters
 HIDDEN = (64, 64)
 EPISODES = 200
 TEMPERATURE = 0.1  # in units of Q, whose best value in the middle is gamma^2 = 0.36
@@ -73,7 +73,7 @@ WITH_BONUS = ("posterior", "boltzmann")
 
 
 class MultiGoal(gymnasium.Env):
-    """A point in [-1, 1]^2 that starts near the middle and ends at the first goal it comes near to."""
+    """A point in [-1, 1]^2 that starts near the middle; the episode ends at the first goal that it comes near to."""
 
     observation_space = Box(-1, 1, (2,), np.float32)
     action_space = Box(-1, 1, (2,), np.float32)
@@ -93,7 +93,7 @@ class MultiGoal(gymnasium.Env):
 
 
 def nearest_goal(place: np.ndarray) -> int | None:
-    """The goal within reach."""
+    """The goal within reach, if there is one."""
     distances = np.linalg.norm(GOALS - place, axis=1)
     return int(distances.argmin()) if distances.min() < RADIUS else None
 
@@ -115,7 +115,7 @@ def make_qsm(environment: EnvBase, target: str) -> tuple[nn.Module, Callable[[Te
         noise_schedule=NoiseSchedule.cosine(10),
         sampler=DDPMSampler(clip="clean"),
     )
-    # The mean of the critics: their minimum counts against goals that are seen less often, which then are seen still
+    # The mean of the critics: their minimum would penalise goals that are seen less often, which are then seen even
     # less.
     loss = QScoreMatchingLoss(
         actor,
@@ -159,7 +159,7 @@ def make_sac(environment: EnvBase) -> tuple[nn.Module, Callable[[TensorDictBase]
 
 
 def train(name: str, frames: int, seed: int) -> tuple[nn.Module, np.ndarray]:
-    """Trains online, an update for every second frame behind the random ones; returns the policy and its episodes."""
+    """Trains online, with one update per two frames after the random ones; returns the policy and its episodes."""
     torch.manual_seed(seed)
     environment = rl.make_environment("qsm_rl/MultiGoal-v0", num_envs=10, seed=seed)
     policy, update = make_sac(environment) if name == "sac" else make_qsm(environment, name)
@@ -187,7 +187,7 @@ def train(name: str, frames: int, seed: int) -> tuple[nn.Module, np.ndarray]:
 
 @torch.no_grad()
 def roll_out(policy: nn.Module, seed: int) -> np.ndarray:
-    """Places of ``EPISODES`` episodes, ``(episodes, steps, 2)``; NaN behind the end."""
+    """Positions in ``EPISODES`` episodes, ``(episodes, steps, 2)``; NaN after the end."""
     environment = rl.make_environment("qsm_rl/MultiGoal-v0", num_envs=EPISODES, seed=seed + 1_000)
     with set_exploration_type(ExplorationType.RANDOM):
         rollout = environment.rollout(50, policy, break_when_any_done=False, auto_reset=True)
@@ -211,7 +211,7 @@ def measure(policy: nn.Module, places: np.ndarray) -> dict[str, float]:
 
 
 def shares_row(goals: list[int], spread: float) -> dict[str, float]:
-    """A row of the table from the goal of each episode, -1 for none."""
+    """A row of the table, computed from the goal of each episode (-1 for none)."""
     shares = [goals.count(goal) / len(goals) for goal in range(len(GOALS))]
     entropy = -sum(share * math.log(share) for share in shares if share > 0)
     return {
@@ -224,12 +224,12 @@ def shares_row(goals: list[int], spread: float) -> dict[str, float]:
 
 
 def soft_optimal(temperature: float, seed: int, size: int = 41, pushes: int = 13) -> dict[str, float]:
-    """The row of the soft-optimal policy: value iteration on a grid of places and actions, then episodes on it.
+    """The row of the soft-optimal policy: value iteration on a grid of positions and actions, then episodes.
 
     Args:
         temperature: lambda of ``V(s) = lambda log(integral of exp(Q(s, a) / lambda) over the box)``.
         seed: seed of the episodes.
-        size: places along each side, with bilinear interpolation between them.
+        size: grid positions along each side, with bilinear interpolation between them.
         pushes: actions along each side of the box.
     """
     line = np.linspace(-1, 1, size)
@@ -239,7 +239,8 @@ def soft_optimal(temperature: float, seed: int, size: int = 41, pushes: int = 13
     steps = SPEED * actions / np.maximum(1, np.linalg.norm(actions, axis=1, keepdims=True))
 
     def outcomes(places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Of each place and action: where it leads, the goal reached (-1 for none), four cells and their weights."""
+        """For each position and action: next position, goal reached (-1 for none), four grid cells and their
+        weights."""
         following = np.clip(places[:, None] + steps, -1, 1)
         distances = np.linalg.norm(following[:, :, None] - GOALS, axis=-1)
         goals = np.where(distances.min(-1) < RADIUS, distances.argmin(-1), -1)
@@ -272,7 +273,7 @@ def soft_optimal(temperature: float, seed: int, size: int = 41, pushes: int = 13
 
 
 def markdown_table(measured: dict[str, list[dict[str, float]]]) -> str:
-    """A line for each policy: the mean over seeds, and behind it the least and the most where there are several."""
+    """One line per policy: the mean over seeds, followed by minimum and maximum if there are several."""
     columns = list(next(iter(measured.values()))[0])
     lines = [f"| policy | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
     for name, runs in measured.items():
@@ -301,18 +302,18 @@ def draw(episodes: dict[str, np.ndarray], picture: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [*TARGETS, "sac"]
-    parser.add_argument("--policies", nargs="+", choices=names, default=names, help="what to train; default all")
-    parser.add_argument("--frames", type=int, default=6_000, help="frames for each; default %(default)s")
-    parser.add_argument("--seeds", type=int, default=1, help="runs of each with the seeds 0, 1, ...; default 1")
+    parser.add_argument("--policies", nargs="+", choices=names, default=names, help="policies to train; default all")
+    parser.add_argument("--frames", type=int, default=6_000, help="frames per policy; default %(default)s")
+    parser.add_argument("--seeds", type=int, default=1, help="number of seeds (0, 1, ...) for each policy; default 1")
     parser.add_argument(
-        "--output", type=Path, default=Path("multigoal"), help="folder of table and figure; default %(default)s"
+        "--output", type=Path, default=Path("multigoal"), help="folder for the tables and figure; default %(default)s"
     )
     options = parser.parse_args(arguments)
     if options.frames < 100:
         raise rl.UserError(f"--frames must be at least 100, got {options.frames}.")
     if options.seeds < 1:
         raise rl.UserError(f"--seeds must be at least 1, got {options.seeds}.")
-    logging.getLogger("torchrl").setLevel(logging.WARNING)  # what it makes known would stand in the bar
+    logging.getLogger("torchrl").setLevel(logging.WARNING)  # its messages would break the progress bar
     rl.limit_threads(torch.device("cpu"))
     rl.make_folder(options.output)
     shown: dict[str, np.ndarray] = {}

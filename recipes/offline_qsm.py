@@ -1,4 +1,4 @@
-"""Trains a diffusion policy by Q-score matching on a data set of transitions, and goes on online where asked.
+"""Trains a diffusion policy by Q-score matching on a data set of transitions, and optionally continues online.
 
 python recipes/offline_qsm.py --env HalfCheetah-v5 --dataset minari:mujoco/halfcheetah/medium-v0
 python recipes/offline_qsm.py --env Hopper-v5 --dataset runs/hopper --offline_updates 50000 --online_frames 20000
@@ -34,12 +34,12 @@ def main(arguments: list[str] | None = None) -> int:
     if config.seeds > 1:
         return rl.run_seeds(config, Path(__file__))
 
-    # Data, before a folder is made: it has to fit the environment.
+    # The data set is read before a folder is made, since it has to fit the environment.
     with rl.user_errors(ValueError, ImportError):
         environment = rl.make_environment(config.env, action_repeat=config.action_repeat)
     dataset = rl.read_dataset(config.dataset, environment, env=config.env, action_repeat=config.action_repeat)
     environment.close()
-    if config.resume is None:  # what is collected comes beside the data set, not in its place
+    if config.resume is None:  # collected frames are added to the data set, not stored in its place
         config = replace(config, replay_size=max(config.replay_size, len(dataset) + config.online_frames))
     run = rl.TrainingRun.begin(config, recipe=__file__)
     config, device = run.config, run.device
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         f"data set: {len(dataset):,} transitions of {config.dataset}; {config.offline_updates:,} updates on them first"
     )
 
-    # Policy: a network that predicts the noise in an action, a noise schedule, and a sampler that walks it back.
+    # Policy: a network that predicts the noise in an action, a noise schedule, and a sampler that removes the noise.
     clip = None if config.clip == "none" else config.clip
     if config.sampler == "ddpm":
         sampler = DDPMSampler(clip=clip, temperature=config.sampler_temperature)
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         sampler=sampler,
     ).to(device)
 
-    # Critics, loss and update: the score target pulls to what the critics like, behaviour cloning to the data.
+    # Critics, loss and update: the score target pulls towards high Q, behaviour cloning towards the data.
     critics = rl.make_critics(config, run.observation_dim, run.action_dim)
     loss = QScoreMatchingLoss(
         actor,
@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
         compile=config.compile,
     )
 
-    # Acting, once the data set has been learned from: a sample of the policy with noise added.
+    # Acting, after the offline updates: a sample of the policy with noise added.
     exploration = GaussianExploration(run.action_spec, std=config.exploration_noise_std).to(device)
     acting = TensorDictSequential(actor, exploration)
     return run.train(update, acting, dataset=dataset, offline_frames=config.offline_updates)

@@ -1,9 +1,10 @@
-"""What each part of a grid costs: its updates side by side in one process.
+"""Measures what each part of a grid costs: the updates of its variants, compared in one process.
 
     python -m recipes.parts_cost recipes/grids/parts.yaml --output docs/results/parts
 
-Builds the update of every variant of the grid by the recipe's own code, on made-up transitions of walker-walk's size,
-and lets them take turns, so what else the machine does hits all alike. One thread, float32. Writes cost.csv.
+Builds the update of every variant of the grid with the recipe's own code, on made-up transitions of walker-walk's size.
+The variants take turns, so that other load on the machine affects all of them alike. One thread, float32. Writes
+cost.csv.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def transitions(count: int) -> TensorDict:
 
 
 def make_update(flags: Sequence[str], compile: bool) -> tuple[rl.QSMUpdate, float]:
-    """The update of a cell of the grid, ready to run, and how many of them there are for a frame."""
+    """The update of a cell of the grid, ready to run, and the number of updates per frame."""
     config = rl.parse_configuration(rl.QSMConfiguration, list(flags))
     config = replace(config, compile=compile, precision="float32")
     torch.manual_seed(0)
@@ -53,7 +54,7 @@ def make_update(flags: Sequence[str], compile: bool) -> tuple[rl.QSMUpdate, floa
 
 
 def measure(updates: dict[str, tuple[rl.QSMUpdate, float]], turns: int, compile: bool) -> list[dict[str, str]]:
-    """The median time of the updates of one frame for each variant, the variants taking turns."""
+    """The median time of one frame's updates for each variant; the variants take turns."""
     batch = transitions(256)
     times: dict[str, list[float]] = {name: [] for name in updates}
     for turn in range(turns + 1):
@@ -83,11 +84,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("grid", type=Path, help="YAML file of the grid")
     parser.add_argument(
-        "--turns", type=int, default=10, help="turns of six updates for each variant; default %(default)s"
+        "--turns", type=int, default=10, help="turns per variant, of six updates each; default %(default)s"
     )
-    parser.add_argument("--compile", action="store_true", help="compile every update, a minute or two each")
+    parser.add_argument("--compile", action="store_true", help="compile every update, which takes a minute or two each")
     parser.add_argument(
-        "--output", type=Path, default=Path("parts_cost"), help="folder of the table; default %(default)s"
+        "--output", type=Path, default=Path("parts_cost"), help="folder for the table; default %(default)s"
     )
     options = parser.parse_args(arguments)
     if options.turns < 1:

@@ -1,8 +1,8 @@
 """Draws the learning curves of runs over seeds: `python recipes/plot.py RUN_DIR... --output docs/results/NAME`.
 
-Runs of the same environment, recipe and preset are one curve: the mean over seeds in its 95 % bootstrap interval, by
-rliable. Writes NAME.png and NAME.csv (every evaluation of every run), and prints a table of the last evaluation that
-all seeds of a curve have in common.
+Runs with the same environment, recipe and preset form one curve: the mean over seeds with its 95 % bootstrap interval,
+computed by rliable. Writes NAME.png and NAME.csv (every evaluation of every run), and prints a table of the last
+evaluation that all seeds of a curve have in common.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qsm_rl.training.grids.curves import Curves
 
 COLUMNS = ("env", "curve", "seed", "frames", "return_mean", "return_std")
 SAMPLING = "sampling"
-# Settings in which the seeds of one curve may differ, and beginnings of others.
+# Settings in which the seeds of one curve may differ, and prefixes of others.
 UNEQUAL = (
     *("seed", "seeds", "total_frames", "stop_at_return", "checkpoint_every"),
     *("device", "compile", "precision", "replay_storage"),
@@ -31,7 +31,7 @@ UNEQUAL_PREFIXES = ("eval_", "log")
 
 
 def evaluations(run_dir: Path, curve: str | None, ways: list[str]) -> list[dict[str, object]]:
-    """The evaluations of one run, a row for each and each way of acting."""
+    """The evaluations of one run, one row per evaluation and way of acting."""
     if not (run_dir / "config.yaml").is_file() or not (run_dir / "metrics.csv").is_file():
         raise rl.UserError(f"{run_dir} is not the folder of a run: it lacks config.yaml or metrics.csv.")
     text = (run_dir / "config.yaml").read_text(encoding="utf-8")
@@ -67,7 +67,7 @@ def evaluations(run_dir: Path, curve: str | None, ways: list[str]) -> list[dict[
 
 
 def warn_of_differences(curves: Mapping[Path, str]) -> None:
-    """Says which settings differ between the runs of one curve, which are drawn as seeds of one setting."""
+    """Warns of settings that differ between the runs of one curve, which are drawn as seeds of one setting."""
     first: dict[str, dict[str, object]] = {}
     for run_dir, curve in curves.items():
         config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
@@ -99,21 +99,24 @@ def table(curves: Curves) -> str:
 @rl.exit_on_error
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run_dirs", nargs="+", type=Path, help="folders of runs")
+    parser.add_argument("run_dirs", nargs="+", type=Path, help="run folders")
     parser.add_argument(
-        "--output", type=Path, default=Path("curves"), help="picture and CSV, without ending; default %(default)s"
+        "--output",
+        type=Path,
+        default=Path("curves"),
+        help="picture and CSV to write, without extension; default %(default)s",
     )
     parser.add_argument(
-        "--reference", type=Path, help="CSV of curves from elsewhere (env, curve, frames, return_mean), dashed"
+        "--reference", type=Path, help="CSV of other curves (env, curve, frames, return_mean), drawn dashed"
     )
-    parser.add_argument("--curve", help="name of the curve in place of recipe and preset, for settings of your own")
+    parser.add_argument("--curve", help="name of the curve, for custom settings; default is recipe and preset")
     parser.add_argument(
         "--ways",
         nargs="+",
         default=[SAMPLING],
-        help="ways of acting, a curve each: sampling deterministic best_of_N; default sampling",
+        help="ways of acting, one curve each: sampling, deterministic, best_of_N; default sampling",
     )
-    parser.add_argument("--last_frame", type=int, help="leave out what lies beyond this frame count")
+    parser.add_argument("--last_frame", type=int, help="leave out evaluations after this frame count")
     given = parser.parse_args(arguments)
     output, last_frame = given.output, given.last_frame
     if output.suffix in (".png", ".csv"):

@@ -1,10 +1,10 @@
-"""From where should the posterior target draw its particles? Estimates against quadrature, in one action dimension.
+"""Which proposal should the posterior target draw its particles from? Estimates against quadrature in one dimension.
 
     python recipes/posterior_proposals.py --output docs/results/posterior_proposals
 
-For three critics whose exact target is a quadrature over the box, and three noise levels, it reports bias, root mean
-square error and effective sample size of the target with a given number of particles by each proposal, and what the
-gradient form of the target says instead. Writes proposals.csv, table.md and faces.png, within seconds.
+Uses three critics, for which quadrature over the box gives the exact target, and three noise levels. Reports bias, root
+mean square error and effective sample size of the target with a given number of particles from each proposal, and
+compares the exact target with its gradient form. Writes proposals.csv, table.md and faces.png, within seconds.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ REPEATS = 200
 
 
 def posterior_mean(q: Callable[[Tensor], Tensor], noisy: Tensor, cumprod: float, values: Tensor) -> Tensor:
-    """E[values(a_0) | a_t] by quadrature for noised actions ``(N,)``; ``values`` on ``GRID``."""
+    """E[values(a_0) | a_t] by quadrature for noised actions ``(N,)``, with ``values`` given on ``GRID``."""
     log_weights = q(GRID) - (noisy.double().unsqueeze(-1) - cumprod**0.5 * GRID) ** 2 / (2 * (1 - cumprod))
     weights = torch.softmax(log_weights, -1) * CELLS
     return (weights * values).sum(-1) / weights.sum(-1)
 
 
 def exact_target(q: Callable[[Tensor], Tensor], noisy: Tensor, cumprod: float) -> Tensor:
-    """The posterior target ``(N,)``, temperature 1."""
+    """The exact posterior target ``(N,)`` at temperature 1."""
     return (noisy.double() - cumprod**0.5 * posterior_mean(q, noisy, cumprod, GRID)) / (1 - cumprod) ** 0.5
 
 
 def gradient_form(q: Callable[[Tensor], Tensor], noisy: Tensor, cumprod: float) -> Tensor:
-    """What PosteriorGradientQScore says with any number of particles ``(N,)``."""
+    """The target of PosteriorGradientQScore ``(N,)`` in the limit of many particles."""
     slope = torch.func.grad(lambda a: q(a).sum())(GRID)
     return -(((1 - cumprod) / cumprod) ** 0.5) * posterior_mean(q, noisy, cumprod, slope)
 
 
 def boltzmann_draws(q: Callable[[Tensor], Tensor], temperature: float, shape: tuple[int, ...]) -> Tensor:
-    """Draws of exp(Q / temperature) on the box, to the width of a grid cell."""
+    """Samples of exp(Q / temperature) on the box, up to the width of a grid cell."""
     weights = torch.softmax(q(GRID) / temperature, 0) * CELLS
     nodes = GRID[torch.multinomial(weights, math.prod(shape), replacement=True)]
     jitter = (torch.rand(len(nodes), dtype=torch.float64) - 0.5) * (GRID[1] - GRID[0])
@@ -64,13 +64,13 @@ def boltzmann_draws(q: Callable[[Tensor], Tensor], temperature: float, shape: tu
 def estimates(
     proposal: str, q: Callable[[Tensor], Tensor], noisy: Tensor, t: Tensor, schedule: NoiseSchedule, particles: int
 ) -> tuple[Tensor, Tensor]:
-    """Targets and effective sample sizes ``(N,)`` by one proposal."""
+    """Targets and effective sample sizes ``(N,)`` with one proposal."""
     if proposal in FRACTIONS:
         target = PosteriorQScore(1.0, particles, uniform_fraction=FRACTIONS[proposal])
         noise, info = target(lambda a: q(a.squeeze(-1)), noisy.unsqueeze(-1), t, schedule)
         return noise.squeeze(-1), info["effective_sample_size"]
-    # A diffusion policy gives samples without a density: they have to be taken for draws of exp(Q), weighted by the
-    # likelihood of the noised action alone.
+    # A diffusion policy gives samples without a density. They have to be treated as samples of exp(Q), weighted only by
+    # the likelihood of the noised action.
     drawn = boltzmann_draws(q, POLICIES[proposal], (particles, len(noisy))).unsqueeze(-1)
     cumprod = schedule.alphas_cumprod[t]
     log_weights = -((noisy - cumprod.sqrt() * drawn.squeeze(-1)) ** 2) / (2 * (1 - cumprod))
@@ -83,7 +83,7 @@ POLICIES = {"policy, converged": 1.0, "policy, at 4 times the temperature": 4.0}
 
 
 def compare(particles: int, seed: int) -> list[dict[str, str]]:
-    """Rows of bias, error and effective sample size, over noised actions from all over the box."""
+    """Rows of bias, error and effective sample size, over noised actions from the whole box."""
     torch.manual_seed(seed)
     schedule = NoiseSchedule.cosine(10)
     rows = []
@@ -110,7 +110,7 @@ def compare(particles: int, seed: int) -> list[dict[str, str]]:
 
 
 def faces() -> list[dict[str, str]]:
-    """Exact target beside its gradient form, in the middle and at the faces."""
+    """The exact target next to its gradient form, in the middle and at the faces of the box."""
     rows = []
     for critic, q in CRITICS.items():
         for cumprod in (0.5, 0.1, 0.0064):
@@ -123,7 +123,7 @@ def faces() -> list[dict[str, str]]:
 
 
 def draw(picture: Path) -> None:
-    """The two forms over the noised action: where the policy leans on a face, the gradient form goes astray."""
+    """Draws both forms over the noised action: where the policy presses against a face, the gradient form is wrong."""
     figure = Figure(figsize=(9.6, 3.2), dpi=110, layout="constrained")
     for axes, (critic, q) in zip(figure.subplots(1, len(CRITICS)), CRITICS.items(), strict=True):
         for color, cumprod in (("C0", 0.5), ("C1", 0.1)):
@@ -145,13 +145,13 @@ def markdown(rows: list[dict[str, str]]) -> str:
 @rl.exit_on_error
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--particles", type=int, default=64, help="particles of every estimate; default %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything random; default %(default)s")
+    parser.add_argument("--particles", type=int, default=64, help="particles per estimate; default %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers; default %(default)s")
     parser.add_argument(
         "--output",
         type=Path,
         default=Path("posterior_proposals"),
-        help="folder of tables and figure; default %(default)s",
+        help="folder for the tables and figure; default %(default)s",
     )
     options = parser.parse_args(arguments)
     if options.particles < 2:

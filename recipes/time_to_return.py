@@ -1,10 +1,11 @@
-"""Measures how long training takes to a given return as the chain grows: Q-score matching beside Diffusion-QL.
+"""Measures the training time to a given return as the chain grows, for Q-score matching and Diffusion-QL.
 
 python recipes/time_to_return.py --output results/time_to_return
 
-Both train the same networks on the same task with the same settings, one process of one thread each, eager float32, and
-stop at the return; only the actor's loss differs. Finished cells stand in OUTPUT/cells.csv and are not run again; stop
-with Ctrl-C, and the same command goes on. Writes OUTPUT/table.md and OUTPUT/time_to_return.png.
+Both train the same networks on the same task with the same settings, each in one process with one thread and eager
+float32, and stop at the return; only the actor's loss differs. Finished cells are recorded in OUTPUT/cells.csv and are
+not run again. Stop with Ctrl-C, and repeat the command to continue. Writes OUTPUT/table.md and
+OUTPUT/time_to_return.png.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ ALGORITHMS = {
 
 
 def make_grid(options: argparse.Namespace) -> list[rl.Cell]:
-    """The cells, the short chains first."""
+    """The cells, those with short chains first."""
     cells = []
     for steps in options.steps:
         for name, (recipe, flags) in ALGORITHMS.items():
@@ -60,12 +61,12 @@ def make_grid(options: argparse.Namespace) -> list[rl.Cell]:
 
 
 def seconds_to(value: float, rows: Sequence[dict[str, str]]) -> float | None:
-    """Seconds up to the first evaluation that is as good, None if there is none."""
+    """Seconds up to the first evaluation with at least this return; None if there is none."""
     return next((float(row["elapsed_seconds"]) for row in rows if float(row["return_mean"]) >= value), None)
 
 
 def write_results(cells: Sequence[rl.Cell], table: rl.CellTable, options: argparse.Namespace) -> list[str]:
-    """The table and the figure of what has finished; the names of the files written."""
+    """Writes the table and the figure of the finished cells; returns the names of the files."""
     header = ["| T | algorithm | seconds, a seed each | frames | updates/s |", "|---|---|---|---|---|"]
     lines: list[tuple[int, str]] = []
     ever = False  # whether any run reached the return
@@ -82,7 +83,7 @@ def write_results(cells: Sequence[rl.Cell], table: rl.CellTable, options: argpar
             reached = [time for time in times if time is not None]
             frames = ", ".join(f"{int(rows[-1]['frames']):,}" for rows in runs)
             rates = [float(rows[0]["updates_per_second"]) for rows in runs if rows[0]["updates_per_second"]]
-            rate = f"{statistics.mean(rates):.0f}" if rates else "none"  # solved by the warm-up's end
+            rate = f"{statistics.mean(rates):.0f}" if rates else "none"  # solved by the end of the warm-up
             texts = ", ".join("not reached" if time is None else f"{time:.0f}" for time in times)
             lines.append((steps, f"| {steps} | {name} | {texts} | {frames} | {rate} |"))
             ever |= bool(reached)
@@ -107,16 +108,19 @@ def write_results(cells: Sequence[rl.Cell], table: rl.CellTable, options: argpar
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options, checked."""
+    """Parses and checks the options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", default="Pendulum-v1", help="environment id; default Pendulum-v1")
-    parser.add_argument("--value", type=float, default=-200.0, help="the return that ends a run; default -200")
+    parser.add_argument("--value", type=float, default=-200.0, help="return at which a run ends; default -200")
     parser.add_argument(
         "--steps", nargs="+", type=int, default=[2, 5, 10, 20, 50], help="chain lengths T; default 2 5 10 20 50"
     )
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each with the seeds 0, 1, ...; default 3")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds (0, 1, ...) for each cell; default 3")
     parser.add_argument(
-        "--total_frames", type=int, default=15_000, help="frames of a run that does not get there; default %(default)s"
+        "--total_frames",
+        type=int,
+        default=15_000,
+        help="frames of a run that does not reach the return; default %(default)s",
     )
     rl.add_grid_arguments(parser, runs="runs/time_to_return")
     options = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""Seconds from the command of recipes/mujoco_qsm.py to its first frame, as JSON; recipes/benchmark.py starts it."""
+"""Prints as JSON the seconds from starting recipes/mujoco_qsm.py to its first frame; run by recipes/benchmark.py."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def main() -> None:
         process = subprocess.Popen(
             [sys.executable, str(recipe), *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        while process.poll() is None and not (run / "metrics.csv").exists():  # its first row is the first frame's
+        while process.poll() is None and not (run / "metrics.csv").exists():  # its first row is that of the first frame
             time.sleep(0.02)
         seconds = time.perf_counter() - begin
         if process.poll() is not None:

@@ -1,4 +1,4 @@
-"""The update of Q-score matching without any library around it: what recipes/benchmark.py holds the kit against."""
+"""The update of Q-score matching in plain PyTorch, which recipes/benchmark.py compares with the kit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OBSERVATION, ACTION = 24, 6
 
 
 class HandWritten(nn.Module):
-    """One update as one would write it in a single file of PyTorch."""
+    """One update, as one would write it in a single PyTorch file."""
 
     def __init__(self, size: dict[str, int], device: torch.device) -> None:
         super().__init__()

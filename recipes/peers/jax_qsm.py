@@ -1,8 +1,8 @@
-"""The update of Q-score matching in JAX, as one jitted function: what recipes/benchmark.py measures the kit against.
+"""The update of Q-score matching in JAX as one jitted function, which recipes/benchmark.py compares with the kit.
 
-The same work as the kit's update: TD target at a sample of the whole reverse chain, a step of two critics, their
-Polyak step, dQ/da at the noised replay action, a step of the denoiser. Needs an environment of its own (pip install jax
-optax).
+It does the same work as the kit's update: TD target at a sample of the whole reverse chain, a step of two critics,
+their Polyak step, dQ/da at the noised replay action, and a step of the denoiser. Needs a separate Python environment
+(pip install jax optax).
 
 python recipes/peers/jax_qsm.py --hidden 512 --steps 5 --batch 256 --seconds 5
 """

@@ -1,7 +1,7 @@
-"""Frames per second of recipes/mujoco_qsm.py beside its own update alone, as JSON; recipes/benchmark.py starts it.
+"""Prints as JSON the frames per second of recipes/mujoco_qsm.py and of its update alone; run by recipes/benchmark.py.
 
-The recipe runs as users run it, but for its update, which interrupts it from time to time and runs alone for a while:
-the two take turns in one process, on the same compiled functions.
+The recipe runs as users run it, except that its update interrupts it from time to time and runs alone for a while. The
+two take turns in one process, on the same compiled functions.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ TURN = 100  # updates of a turn, a multiple of frames_per_batch
 
 
 class InterleavedUpdate(rl.QSMUpdate):
-    """The recipe's update; behind every ``TURN`` updates of the recipe it does as many by itself.
+    """The recipe's update; after every ``TURN`` updates of the recipe it runs as many alone.
 
     Attributes:
-        seconds: wall-clock and processor time of every turn of the recipe and alone.
+        seconds: wall-clock and processor time of every turn, with the recipe and alone.
     """
 
     seconds: ClassVar[dict[str, list[tuple[float, float]]]] = {"recipe": [], "alone": []}
@@ -69,14 +69,16 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--frames_per_batch", type=int, default=1)
-    parser.add_argument("--turns", type=int, default=5, help=f"of {TURN} frames and as many updates alone")
+    parser.add_argument(
+        "--turns", type=int, default=5, help=f"number of turns, each of {TURN} frames and as many updates alone"
+    )
     parser.add_argument("--env", default="dm_control/walker-walk" if importlib.util.find_spec("dm_control") else None)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     best = rl.choose_arithmetic(rl.QSMConfiguration(), rl.choose_device(options.device))
     updates = FIRST + options.turns * TURN + 1
     warmup = 300
-    total_frames = max(warmup + updates, 5 * warmup)  # the warm-up is a fifth at most
+    total_frames = max(warmup + updates, 5 * warmup)  # the warm-up is at most a fifth
     flags = {
         "env": options.env or "HalfCheetah-v5",
         "total_frames": total_frames,
@@ -96,7 +98,7 @@ def main() -> None:
         for name, value in flags.items()
         for part in (f"--{name}", value if isinstance(value, str) else json.dumps(value))
     ]
-    rl.QSMUpdate = InterleavedUpdate  # type: ignore[misc]  # what the recipe builds
+    rl.QSMUpdate = InterleavedUpdate  # type: ignore[misc]  # the class that the recipe builds
     recipe = runpy.run_path(str(Path(__file__).parents[1] / "mujoco_qsm.py"))["main"]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         try:

@@ -1,11 +1,13 @@
-"""SAC and TD3 of Stable-Baselines3 under the kit's protocol: what recipes/mujoco_sac.py and mujoco_td3.py are held to.
+"""SAC and TD3 of Stable-Baselines3 under the kit's protocol, for comparison with recipes/mujoco_sac.py and
+mujoco_td3.py.
 
-The same frames, warm-up, networks, updates for each frame, and evaluations: episodes of the policy without noise in an
-environment just made. Needs an environment of its own (pip install stable-baselines3 "gymnasium[mujoco]").
+Frames, warm-up, networks, updates per frame and evaluations are the same; an evaluation runs episodes of the policy
+without noise in a new environment. Needs a separate Python environment (pip install stable-baselines3
+"gymnasium[mujoco]").
 
 python recipes/peers/sb3.py --algo sac --env HalfCheetah-v5 --seeds 3 --output docs/results/comparison/sb3_sac.csv
 
-Finished seeds stand in the CSV, in the columns of recipes/grid.py's cells.csv, and are not run again.
+Finished seeds are recorded in the CSV, with the columns of recipes/grid.py's cells.csv, and are not run again.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ COLUMNS = ("env", "variant", "seed", "frames", "return_mean", "return_std", "upd
 
 
 class Evaluations(BaseCallback):
-    """Evaluates at periods of frames, and keeps its own time apart from that of the updates."""
+    """Evaluates periodically, and keeps its own time separate from that of the updates."""
 
     def __init__(self, env: str, seed: int, every: int, episodes: int, warmup_frames: int) -> None:
         super().__init__()
@@ -46,7 +48,7 @@ class Evaluations(BaseCallback):
         return True
 
     def _on_rollout_start(self) -> None:
-        """Behind the updates of the frame before."""
+        """Runs after the updates of the previous frame."""
         if self.num_timesteps and self.num_timesteps % self.every == 0:
             self.evaluate()
 
@@ -65,10 +67,10 @@ class Evaluations(BaseCallback):
 
 
 def run(options: argparse.Namespace, seed: int) -> list[dict[str, object]]:
-    """One run; its evaluations, a row each."""
+    """Trains one seed; returns its evaluations, one row each."""
     environment = Monitor(gymnasium.make(options.env))
     settings = {"learning_starts": options.warmup_frames, "policy_kwargs": {"net_arch": [256, 256]}}
-    # What is not named is the default of the library: 3e-4 (TD3: 1e-3), batch 256, gamma .99, tau .005, entropy "auto".
+    # Other settings are the library's defaults: 3e-4 (TD3: 1e-3), batch 256, gamma .99, tau .005, entropy "auto".
     if options.algo == "td3":
         deviation = 0.1 * np.ones(environment.action_space.shape)
         noise = NormalActionNoise(np.zeros_like(deviation), deviation)
@@ -99,11 +101,11 @@ def main() -> None:
     parser.add_argument("--algo", choices=["sac", "td3"], required=True)
     parser.add_argument("--env", default="HalfCheetah-v5")
     parser.add_argument("--total_frames", type=int, default=30_000)
-    parser.add_argument("--warmup_frames", type=int, default=6_000, help="the kit's: a fifth of 30,000")
+    parser.add_argument("--warmup_frames", type=int, default=6_000, help="default: the kit's, a fifth of 30,000")
     parser.add_argument("--eval_every", type=int, default=5_000)
     parser.add_argument("--eval_episodes", type=int, default=5)
-    parser.add_argument("--seeds", type=int, default=3, help="runs with the seeds 0, 1, ...")
-    parser.add_argument("--output", type=Path, required=True, help="CSV of this algorithm")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds (0, 1, ...)")
+    parser.add_argument("--output", type=Path, required=True, help="CSV for this algorithm")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = []

@@ -53,8 +53,8 @@ class TrainingConfiguration:
     and its share of replay_size; frame counts are totals over all processes."""
 
     precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
-    """Arithmetic of the matrix products in updates: float32; tf32 (float32 on a GPU whose factors keep about three
-    digits); bfloat16 (about two and a half digits; weights, optimisers, outputs and losses stay float32); or auto,
+    """Arithmetic of the matrix products in updates: float32; tf32 (a GPU's mode for float32, with about three digits
+    per factor); bfloat16 (about two and a half digits; weights, optimisers, outputs and losses stay float32); or auto,
     which takes bfloat16 where the processor or GPU has instructions for it and the update is compiled, else tf32 on
     such a GPU, else float32."""
 

@@ -23,12 +23,16 @@ def add_grid_arguments(parser: argparse.ArgumentParser, runs: str) -> None:
         parser: parser that receives the options.
         runs: default parent folder of the run folders.
     """
-    parser.add_argument("--output", type=Path, required=True, help="folder of cells.csv and the results")
-    parser.add_argument("--runs", type=Path, default=Path(runs), help=f"folder of the run folders; default {runs}")
+    parser.add_argument("--output", type=Path, required=True, help="folder for cells.csv and the results")
     parser.add_argument(
-        "--workers", type=int, default=available_cores(), help="runs at a time, one thread each; default all cores"
+        "--runs", type=Path, default=Path(runs), help=f"parent folder of the run folders; default {runs}"
     )
-    parser.add_argument("--dry_run", action="store_true", help="check everything, say what is missing, write results")
+    parser.add_argument(
+        "--workers", type=int, default=available_cores(), help="runs at a time, one thread each; default one per core"
+    )
+    parser.add_argument(
+        "--dry_run", action="store_true", help="check the grid, list missing cells and write results, without any run"
+    )
 
 
 def run_grid(
