@@ -46,7 +46,7 @@ SAMPLES = 2_000
 
 
 class TwoPeaks(nn.Module):
-    """Q(s, a) = log p(a), p two equal Gaussians at ``0.3 s - 0.5`` and ``0.3 s + 0.5``."""
+    """Q(s, a) = log p(a), with p two equal Gaussians at ``0.3 s - 0.5`` and ``0.3 s + 0.5``."""
 
     def peaks(self, observation: Tensor) -> Tensor:
         """Positions of the peaks, ``(*B, 2)``."""

@@ -23,15 +23,14 @@ class UserError(Exception):
 
 
 class TrainingError(Exception):
-    """Training cannot go on. The message names the cause and the frame; the last checkpoint is intact."""
+    """Training cannot continue. The message names the cause and the frame; the last checkpoint is intact."""
 
 
 @contextmanager
 def user_errors(*kinds: type[Exception]) -> Iterator[None]:
     """Turns the given kinds of exception, raised in the block, into a ``UserError`` with the same message.
 
-    Put it around calls whose arguments come straight from the user, and around nothing else: a bug must keep its
-    traceback.
+    Use it only around calls whose arguments come directly from the user: a bug must keep its traceback.
 
     Args:
         *kinds: exception classes that the called code raises for bad input.

@@ -236,7 +236,7 @@ class TrainingConfiguration:
 
     @classmethod
     def preset_values(cls, preset: str, env: str) -> dict[str, Any]:
-        """The values that a preset fills in on an environment.
+        """The values that a preset fills in for an environment.
 
         Args:
             preset: a key of ``presets``; any other name fills in nothing and is refused by the checks.

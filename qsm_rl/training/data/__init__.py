@@ -1,1 +1,1 @@
-"""Frames from collectors to the replay buffer, and both on the disk."""
+"""The path of frames from collectors to the replay buffer, and the files of both on disk."""

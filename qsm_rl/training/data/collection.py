@@ -26,7 +26,7 @@ def make_collector(
     warmup_frames: int,
     cuda_graph: bool = False,
 ) -> Collector | WorkerCollector:
-    """The collector that the settings ask for.
+    """Makes the collector that the settings choose.
 
     Args:
         config: the settings; ``num_workers`` and ``worker_backend`` choose the collector.

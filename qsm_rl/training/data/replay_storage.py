@@ -108,7 +108,7 @@ def make_storage(config: TrainingConfiguration, run_folder: Path, device: torch.
 
 
 def replay_bytes(environment: EnvBase, rows: int) -> int:
-    """Bytes of a replay buffer: two observations, action and reward in float32, two flags, two integers of TorchRL's.
+    """Bytes of a replay buffer: two observations, action and reward in float32, two flags, two integers from TorchRL.
 
     Args:
         environment: with ``observation`` ``(num_envs, O)`` and actions ``(num_envs, A)``.

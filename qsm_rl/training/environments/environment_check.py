@@ -43,7 +43,7 @@ def check_environment(env: gymnasium.Env, name: str) -> None:
         first = _reset(env, name, space, seed=0)
         if not np.array_equal(first, _reset(env, name, space, seed=0)):
             raise ValueError(
-                f"{name}: reset(seed=0) gives another observation each time; draw from self.np_random only, behind "
+                f"{name}: reset(seed=0) gives another observation each time; draw from self.np_random only, after "
                 "super().reset(seed=seed)."
             )
         ended = limited

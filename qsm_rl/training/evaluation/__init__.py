@@ -1,1 +1,1 @@
-"""Episodes of a policy as it is, and videos of them."""
+"""Evaluation episodes of the current policy, and videos of them."""

@@ -135,7 +135,7 @@ def evaluate_agents(
             ``k // (num_envs / agents)``. It is seeded, and closed after the evaluation.
         policy: acts for all agents, on observations ``(agents, num_envs / agents, O)``, by sampling.
         agents: number of agents.
-        seed: seed of environment and policy. The caller's random generators are left as they were.
+        seed: seed of environment and policy. The caller's random generators are restored afterwards.
         device: device of the policy.
 
     Returns:

@@ -1,1 +1,1 @@
-"""One run from its first line to its published actor: Lightning module, callbacks, folder, logs."""
+"""One run from its summary to its saved actor: Lightning module, callbacks, folder, logs."""

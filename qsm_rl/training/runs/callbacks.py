@@ -122,12 +122,12 @@ class StopSignals(Callback):
         trainer.should_stop = any_rank(self.signal is not None or trainer.should_stop, module.device)
 
     def on_train_end(self, trainer: Trainer, module: OffPolicyModule) -> None:
-        """Gives the signals back."""
+        """Restores the previous signal handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def on_exception(self, trainer: Trainer, module: OffPolicyModule, exception: BaseException) -> None:
-        """Gives the signals back."""
+        """Restores the previous signal handlers."""
         self.on_train_end(trainer, module)
 
 

@@ -126,7 +126,7 @@ class OffPolicyModule(LightningModule):
 
     @property
     def updates_due(self) -> int:
-        """Updates that should have been done by now."""
+        """Number of updates that should have been done by now."""
         if self.env_frames < self.warmup_frames:
             return 0
         return math.floor((self.env_frames - self.warmup_frames + 1) * self.updates_per_frame)

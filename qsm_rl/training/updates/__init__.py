@@ -1,1 +1,1 @@
-"""One update of each algorithm, and the networks that only recipes need."""
+"""The update of each algorithm, and the networks that only recipes need."""
