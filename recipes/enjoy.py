@@ -1,7 +1,7 @@
 """Plays a trained actor: `python recipes/enjoy.py RUN_DIR` prints the returns of some episodes and films the first.
 
-RUN_DIR is the folder of a run or of a saved actor. An actor that balances a pendulum comes with the recipes: `python
-recipes/enjoy.py recipes/pretrained/inverted_pendulum`.
+RUN_DIR is the folder of a run or of a saved actor. An actor that balances a pendulum comes with the recipes:
+`python recipes/enjoy.py recipes/pretrained/inverted_pendulum`.
 """
 
 from __future__ import annotations

@@ -92,9 +92,9 @@ class TrainingConfiguration:
     total_frames. More eval_episodes make the stop depend less on luck."""
 
     checkpoint_every: int = 5_000
-    """Frames between checkpoints. A crash loses at most this many frames, and --resume continues from the last
-    checkpoint exactly as the run would have gone on. Every checkpoint resets all environments, so keep this well above
-    num_envs times the length of an episode."""
+    """Frames between checkpoints. A crash loses at most this many frames; --resume continues from the last checkpoint,
+    bit for bit like an uninterrupted run. Every checkpoint resets all environments, so keep this well above num_envs
+    times the length of an episode."""
 
     log_every: int = 1_000
     """Frames between rows of metrics.csv and TensorBoard; each row averages over the frames since the previous one."""
