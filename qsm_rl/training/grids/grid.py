@@ -39,7 +39,7 @@ COLUMNS = (*KEY, *NUMBERS, "settings", "way", "recipe")
 LATER_COLUMNS = {"elapsed_seconds", "way", "recipe"}  # missing in older tables
 POLL_SECONDS = 1.0
 SECONDS_TO_STOP = 60.0
-OWN = ("env", "seed", "run_dir", "resume")  # flags that differ for every cell
+OWN = ("env", "seed", "run_dir", "resume")  # flags that the grid sets for each cell
 OF_TASKS = ("seeds", "variants")  # entries that only a task may choose
 
 
@@ -48,8 +48,9 @@ class Cell:
     """One run of a grid.
 
     Attributes:
-        recipe: name of the recipe's file, without its extension. variant: name of the settings. settings: flags of the
-            recipe as sorted JSON, without environment and seed; two cells with the same are the same.
+        recipe: name of the recipe's file, without its extension.
+        variant: name of the settings.
+        settings: flags of the recipe as sorted JSON, without environment and seed; they identify the settings.
         env: environment id.
         seed: seed of the run.
         folder: folder of the run.

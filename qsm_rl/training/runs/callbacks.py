@@ -314,8 +314,8 @@ class CheckpointWriter(PeriodicCallback):
     """Stores networks, optimisers, counters, observation statistics and replay buffer at every cut.
 
     Place it after the callbacks that write to the run's files, so that the files are older than the checkpoint. If a
-    stop has interrupted the evaluation at the same frame, nothing is stored: the resumed run then repeats that
-    evaluation.
+    stop has interrupted the evaluation at the same frame, nothing is stored: the resumed run then starts earlier and
+    still runs that evaluation.
 
     Args:
         frames: the data set, whose cuts are the period.
