@@ -4,6 +4,7 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium.spaces import Box
+from gymnasium.wrappers import OrderEnforcing, TimeLimit
 
 from qsm_rl.training.environments.environment_check import check_environment
 from qsm_rl.training.environments.make_environment import check_registered
@@ -69,6 +70,24 @@ class Breaking(Sound):
         return super().step(action)
 
 
+class NoReset(Sound):
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)  # and no return
+
+
+class NoStep(Sound):
+    def step(self, action):
+        super().step(action)
+
+
+class NanInALaterEpisode(Sound):
+    observations = 0
+
+    def observe(self):
+        self.observations += 1
+        return np.full(2, np.nan if self.observations == 30 else 0, np.float32)
+
+
 class NanLater(Sound):
     def observe(self):
         return np.full(2, np.nan if getattr(self, "time", 0) == 4 else 0, np.float32)
@@ -82,6 +101,9 @@ class NanLater(Sound):
         (OldSignature, r"reset\(\) fails with TypeError"),
         (FourResults, r"step\(\) returns \(ndarray, float, bool, bool\), expected"),
         (Breaking, r"step\(\) fails with IndexError: table of size 3"),
+        (NoReset, r"reset\(\) returns NoneType, expected"),
+        (NoStep, r"step\(\) returns NoneType, expected"),
+        (NanInALaterEpisode, "gives nan as number 0 of the observation"),
         (NanLater, r"step\(\) gives nan as number 0 of the observation"),
         (observing(np.zeros(2)), r"dtype float64, expected float32; return observation.astype"),
         (observing(np.zeros(3, np.float32)), r"shape \(3,\), expected \(2,\)"),
@@ -104,9 +126,32 @@ def test_what_is_broken_is_refused_by_name(spoiled, words):
         check_environment(spoiled(), "Mine-v0")
 
 
+@pytest.mark.parametrize(("length", "truncates"), [(5, False), (5, True), (500, False)])
+def test_it_takes_the_same_fifty_steps_each_time_or_more_to_an_end_and_none_behind_one(length, truncates):
+    class Ending(Sound):
+        def step(self, action):
+            assert self.time < length, "behind the end"
+            taken.append(float(action[0]))
+            observation, reward, *_, info = super().step(action)
+            over = self.time == length
+            return observation, reward, over and not truncates, over and truncates, info
+
+    taken: list[float] = []
+    check_environment(Ending(), "Mine-v0")
+    first, taken = taken, []
+    check_environment(Ending(), "Mine-v0")
+    assert first == taken and first[:2] == [-1, 1] and max(50, length) <= len(first) <= max(51, length)
+
+
+def test_a_time_limit_beyond_the_longest_look_is_believed():
+    endless = returning(terminated=False)
+    check_environment(TimeLimit(OrderEnforcing(endless()), 10**6), "Mine-v0")
+    check_environment(OrderEnforcing(TimeLimit(endless(), 10**6)), "Mine-v0")
+
+
 def test_sound_environments_pass():
     check_environment(Sound(), "Mine-v0")
-    check_environment(gymnasium.wrappers.TimeLimit(returning(terminated=False)(), 1_000), "Mine-v0")
+    check_environment(TimeLimit(returning(terminated=False)(), 1_000), "Mine-v0")
     flags = {"observation_space": Box(0, 1, (2,), np.bool_), "observe": lambda self: self.np_random.random(2) > 0.5}
     check_environment(type("Flags", (Sound,), flags)(), "Mine-v0")
     for name in ("HalfCheetah-v5", "InvertedPendulum-v5", "Hopper-v5"):
