@@ -122,8 +122,8 @@ def main(arguments: list[str] | None = None) -> int:
     if output.suffix in (".png", ".csv"):
         output = output.with_suffix("")
     runs = [evaluations(run_dir, given.curve, given.ways) for run_dir in given.run_dirs]
-    drawn = [(run_dir, rows[0]) for run_dir, rows in zip(given.run_dirs, runs, strict=True) if rows]
-    warn_of_differences({run_dir: f"{row['env']}, {row['curve']}" for run_dir, row in drawn})
+    firsts = zip(given.run_dirs, (rows[0] for rows in runs), strict=True)
+    warn_of_differences({run_dir: f"{row['env']}, {row['curve']}" for run_dir, row in firsts})
     rows = [row for run in runs for row in run]
     rows = [row for row in rows if last_frame is None or row["frames"] <= last_frame]
     if not rows:

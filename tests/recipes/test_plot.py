@@ -17,8 +17,8 @@ def plot(*arguments) -> int:
 def write_run(folder, seed, returns, recipe="mujoco_qsm"):
     """A run's files; the best of two samples has twice the return."""
     folder.mkdir()
-    text = f"# python recipes/{recipe}.py\nenv: Hopper-v5\npreset: default\nseed: {seed}\n"
-    (folder / "config.yaml").write_text(text)
+    head = f"# python recipes/{recipe}.py\n" if recipe else ""
+    (folder / "config.yaml").write_text(f"{head}env: Hopper-v5\npreset: default\nseed: {seed}\n")
     rows = "".join(f"{frames},{value},1.0,{2 * value},2.0\n" for frames, value in returns.items())
     names = [f"eval/{way}return_{name}" for way in ("", "best_of_2/") for name in ("mean", "std")]
     (folder / "metrics.csv").write_text(f"frames,{','.join(names)}\n500,,,,\n{rows}")
@@ -78,12 +78,21 @@ def test_recipes_and_ways_of_acting_are_curves_of_their_own(tmp_path, capsys):
     ]
 
 
+def test_a_seed_out_of_a_stacked_run_is_drawn_beside_one_with_a_process_of_its_own(tmp_path, capsys):
+    """What such a run splits into has settings without the recipe's name."""
+    runs = [write_run(tmp_path / "a", 0, {1000: 10.0}), write_run(tmp_path / "seed_1", 1, {1000: 20.0}, recipe=None)]
+    assert plot(*runs, "--output", tmp_path / "curves") == 0
+    assert "| qsm default | 1,000 | 2 | 15.0 |" in capsys.readouterr().out
+
+
 def test_what_cannot_be_drawn_is_refused_in_a_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     first, again = (write_run(tmp_path / name, 0, {1000: 10.0}) for name in ("a", "b"))
-    other = write_run(tmp_path / "c", 1, {1500: 10.0})
+    other, begun = write_run(tmp_path / "c", 1, {1500: 10.0}), write_run(tmp_path / "e", 1, {})
+    (begun / "metrics.csv").unlink()
     for arguments, words in (
         ([tmp_path / "nothing"], "is not the folder of a run"),
+        ([begun], "is not the folder of a run: it lacks config.yaml or metrics.csv"),
         ([first, again], "two runs of Hopper-v5, qsm default have seed 0"),
         ([first, other], "were never evaluated at the same frame"),
         ([first, "--ways", "deterministic"], "--ways are here sampling, best_of_2"),
@@ -92,4 +101,4 @@ def test_what_cannot_be_drawn_is_refused_in_a_line(tmp_path, monkeypatch, capsys
     ):
         assert plot(*arguments) == 2
         assert words in capsys.readouterr().err
-    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "c", "d"}
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "c", "d", "e"}
