@@ -118,15 +118,13 @@ def write_results(cells: Sequence[rl.Cell], table: rl.CellTable, output: Path, t
             )
         text += "\n".join(["", *lines, ""])
     (output / "table.md").write_text(text, encoding="utf-8")
-    written = ["table.md"]
+    written = ["table.md", "curves.png"]
     rows = [row for cell in cells for row in table.rows_of(cell)]
     curves = [
         {**row, "curve": row["variant"], "frames": int(row["frames"]), "return_mean": float(row["return_mean"])}
         for row in rows
     ]
-    if curves:
-        rl.plot_curves(rl.curves_of(curves), references, output / "curves.png")
-        written.append("curves.png")
+    rl.plot_curves(rl.curves_of(curves), references, output / "curves.png")
     scores, complete = normalized_scores(cells, table)
     if complete:
         write_intervals(scores, output / "intervals.csv")

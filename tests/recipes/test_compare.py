@@ -73,12 +73,24 @@ def test_results_of_finished_cells_and_what_is_missing(tmp_path, capsys):
 def test_returns_that_are_costs_give_no_score(tmp_path, capsys):
     """They would enter the aggregates beside scores of about 1 as hundreds below 0."""
     costs = {(env, variant): [-300.0, -200.0] for env, variant in RETURNS if env == "InvertedPendulum-v5"}
-    gains = {("HalfCheetah-v5", variant): [4.0, 4.0] for _, variant in costs}
+    gains = {("HalfCheetah-v5", variant): [0.5, 0.5] for _, variant in costs}
     finish(tmp_path / "out", costs | gains, *GRID)
     assert run(*GRID, "--output", tmp_path / "out", "--runs", tmp_path / "runs", "--dry_run") == 0
     assert "intervals and profiles over HalfCheetah-v5\n" in capsys.readouterr().out
     with (tmp_path / "out" / "intervals.csv").open() as file:
         assert {float(row["value"]) for row in csv.DictReader(file) if row["aggregate"] == "mean"} == {1.0}
+
+
+def test_one_seed_of_one_algorithm_stands_beside_the_published_numbers_nearest_in_frames(tmp_path):
+    env, output = "dm_control/walker-walk", tmp_path / "out"
+    given = ("--algos", "sac,td3", "--envs", env, "--seeds", "1", "--total_frames", "22000")
+    finish(output, {(env, "sac"): [20.0]}, *given)
+    assert run(*given, "--output", output, "--runs", tmp_path / "runs", "--dry_run") == 0
+    text = (output / "table.md").read_text()
+    assert text.count(f"| {env}, QSM |") == 1 and f"| {env}, QSM | 20,000 | 138 | authors' JAX code" in text
+    assert "\n\n| published | frames |" in text, "a table of its own"
+    assert {path.suffix for path in output.iterdir()} >= {".md", ".png"}
+    assert not [*output.glob("intervals*"), *output.glob("profiles*")], "there is nothing to aggregate"
 
 
 def test_published_numbers_come_with_source_and_protocol_where_the_frames_compare(tmp_path):
