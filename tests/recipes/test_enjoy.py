@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -24,12 +25,29 @@ def run(*arguments: str | Path) -> int:
 @pytest.fixture
 def run_dir(tmp_path):
     """The folder of a run whose actor has learned nothing, so its episodes are short."""
-    environment = make_environment("InvertedPendulum-v5")
+    return publish(tmp_path, "InvertedPendulum-v5")
+
+
+def publish(folder: Path, env: str, **about: int) -> Path:
+    environment = make_environment(env)
     actor = DiffusionActor(
-        ScoreMLP(4, 1, (8,)), action_spec=environment.action_spec_unbatched, noise_schedule=NoiseSchedule.vp(3)
+        ScoreMLP(environment.observation_spec["observation"].shape[-1], environment.action_spec.shape[-1], (8,)),
+        action_spec=environment.action_spec_unbatched,
+        noise_schedule=NoiseSchedule.vp(3),
     )
-    publish_actor(tmp_path / "actor", actor, environment=environment, env="InvertedPendulum-v5")
-    return tmp_path
+    publish_actor(folder / "actor", actor, environment=environment, env=env, **about)
+    return folder
+
+
+def test_actions_are_held_as_in_training_and_the_mean_is_of_the_returns_told(tmp_path, capsys):
+    """An episode of HalfCheetah is 1,000 steps; the folder is the actor's own."""
+    assert run(publish(tmp_path, "HalfCheetah-v5", action_repeat=250) / "actor", "--episodes", "2", "--no_video") == 0
+    printed = capsys.readouterr().out
+    returns = [float(value) for value in re.findall(r"episode \d: return (-?[\d.]+), 4 frames", printed)]
+    mean, spread = map(float, re.search(r"mean (-?[\d.]+), standard deviation ([\d.]+) over 2 ep", printed).groups())
+    assert mean == pytest.approx(sum(returns) / 2, abs=0.2) and spread == pytest.approx(
+        abs(returns[0] - returns[1]) / 2, abs=0.2
+    )
 
 
 def test_every_actor_that_comes_with_the_recipes_is_small_and_keeps_what_its_readme_says(capsys):
@@ -49,7 +67,8 @@ def test_returns_and_a_film_of_the_first_episode(run_dir, capsys, monkeypatch):
     assert run(run_dir, "--episodes", "3", "--no_video") == 0
     printed = capsys.readouterr().out
     lengths = [int(length) for length in re.findall(r"(\d+) frames", printed)]
-    assert len(lengths) == 3 and "sampling" in printed and not (run_dir / "videos").exists()
+    assert len(lengths) == 3 and "sampling" in printed
+    assert "video" not in printed and not (run_dir / "videos").exists()
     assert run(run_dir, "--episodes", "3", "--deterministic", "--no_video") == 0
     assert "deterministic" in capsys.readouterr().out
 
@@ -62,6 +81,8 @@ def test_returns_and_a_film_of_the_first_episode(run_dir, capsys, monkeypatch):
     filmed = capsys.readouterr().out
     assert filmed.startswith(printed) and f"video of episode 1: {run_dir / 'videos' / 'enjoy.mp4'}" in filmed
     assert (run_dir / "videos" / "enjoy.mp4").stat().st_size > 1000
+    assert run(run_dir, "--episodes", "1", "--video", run_dir / "mine.mp4") == 0
+    assert (run_dir / "mine.mp4").stat().st_size > 1000
 
 
 def test_what_stands_in_the_way_is_said(run_dir, tmp_path_factory, capsys, monkeypatch):
@@ -79,6 +100,11 @@ def test_what_stands_in_the_way_is_said(run_dir, tmp_path_factory, capsys, monke
     ):
         assert run(*arguments) == 2
         assert words in capsys.readouterr().err
-    (run_dir / "actor" / "config.json").write_text("{")
+    config = run_dir / "actor" / "config.json"
+    about = json.loads(config.read_text())
+    config.write_text(json.dumps({name: value for name, value in about.items() if name != "env"}))
+    assert run(run_dir) == 2
+    assert "config.json does not name the environment; publish it with publish_actor" in capsys.readouterr().err
+    config.write_text("{")
     assert run(run_dir) == 2
     assert "config.json" in capsys.readouterr().err
