@@ -375,6 +375,15 @@ def test_running_norm_of_constant_and_far_features():
     assert norm.normalize(torch.tensor([3.0, 9.0, 2e4])).tolist() == [10.0, 10.0, 10.0]
 
 
+def test_running_norm_counts_on_beyond_what_float32_counts_and_nothing_seen_changes_nothing():
+    norm = RunningObservationNorm(2)
+    norm.count.fill_(2**24)
+    norm.update(torch.empty(0, 2))
+    assert norm.count == 2**24 and norm.mean.tolist() == [0, 0] and norm.variance.tolist() == [1, 1]
+    norm.update(torch.ones(3, 2))
+    assert norm.count == 2**24 + 3
+
+
 def test_statistics_copy_to_the_evaluation_environment_and_stay():
     training = make_environment(TERMINATING, num_envs=2, seed=0, normalize_observation=True)
     evaluation = make_environment(TERMINATING, seed=1, normalize_observation=True)
