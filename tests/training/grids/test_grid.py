@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from qsm_rl.training import Cell, CellTable, UserError, final_rows, make_cells, mean_interval, read_grid, run_cells
+from qsm_rl.training.grids import grid as grid_module
 
 GRID = """
 recipe: fake
@@ -63,7 +64,8 @@ EVALUATIONS = "frames,eval/return_mean,eval/return_std,time/updates_per_second,t
 
 
 @pytest.fixture
-def grid(tmp_path):
+def grid(tmp_path, monkeypatch):
+    monkeypatch.setattr(grid_module, "POLL_SECONDS", 0.1)
     (tmp_path / "grid.yaml").write_text(GRID)
     (tmp_path / "fake.py").write_text(FAKE)
     return tmp_path
@@ -104,6 +106,9 @@ def test_cells_come_seed_by_seed_with_the_nearest_setting_winning(grid):
         *("--env", "A-v0", "--seed", "0", "--tau", "0.2", "--total_frames", "20", "--widths", "[4, 4]"),
     ]
     assert len({cell.folder for cell in cells}) == 5
+    (cell,) = make_cells("fake", "../tau 1/2", {"total_frames": 20}, "dm_control/b-c", [7], grid)
+    env, variant, seed = cell.folder.relative_to(grid).parts
+    assert (env, variant[:-8], seed) == ("dm_control-b-c", ".._tau_1_2-", "seed_7")
 
 
 @pytest.mark.parametrize(
@@ -116,6 +121,7 @@ def test_cells_come_seed_by_seed_with_the_nearest_setting_winning(grid):
         ("recipe: fake", "recipe: [", ["cannot be read"]),
         ("recipe: fake", "recipe: [fake]", ["recipe must be a recipe's name", "['fake']"]),
         ("seeds: [0, 1]", "seeds: [0.5, 1]", ["seeds must be a list", "[0.5, 1]"]),
+        ("seeds: [0, 1]", "seeds: [-1, 1]", ["seeds must be a list", "[-1, 1]"]),
         ("{tau: 0.3}", "{config: mine.yaml}", ["slow tau", "a file by config", "write them here"]),
         ("plain:", "off:", ["the name False among variants", "in quotes"]),
     ],
@@ -159,6 +165,44 @@ def test_a_failed_cell_is_reported_and_goes_on_from_its_checkpoint(grid):
     assert run(grid) == []
     assert sorted("--resume" in call for call in calls(grid)) == [False] * 5 + [True] * 2
     assert {row["seed"] for row in rows(grid)} == {"0", "1", "7"}
+
+
+@pytest.mark.parametrize(
+    ("program", "told"),
+    [
+        ("import os; print(os.environ['OMP_NUM_THREADS'], os.getsid(0) == os.getpid(), [*sys.stdin])", "1 True []"),
+        ("print('first\\n 10 %\\r20 %', end='', file=sys.stderr)", "20 %"),
+        ("pass", "no output"),
+    ],
+)
+def test_cells_have_one_thread_a_session_and_a_log_whose_last_line_is_told(grid, program, told):
+    (grid / "fake.py").write_text(f"import sys\n{program}\nsys.exit(1)\n")
+    (cell,) = make_cells("fake", "v", {"total_frames": 20}, "A-v0", [0], grid / "runs")
+    (failure,) = run_cells([cell], CellTable(grid / "cells.csv"), grid, workers=1)
+    assert failure == f"A-v0, v, seed 0: {told} (see {cell.folder}.log)"
+
+
+def test_signals_are_handled_as_before_once_the_cells_are_done_and_nohup_s_not_at_all(grid, monkeypatch):
+    numbers, during = (signal.SIGTERM, signal.SIGHUP), []
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda s: sleep(s) or during.append([signal.getsignal(n) for n in numbers]))
+    given = [signal.signal(number, handler) for number, handler in zip(numbers, (print, signal.SIG_IGN), strict=True)]
+    try:
+        run(grid)
+        assert [signal.getsignal(number) for number in numbers] == [print, signal.SIG_IGN]
+    finally:
+        for number, handler in zip(numbers, given, strict=True):
+            signal.signal(number, handler)
+    assert during[0] == [signal.default_int_handler, signal.SIG_IGN]
+
+
+def test_a_cell_that_does_not_stop_is_killed(monkeypatch):
+    monkeypatch.setattr(grid_module, "SECONDS_TO_STOP", 0.2)
+    program = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as deaf:
+        assert deaf.stdout.readline()
+        grid_module._stop([deaf])
+        assert deaf.wait(20) == -signal.SIGKILL
 
 
 def test_a_signal_stops_the_cells_and_the_next_call_goes_on(grid):
@@ -298,6 +342,7 @@ def test_a_cell_that_another_process_runs_is_left_alone(grid):
     ("old", "new", "words"),
     [
         ("A-v0: {tau: 0.2}", "A-v0: {seed: 3}", "A-v0 sets seed, which the grid gives"),
+        ("settings: {", "settings: {seed: 3, ", "settings sets seed, which the grid gives"),
         ("slow tau: {tau: 0.3}", "slow tau: {env: B-v0, seeds: 2}", "slow tau sets env, seeds"),
         ("slow tau: {tau: 0.3}", "slow tau: [tau]", "variants must hold flags"),
         ("A-v0: {tau: 0.2}", "A-v0: 7", "tasks must hold flags"),
