@@ -6,18 +6,22 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
+from tensordict import TensorDict
+from tensordict.nn import TensorDictSequential
 
+from qsm_rl import GaussianExploration
 from qsm_rl.training import (
     QSMConfiguration,
     UserError,
     evaluate_agents,
     load_actor,
     make_environment,
+    stack_seeds,
     stacks_seeds,
 )
 from qsm_rl.training.runs import stacked_run
 from recipes import mujoco_qsm
-from tests.training.small_trainer import env_id
+from tests.training.small_trainer import build, env_id
 
 FLAGS = {
     "env": "InvertedPendulum-v5",
@@ -96,6 +100,10 @@ def test_a_stopped_run_goes_on_to_the_bit(on_a_gpu, tmp_path):
     ("changes", "named"),
     [
         ({"num_envs": 2}, ["num_envs 2", "--device cpu"]),
+        ({"devices": 2}, ["devices 2"]),
+        ({"best_of": 4}, ["--best_of 4"]),
+        ({"eval_deterministic": True}, ["eval_deterministic True"]),
+        ({"eval_video": True}, ["eval_video True"]),
         ({"num_workers": 1}, ["num_workers 1"]),
         ({"normalize_observation": True}, ["normalize_observation True"]),
         ({"actor_ema": 0.99}, ["actor_ema 0.99"]),
@@ -115,6 +123,19 @@ def test_settings_that_do_not_go_with_stacking_are_refused(monkeypatch, changes,
     with pytest.raises(UserError) as refused:
         stacks_seeds(replace(config, **changes))
     assert all(part in str(refused.value) for part in named), refused.value
+
+
+def test_stacked_agents_explore():
+    spec = make_environment(env_id("Slide")).action_spec_unbatched
+
+    def make():  # with such a noise every action lies at a bound
+        update = build("Slide")[1].update
+        return update, TensorDictSequential(update.actor, GaussianExploration(spec, std=1e6))
+
+    update, acting = stack_seeds(QSMConfiguration(seed=5, seeds=3), make)
+    observation = TensorDict({"observation": torch.zeros(3, 2)}, [3])
+    assert (acting(observation.copy())["action"].abs() == 1).all()
+    assert (update.actor(observation)["action"].abs() < 1).any()
 
 
 def test_on_a_cpu_the_seeds_are_processes(tmp_path):
