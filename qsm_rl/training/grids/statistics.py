@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 
@@ -152,13 +151,9 @@ def bootstrap(
     state = np.random.get_state()
     np.random.seed(0)  # rliable always draws from numpy's global generator
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message="random_state is deprecated", category=FutureWarning
-            )  # rliable's call
-            estimates, intervals = library.get_interval_estimates(
-                {"": np.asarray(scores, dtype=float)}, statistic, reps=repetitions
-            )
+        estimates, intervals = library.get_interval_estimates(
+            {"": np.asarray(scores, dtype=float)}, statistic, reps=repetitions
+        )
     finally:
         np.random.set_state(state)
     return np.asarray(estimates[""]), np.asarray(intervals[""])

@@ -44,7 +44,8 @@ def test_the_median_is_over_tasks_and_as_many_samples_are_drawn_as_asked_for():
 
 
 def test_a_missing_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "rliable", None)
+    for name in ("rliable", "rliable.metrics"):
+        monkeypatch.setitem(sys.modules, name, None)
     for estimate in (lambda: mean_interval([[1.0]]), lambda: interval_estimates({"a": [[1.0]]})):
         with pytest.raises(UserError, match=r'intervals over seeds need rliable: pip install "qsm_rl\[results\]"'):
             estimate()
