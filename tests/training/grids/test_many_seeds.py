@@ -1,17 +1,21 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from qsm_rl.training import QSMConfiguration, UserError, run_seeds
+from qsm_rl.training.grids import grid, many_seeds
 from tests.training.grids.test_grid import FAKE, calls, rows
 
 
 @pytest.fixture
-def script(tmp_path):
+def script(tmp_path, monkeypatch):
+    monkeypatch.setattr(grid, "POLL_SECONDS", 0.1)
     path = tmp_path / "fake.py"
     path.write_text(FAKE)
     return path
@@ -50,7 +54,8 @@ def test_a_failed_seed_is_told_and_the_same_command_goes_on(tmp_path, script, ca
     folder = tmp_path / "runs"
     (tmp_path / "fail").write_text("4")
     assert run_seeds(configuration(folder), script) == 1
-    assert "seed 4: it broke" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "seed 4: it broke" in said.err and re.search("of 2 seeds: mean .*, 95 % interval", said.out)
     (tmp_path / "fail").unlink()
     assert run_seeds(configuration(folder), script) == 0
     assert calls(tmp_path)[-1] == {"--resume": str(folder / "seed_4")}
@@ -59,8 +64,30 @@ def test_a_failed_seed_is_told_and_the_same_command_goes_on(tmp_path, script, ca
 
 def test_one_seed_alone_has_no_interval(tmp_path, script, capsys):
     (tmp_path / "fail").write_text("4")
+    script.write_text(FAKE.replace("5,,,0,7", "5,3,1,0,7"))  # three evaluations
     assert run_seeds(replace(configuration(tmp_path / "runs", tau=0.25), seeds=2), script) == 1
     assert "last evaluation of 1 seeds: mean 25.0, one seed (25.0)" in capsys.readouterr().out
+
+
+def test_without_a_finished_seed_there_is_no_mean(tmp_path, script, capsys):
+    (tmp_path / "fail").write_text("3")
+    assert run_seeds(replace(configuration(tmp_path / "runs"), seeds=1), script) == 1
+    said = capsys.readouterr()
+    assert "last evaluation" not in said.out and "seed 3: it broke" in said.err
+
+
+@pytest.mark.parametrize(("cores", "workers"), [(2, 2), (64, 3)])
+def test_a_folder_is_made_where_none_is_given_and_what_to_type_next_is_told(
+    tmp_path, script, capsys, monkeypatch, cores, workers
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(many_seeds, "available_cores", lambda: cores)
+    assert run_seeds(configuration(None), script) == 0
+    (folder,) = Path("runs/fake/Pendulum-v1").glob("*-3-seeds")
+    told = capsys.readouterr().out
+    assert f"3 seeds, {workers} at a time; runs in {folder}, what they print in seed_N.log" in told
+    assert f"curves: python plot.py {folder}/seed_*[0-9] --output {folder}-curves" in told
+    assert {path.name for path in folder.glob("seed_*[0-9]")} == {"seed_3", "seed_4", "seed_5"}
 
 
 def test_a_folder_of_another_kind_is_refused(tmp_path, script):
