@@ -238,10 +238,11 @@ def test_a_finished_run_that_a_killed_grid_left_behind_is_taken_over(grid):
     assert len(calls(grid)) == 5 and rows(grid) == before
 
 
-def test_a_run_that_was_stopped_in_its_last_evaluation_goes_on(grid):
+@pytest.mark.parametrize("metrics", ["frames,train/q_value\n10,1\n20,2\n", f"{EVALUATIONS}\n10,4,0,9,1\n20,,,9,2\n"])
+def test_a_run_that_was_stopped_in_its_last_evaluation_goes_on(grid, metrics):
     """It wrote its last row, without the evaluation, and published its actor."""
     (cell,) = make_cells("fake", "v", {"total_frames": 20, "tau": 0.1}, "A-v0", [0], grid / "runs")
-    publish(cell, "frames,train/q_value\n10,1\n20,2\n")
+    publish(cell, metrics)
     table = CellTable(grid / "cells.csv")
     assert run_cells([cell], table, grid, workers=1) == []
     assert [(row["frames"], row["return_mean"]) for row in table.rows] == [("10", "1.00"), ("20", "10.00")]
