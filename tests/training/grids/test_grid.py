@@ -365,6 +365,14 @@ def test_a_run_that_stopped_at_its_return_counts_as_finished(tmp_path):
     assert [row["return_mean"] for row in table.rows] == ["4.00", "6.00"]
 
 
+def test_the_frames_so_far_are_none_of_a_cell_that_has_only_begun(tmp_path):
+    path = tmp_path / "metrics.csv"
+    assert grid_module._frames(tmp_path) == 0
+    for row, frames in (("", 0), ("10,4,0,9,1\n", 10)):
+        path.write_text(f"{EVALUATIONS}\n{row}")
+        assert grid_module._frames(tmp_path) == frames
+
+
 def test_a_grid_whose_seeds_are_a_number_is_refused(grid):
     path = grid / "grid.yaml"
     path.write_text(re.sub("^seeds: .*$", "seeds: 3", path.read_text(), flags=re.MULTILINE))
