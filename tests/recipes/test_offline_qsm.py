@@ -96,7 +96,11 @@ def test_offline_then_online_and_resumed_to_the_bit(tmp_path, collected, capsys,
     assert "train/bc_error" in metrics(whole)[-1]
     shutil.copytree(whole, cut)
     (cut / "checkpoints" / "frames-000000000120.pt").unlink()
-    assert run(offline_qsm, "--resume", cut) == 0
+    asked = {}
+    with monkeypatch.context() as spied:
+        spied.setattr(training_run, "check_space", lambda folder, **needs: asked.update(needs))
+        assert run(offline_qsm, "--resume", cut) == 0
+    assert (asked["rows"], asked["stored"]) == (100 + 40, 100), "what lies on the disk needs no room once more"
     assert differences(last, checkpoint(cut, 120)) == []
     assert metrics(whole) == metrics(cut)
 
