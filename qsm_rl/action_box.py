@@ -46,7 +46,8 @@ class ActionBox(Float32Buffers):
         if not bool((finite & (low < high)).all()):
             raise ValueError(
                 f"the action space must be bounded with low < high in every dimension, got low={low.tolist()}, "
-                f"high={high.tolist()}; give the environment finite action bounds (a rescaling wrapper, say)."
+                f"high={high.tolist()}; give the environment finite action bounds, for example with a rescaling "
+                "wrapper."
             )
         self.register_buffer("low", low)
         self.register_buffer("high", high)
@@ -80,7 +81,7 @@ class ActionBox(Float32Buffers):
         if not isinstance(action_spec, Bounded) or not action_spec.dtype.is_floating_point:
             raise ValueError(
                 f"a diffusion policy needs a bounded continuous action space, got {type(action_spec).__name__} "
-                f"of dtype {getattr(action_spec, 'dtype', None)}; its action_spec must be torchrl.data.Bounded."
+                f"of dtype {getattr(action_spec, 'dtype', None)}; pass a torchrl.data.Bounded as action_spec."
             )
         if action_spec.ndim == 0:
             raise ValueError("the action spec must have at least one dimension, (A,), got shape ().")
@@ -116,8 +117,8 @@ class ActionBox(Float32Buffers):
             loaded = state_dict.get(prefix + name)
             if loaded is not None and not torch.equal(loaded.to(own), own):
                 args[-1].append(
-                    f"{prefix}{name}: the state_dict was made with other action bounds ({loaded.tolist()}) than these "
-                    f"({own.tolist()}); build the actor with the same action_spec first, or load the networks alone."
+                    f"{prefix}{name}: the state_dict was saved with different action bounds ({loaded.tolist()}) from "
+                    f"these ({own.tolist()}); build the actor with the same action_spec, or load only the networks."
                 )
                 return
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -75,7 +75,7 @@ class BestOfN(TensorDictModuleBase):
         self.actor = actor
         critics = [critics] if isinstance(critics, nn.Module) else list(critics)
         if not critics:
-            raise ValueError("critics is empty; give at least one critic.")
+            raise ValueError("critics is empty; pass at least one critic.")
         self.critics = nn.ModuleList(critics).eval()
         self.num_samples = num_samples
         self.aggregation = aggregation
@@ -84,7 +84,9 @@ class BestOfN(TensorDictModuleBase):
         if action_key is None and len(written) == 1:
             action_key = written[0]
         if action_key is None or unravel_key(action_key) not in written:
-            raise ValueError(f"the actor writes {written}, and the action is {action_key!r}; name it by action_key.")
+            raise ValueError(
+                f"the actor writes {written}, but action_key is {action_key!r}; set it to the entry that is the action."
+            )
         self.action_key = unravel_key(action_key)
         read = [*actor.in_keys, *(key for critic in critics for key in critic.in_keys)]
         self.in_keys = [key for key in dict.fromkeys(map(unravel_key, read)) if key not in written]
@@ -117,7 +119,10 @@ class BestOfN(TensorDictModuleBase):
         expected = (*samples.get(self.action_key).shape[:-1], 1)
         if q_value is None or q_value.shape != expected:
             found = "nothing" if q_value is None else f"shape {tuple(q_value.shape)}"
-            raise ValueError(f"a critic wrote {found} as {self.value_key!r}, expected shape {expected}; see value_key.")
+            raise ValueError(
+                f"a critic wrote {found} as {self.value_key!r}, expected shape {expected}; if its value has another "
+                "name, set value_key."
+            )
         return q_value
 
 
@@ -164,8 +169,8 @@ class GaussianExploration(TensorDictModuleBase):
             if action is None or action.shape[-1:] != self.box.low.shape:
                 found = "none" if action is None else f"shape {tuple(action.shape)}"
                 raise ValueError(
-                    f"{self.action_key!r} should hold actions of size {self.box.action_dim}, found {found}; put the "
-                    "actor before GaussianExploration, with the spec of its actions."
+                    f"{self.action_key!r} must contain actions of size {self.box.action_dim}, found {found}; put "
+                    "GaussianExploration after the actor, and pass it the actor's action_spec."
                 )
             scale = self.std * (self.box.high - self.box.low) / 2
             noised = self.box.clamp(action + scale * torch.randn_like(action))

@@ -86,7 +86,7 @@ class DiffusionActor(TensorDictModule):
     ) -> None:
         in_keys, out_keys = _list_of_keys("in_keys", in_keys), _list_of_keys("out_keys", out_keys)
         if len(out_keys) != 1:
-            raise ValueError(f"out_keys must name one entry, the action, got {out_keys!r}.")
+            raise ValueError(f"out_keys must name exactly one entry, the action, got {out_keys!r}.")
         sampler = DDPMSampler() if sampler is None else sampler
         for name, given, needed, example in (
             ("noise_schedule", noise_schedule, "betas", "NoiseSchedule.cosine(10)"),
@@ -98,7 +98,8 @@ class DiffusionActor(TensorDictModule):
         action_dim = getattr(score_network, "action_dim", box.action_dim)
         if action_dim != box.action_dim:
             raise ValueError(
-                f"the score network is for actions of size {action_dim}, but the action_spec has size {box.action_dim}."
+                f"the score network expects actions of size {action_dim}, but the action_spec has size "
+                f"{box.action_dim}."
             )
         policy = DiffusionPolicy(score_network, box, noise_schedule, sampler)
         super().__init__(policy, in_keys=in_keys, out_keys=out_keys)
@@ -152,7 +153,7 @@ class DiffusionActor(TensorDictModule):
             if observation.shape[:-1] != tensordict.batch_size:
                 raise ValueError(
                     f"the observation {key!r} has shape {tuple(observation.shape)}, expected "
-                    f"{(*tensordict.batch_size, 'size')}; for images, give the features of an encoder."
+                    f"{(*tensordict.batch_size, 'size')}; for images, pass the features of an encoder."
                 )
         return torch.cat(observations, -1) if len(observations) > 1 else observations[0]
 
@@ -347,7 +348,7 @@ class DiffusionActor(TensorDictModule):
         except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
             missing = f"{error} is missing" if isinstance(error, KeyError) else reason[:300]
-            raise ValueError(f"{folder} holds no actor that can be read: {missing}") from error
+            raise ValueError(f"{folder} contains no readable actor: {missing}") from error
         return actor
 
 
@@ -355,7 +356,9 @@ def _list_of_keys(name: str, keys: Any) -> list[NestedKey]:
     if isinstance(keys, str):
         return [keys]
     if isinstance(keys, Mapping):
-        raise TypeError(f"{name} must be a list of entries, got {keys!r}; the network gets them joined in order.")
+        raise TypeError(
+            f"{name} must be a list of entries, got {keys!r}; the network receives them concatenated in this order."
+        )
     return list(keys)
 
 

@@ -75,7 +75,7 @@ def read_bounded(path: Path, largest: int, *, follow_links: bool = False) -> byt
     """
     about = path.stat(follow_symlinks=follow_links)
     if stat.S_ISLNK(about.st_mode):
-        raise ValueError("it is a symbolic link; put the file itself there")
+        raise ValueError("it is a symbolic link; replace it with the file itself")
     if not stat.S_ISREG(about.st_mode):
         raise ValueError("it is not a regular file")
     if about.st_size > largest:

@@ -70,7 +70,9 @@ def joined(inputs: Sequence[Tensor], first: nn.Module) -> Tensor:
     expected = getattr(first, "in_features", 0)
     if expected not in (0, together.shape[-1]):
         sizes = [x.shape[-1] for x in inputs]
-        raise ValueError(f"the critic got inputs of sizes {sizes}, expected {expected} in all: observation and action.")
+        raise ValueError(
+            f"the critic got inputs of sizes {sizes}, expected {expected} in total: observation and action."
+        )
     return together
 
 

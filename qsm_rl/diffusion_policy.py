@@ -97,7 +97,7 @@ class DiffusionPolicy(nn.Module):
         if min_std > 0:
             steps = [step._replace(noise_std=max(step.noise_std, min_std)) for step in steps]
         if step_noise is not None and len(step_noise) != len(steps):
-            raise ValueError(f"step_noise is for {len(step_noise)} steps, expected one for each of {len(steps)}.")
+            raise ValueError(f"step_noise has noise for {len(step_noise)} steps, expected {len(steps)}.")
         predict_noise = self.chain(observation)
         states, samples = [noisy], []
         for index, step in enumerate(steps):
@@ -121,8 +121,8 @@ class DiffusionPolicy(nn.Module):
         for step, std in zip(self.steps, chain.stds, strict=True):
             if not std > 0:
                 raise ValueError(
-                    f"the chain's step at t = {step.t} has no fresh noise, and so no density; sample it with a min_std "
-                    "above 0, such as 0.1."
+                    f"the chain's step at t = {step.t} adds no noise and so has no density; sample the chain with a "
+                    "min_std above 0, such as 0.1."
                 )
         predict_noise = self.chain(observation)
         means = [
@@ -163,7 +163,7 @@ def fitting(predicted: Tensor, noisy_action: Tensor) -> Tensor:
     if predicted.shape != noisy_action.shape:
         raise ValueError(
             f"the score network returned shape {tuple(predicted.shape)} for noised actions of shape "
-            f"{tuple(noisy_action.shape)}; its output size must be the action's."
+            f"{tuple(noisy_action.shape)}; its output must have the size of the action."
         )
     return predicted.to(noisy_action.dtype)
 

@@ -63,20 +63,21 @@ class NoiseSchedule(Float32Buffers):
         outside = ~((betas.float() > 0) & (betas.float() < 1))
         if bool(outside.any()):
             bad = betas[outside][0].item()
-            raise ValueError(f"every beta must lie strictly between 0 and 1, got {bad:g}; lower or raise that beta.")
+            raise ValueError(f"every beta must lie strictly between 0 and 1, got {bad:g}.")
         if betas[0] < _LEAST_BETA:
             raise ValueError(
                 f"the first beta must be at least {_LEAST_BETA:g}, got {betas[0].item():g}: in float32 "
-                "such a step leaves the action as good as unchanged."
+                "such a step leaves the action practically unchanged."
             )
         alphas = 1 - betas
         alphas_cumprod = alphas.cumprod(0)
         terminal_signal = alphas_cumprod[-1].sqrt().item()
         if terminal_signal > _TERMINAL_SIGNAL_LIMIT:
             warnings.warn(
-                f"sqrt(alphas_cumprod[-1]) is {terminal_signal:.3f}: the last step keeps that much of the action, "
-                "but sampling starts from pure noise N(0, I), which the network has then never seen. Use more steps, "
-                f"larger betas, or NoiseSchedule.cosine / .vp (at most {_TERMINAL_SIGNAL_LIMIT}).",
+                f"sqrt(alphas_cumprod[-1]) is {terminal_signal:.3f}, expected at most {_TERMINAL_SIGNAL_LIMIT}: the "
+                "last timestep keeps that share of the action, but sampling starts from pure noise N(0, I), which the "
+                "network never sees in training. Use more steps, larger betas, NoiseSchedule.cosine or "
+                "NoiseSchedule.vp.",
                 stacklevel=2,
             )
         self.register_buffer("betas", betas.float())
@@ -182,8 +183,8 @@ class NoiseSchedule(Float32Buffers):
         error_msgs = args[-1]
         if loaded is not None and not torch.equal(loaded.to(self.betas), self.betas):
             error_msgs.append(
-                f"{prefix}betas: the state_dict was made with another noise schedule ({loaded.numel()} steps) than "
-                f"this one ({self.num_steps} steps); build the actor with the same NoiseSchedule first."
+                f"{prefix}betas: the state_dict was saved with a different noise schedule ({loaded.numel()} steps) "
+                f"from this one ({self.num_steps} steps); build the actor with the same NoiseSchedule."
             )
             return
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -61,7 +61,7 @@ def read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         found = config.get("format") if isinstance(config, dict) else config
         written = f", written by qsm_rl {config['qsm_rl']}" if isinstance(config, dict) and "qsm_rl" in config else ""
-        raise ValueError(f"{CONFIG} is of format {str(found)[:40]!r}{written}; qsm_rl {__version__} reads {FORMAT}")
+        raise ValueError(f"{CONFIG} has format {str(found)[:40]!r}{written}; qsm_rl {__version__} reads {FORMAT}")
     tensors = load(_content(folder / WEIGHTS, LARGEST_WEIGHTS))
     if bad := first_non_finite(tensors):
         raise ValueError(f"{WEIGHTS}: {bad}")
@@ -76,8 +76,8 @@ def network_settings(network: nn.Module) -> dict[str, Any]:
     """
     if type(network) is not ScoreMLP:
         raise ValueError(
-            f"the score network is a {type(network).__name__}; only a qsm_rl.ScoreMLP can be built anew from a "
-            "configuration. Save state_dict() of yours and build it in code."
+            f"the score network is a {type(network).__name__}; only a qsm_rl.ScoreMLP can be rebuilt from a "
+            "configuration. Save the state_dict() of your network and build the network in code."
         )
     if any(nn.parameter.is_lazy(parameter) for parameter in network.parameters()):
         raise ValueError("the score network has uninitialised lazy parameters; call the actor once on a batch first.")
@@ -86,8 +86,8 @@ def network_settings(network: nn.Module) -> dict[str, Any]:
         again = ScoreMLP(**settings)
     if repr(again) != repr(network):
         raise ValueError(
-            f"the score network's layers were changed after it was made: one built anew from {settings} has others. "
-            "Save state_dict() of yours and build it in code."
+            f"the score network's layers were changed after it was built: one rebuilt from {settings} has different "
+            "layers. Save the state_dict() of your network and build the network in code."
         )
     return settings
 
@@ -117,18 +117,18 @@ def build_network(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> S
     """
     if "weights_of" in config:
         raise ValueError(
-            f"{WEIGHTS} holds the weights alone of a {str(config['weights_of'])[:40]} with parts that only their own "
-            "code can build; build it, and load_state_dict(safetensors.torch.load_file(...))"
+            f"{WEIGHTS} contains only the weights of a {str(config['weights_of'])[:40]} with parts that only their own "
+            "code can build; build it, and call load_state_dict(safetensors.torch.load_file(...))"
         )
     if "actor" in config and "action_dim" not in config:
         raise ValueError(
-            f"it is a {str(config['actor'])[:40]}, not a diffusion policy; qsm_rl.training.load_actor reads those of "
-            "any recipe"
+            f"it is a {str(config['actor'])[:40]}, not a diffusion policy; qsm_rl.training.load_actor reads the "
+            "actors of all recipes"
         )
     sizes = (config["observation_dim"], config["action_dim"])
     settings = {name: config[name] for name in NETWORK if name in config}
     if not all(isinstance(size, int) for size in sizes) or len(settings["hidden_dims"]) > len(weights):
-        raise ValueError(f"{CONFIG} describes another network than the weights")
+        raise ValueError(f"{CONFIG} and {WEIGHTS} describe different networks")
     with torch.device("meta"):  # sizes are compared before memory is taken
         expected = ScoreMLP(*sizes, **settings).state_dict()
     if difference := first_difference(weights, expected, "the score network's"):
@@ -160,7 +160,7 @@ def build_sampler(settings: Mapping[str, Any]) -> Sampler:
     if name not in SAMPLERS:
         raise ValueError(f"unknown sampler {str(name)[:40]!r}, expected one of {', '.join(SAMPLERS)}")
     if not all(math.isfinite(value) for value in arguments.values() if isinstance(value, float)):
-        raise ValueError(f"the sampler's settings {arguments} hold a number that is not finite")
+        raise ValueError(f"the sampler's settings {arguments} contain a number that is not finite")
     return SAMPLERS[name](**arguments)
 
 

@@ -198,7 +198,7 @@ class DDIMSampler(Sampler):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_steps is not None and self.num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1 or None for all of the schedule's, got {self.num_steps!r}.")
+            raise ValueError(f"num_steps must be at least 1, or None for all steps, got {self.num_steps!r}.")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must lie in [0, 1], got {self.eta!r}.")
 
@@ -207,7 +207,9 @@ class DDIMSampler(Sampler):
         total = noise_schedule.num_steps
         count = total if self.num_steps is None else self.num_steps
         if count > total:
-            raise ValueError(f"DDIMSampler(num_steps={count}) asks for more steps than the schedule has ({total}).")
+            raise ValueError(
+                f"DDIMSampler(num_steps={count}) has more steps than the schedule ({total}); lower num_steps."
+            )
         timesteps = torch.linspace(total - 1, 0, count, dtype=torch.float64).round().long().tolist()
         alphas_cumprod = (1 - noise_schedule.betas.double()).cumprod(0).tolist()
         steps = []

@@ -66,7 +66,7 @@ class SpreadTuner(nn.Module):
             ValueError: if N is below 2.
         """
         if actions.shape[0] < 2:
-            raise ValueError(f"a spread needs 2 samples of each observation or more, got shape {tuple(actions.shape)}.")
+            raise ValueError(f"a spread needs at least 2 samples per observation, got shape {tuple(actions.shape)}.")
         spread = actions.std(0, correction=0).mean()
         # A policy that has collapsed to a point would otherwise ask for an infinite step.
         ratio = (self.target_spread / spread).clamp(0.1, 10)

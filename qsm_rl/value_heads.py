@@ -72,7 +72,7 @@ def return_bound(rewards: Tensor, discounts: Tensor) -> float:
         (8.0, 2.0)
     """
     if not (discounts < 1).all():
-        raise ValueError("a gamma of 1 bounds no return; give the value support yourself.")
+        raise ValueError("returns are unbounded with a gamma of 1; set the value support yourself.")
     sizes = rewards.abs() if rewards.any() else torch.ones_like(rewards)
     return (sizes / (1 - discounts)).max().item()
 
@@ -201,7 +201,10 @@ class TwoHotHead(ValueHead, nn.Module):
             ValueError: if the support is empty or without 0.
         """
         if low is None or high is None or not (low <= 0 <= high and low < high and math.isfinite(high - low)):
-            raise ValueError(f"the support must hold 0 and end above its beginning, got [{low!r}, {high!r}].")
+            raise ValueError(
+                f"the value support must contain 0, and its low end must be below its high end, got [{low!r}, "
+                f"{high!r}]."
+            )
         self.low, self.high, self.has_support = float(low), float(high), True
 
     def choose_support(self, rewards: Tensor, discounts: Tensor) -> None:
@@ -242,7 +245,7 @@ class TwoHotHead(ValueHead, nn.Module):
         if not self.has_support:
             raise RuntimeError(
                 "the two-hot head has no value support yet: call loss.choose_value_support(transitions) before the "
-                "first update, or give low and high."
+                "first update, or pass low and high."
             )
         dtype = torch.promote_types(outputs.dtype, torch.float32)
         weights = two_hot(target.to(dtype), self.support(dtype, outputs.device))

@@ -253,7 +253,7 @@ def main() -> None:
     write_csv_atomically(arguments.output / "table.csv", list(rows[0]), rows)
     draw_figure(critic, samples, arguments.output / "samples.png")
     draw_score_field(critic, *fields[arguments.targets[0]], arguments.output / "score_field.png")
-    print(f"wrote table.csv, samples.png and score_field.png ({arguments.targets[0]}) in {arguments.output}")
+    print(f"wrote table.csv, samples.png and score_field.png ({arguments.targets[0]}) to {arguments.output}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    print("loading PyTorch, TorchRL and Lightning, some seconds", file=sys.stderr, flush=True)
+    print("loading PyTorch, TorchRL and Lightning (takes a few seconds)", file=sys.stderr, flush=True)
 
 import gymnasium
 import torch
@@ -157,7 +157,9 @@ def measure_update(seconds: float, device: torch.device, jax_python: str | None)
         {"part": "update", "what": name, "per_second": rate, "ratio": rate / floor_rate} for name, rate in rates.items()
     ]
     if peer not in rates:
-        print("JAX is not compared: name a Python that has jax and optax, --jax_python PATH", file=sys.stderr)
+        print(
+            "JAX is not compared; to include it, pass a Python with jax and optax: --jax_python PATH", file=sys.stderr
+        )
     return rows
 
 

@@ -137,7 +137,7 @@ def write_results(cells: Sequence[rl.Cell], table: rl.CellTable, output: Path, t
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parses and checks the options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--algos", required=True, help=f"comma-separated names out of {', '.join(rl.ALGORITHMS)}")
+    parser.add_argument("--algos", required=True, help=f"comma-separated names from {', '.join(rl.ALGORITHMS)}")
     parser.add_argument("--envs", required=True, help="comma-separated environment ids")
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds (0, 1, ...) for each cell; default 5")
     parser.add_argument("--total_frames", type=int, required=True, help="frames of each run")
@@ -154,10 +154,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name in ("algos", "envs"):
         names = [part.strip() for part in getattr(options, name).split(",") if part.strip()]
         if not names:
-            raise rl.UserError(f"--{name} names nothing; give one or more, joined by commas.")
+            raise rl.UserError(f"--{name} is empty; give one or more names, separated by commas.")
         setattr(options, name, list(dict.fromkeys(names)))
     if unknown := [name for name in options.algos if name not in rl.ALGORITHMS]:
-        raise rl.UserError(f"--algos: unknown {', '.join(unknown)}; there are {', '.join(rl.ALGORITHMS)}.")
+        raise rl.UserError(f"--algos: unknown {', '.join(unknown)}, expected names from {', '.join(rl.ALGORITHMS)}.")
     if options.seeds < 1:
         raise rl.UserError(f"--seeds must be at least 1, got {options.seeds}.")
     return options

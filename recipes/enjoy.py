@@ -22,7 +22,8 @@ def actor_folder(run_dir: Path) -> Path:
         if (folder / "model.safetensors").is_file():
             return folder
     raise rl.UserError(
-        f"{run_dir} holds no actor (no actor/model.safetensors): a run publishes it when it ends; Ctrl-C ends one, too."
+        f"{run_dir} contains no actor (no actor/model.safetensors): a run saves it when it ends or is stopped with "
+        "Ctrl-C."
     )
 
 
@@ -50,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     actor = rl.load_actor(folder)
     about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if "env" not in about:
-        raise rl.UserError(f"{folder}/config.json does not name the environment; publish it with publish_actor.")
+        raise rl.UserError(f"{folder}/config.json does not name the environment; save the actor with publish_actor.")
     make = partial(rl.make_environment, about["env"], action_repeat=about.get("action_repeat", 1))
 
     # A renderer, if there is one.

@@ -241,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_csv_atomically(options.output / "table.csv", list(rows[0]), rows)
     (options.output / "table.md").write_text(markdown_table(rows), encoding="utf-8")
     draw_figure(actions, critic, options.output / "actions.png")
-    print(f"wrote table.csv, table.md and actions.png in {options.output}")
+    print(f"wrote table.csv, table.md and actions.png to {options.output}")
     return 0
 
 

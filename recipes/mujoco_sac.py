@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    print("loading PyTorch, TorchRL and Lightning, some seconds", file=sys.stderr, flush=True)
+    print("loading PyTorch, TorchRL and Lightning (takes a few seconds)", file=sys.stderr, flush=True)
 
 from tensordict.nn import TensorDictModule
 from torchrl.objectives import SACLoss

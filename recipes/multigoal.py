@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 if __name__ == "__main__":
-    print("loading PyTorch and TorchRL, some seconds", file=sys.stderr, flush=True)
+    print("loading PyTorch and TorchRL (takes a few seconds)", file=sys.stderr, flush=True)
 
 import gymnasium
 import numpy as np
@@ -333,7 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report(name, seed, measure(policy, episodes))
     (options.output / "table.md").write_text(markdown_table(measured), encoding="utf-8")
     draw(shown, options.output / "trajectories.png")
-    print(f"wrote table.csv, table.md and trajectories.png in {options.output}")
+    print(f"wrote table.csv, table.md and trajectories.png to {options.output}")
     return 0
 
 

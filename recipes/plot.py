@@ -52,7 +52,7 @@ def evaluations(run_dir: Path, curve: str | None, ways: list[str]) -> list[dict[
                 + (
                     "it has no evaluation yet; wait for one, or set a smaller --eval_every."
                     if not evaluated("eval/return_mean")
-                    else f"--ways are here {', '.join([SAMPLING, *there])}."
+                    else f"choose --ways from {', '.join([SAMPLING, *there])}."
                 )
             )
         name = curve or f"{recipe.group(1) if recipe else 'qsm'} {config['preset']}"
@@ -77,8 +77,8 @@ def warn_of_differences(curves: Mapping[Path, str]) -> None:
         known = first.setdefault(curve, settings)
         if different := sorted(name for name in {*known, *settings} if known.get(name) != settings.get(name)):
             print(
-                f"warning: {run_dir} differs in {', '.join(different)} from another run of the curve {curve!r}, of "
-                "which it is drawn as a seed; draw settings apart, each with a name by --curve",
+                f"warning: {run_dir} is plotted as a seed of the curve {curve!r}, but differs from another of its runs "
+                f"in {', '.join(different)}; plot different settings separately, each with its own --curve",
                 file=sys.stderr,
             )
 

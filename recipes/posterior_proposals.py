@@ -166,7 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     (options.output / "table.md").write_text(text, encoding="utf-8")
     draw(options.output / "faces.png")
-    print(f"wrote proposals.csv, table.md and faces.png in {options.output}")
+    print(f"wrote proposals.csv, table.md and faces.png to {options.output}")
     return 0
 
 

@@ -117,10 +117,10 @@ def test_keys_are_the_actors_and_the_critics():
 def test_an_encoder_before_the_actor_is_part_of_what_acts():
     encoder = TensorDictModule(lambda pixels: 2 * pixels, ["pixels"], ["observation"])
     actor = TensorDictSequential(encoder, make_actor())
-    with pytest.raises(ValueError, match=r"the actor writes \['observation', 'action'\], .* name it by action_key"):
+    with pytest.raises(ValueError, match=r"the actor writes \['observation', 'action'\], .* set it to the entry"):
         BestOfN(actor, make_critics(), num_samples=4)
     for several_or_one in (actor, make_actor()):
-        with pytest.raises(ValueError, match="the action is 'motor'"):
+        with pytest.raises(ValueError, match="action_key is 'motor'"):
             BestOfN(several_or_one, make_critics(), num_samples=4, action_key="motor")
     best = BestOfN(actor, make_critics(), num_samples=4, action_key="action")
     assert (best.in_keys, best.out_keys) == (["pixels"], ["action"])
@@ -237,7 +237,7 @@ def test_critics_of_another_shape_or_key_are_refused(value_key, values, message)
 
 @pytest.mark.parametrize(("action", "found"), [({}, "none"), ({"action": torch.zeros(4, 2)}, r"shape \(4, 2\)")])
 def test_exploration_without_actions_of_its_spec_is_refused(action, found):
-    with pytest.raises(ValueError, match=f"'action' should hold actions of size 1, found {found}"):
+    with pytest.raises(ValueError, match=f"'action' must contain actions of size 1, found {found}"):
         GaussianExploration(Bounded(-1.0, 1.0, (1,)))(TensorDict(action, [4]))
 
 

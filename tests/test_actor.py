@@ -108,7 +108,7 @@ def test_chain_is_the_samplers_steps_on_the_given_noise():
 @pytest.mark.parametrize("steps", [0, 4, 6])
 def test_noise_for_another_number_of_steps_is_refused(steps):
     actor = make_actor()
-    with pytest.raises(ValueError, match=f"step_noise is for {steps} steps, expected one for each of 5"):
+    with pytest.raises(ValueError, match=f"step_noise has noise for {steps} steps, expected 5"):
         actor.sample(torch.zeros(4, 4), torch.zeros(4, 3), torch.zeros(steps, 4, 3))
 
 
@@ -233,7 +233,7 @@ def test_actor_needs_one_out_key():
 
 def test_parts_of_the_wrong_kind_are_refused_at_once():
     options = {"action_spec": SPEC, "noise_schedule": NoiseSchedule.vp(5)}
-    with pytest.raises(ValueError, match="for actions of size 2, but the action_spec has size 3"):
+    with pytest.raises(ValueError, match="expects actions of size 2, but the action_spec has size 3"):
         DiffusionActor(ScoreMLP(4, 2), **options)
     with pytest.raises(TypeError, match=r"sampler must be an object such as DDPMSampler\(\), got <class"):
         DiffusionActor(ScoreMLP(4, 3), sampler=DDPMSampler, **options)
@@ -340,7 +340,7 @@ def test_likelihoods_are_of_the_draws_before_clipping():
 def test_a_chain_without_noise_has_no_likelihood():
     actor = make_actor()
     _, chain = actor.sample(torch.randn(2, 4), return_chain=True)
-    with pytest.raises(ValueError, match=r"step at t = 0 has no fresh noise, .* min_std"):
+    with pytest.raises(ValueError, match=r"step at t = 0 adds no noise .* min_std"):
         actor.chain_log_prob(torch.randn(2, 4), chain)
     with pytest.raises(ValueError, match=r"min_std must be at least 0, got -0.1"):
         actor.sample(torch.randn(2, 4), min_std=-0.1)

@@ -106,9 +106,9 @@ def test_a_state_dict_cannot_change_the_schedule():
     schedule = NoiseSchedule.vp(5)
     schedule.load_state_dict(copy.deepcopy(schedule).state_dict())
     schedule.load_state_dict({}, strict=False)
-    with pytest.raises(RuntimeError, match="another noise schedule"):
+    with pytest.raises(RuntimeError, match="different noise schedule"):
         schedule.load_state_dict(NoiseSchedule.vp(4).state_dict())
-    with pytest.raises(RuntimeError, match="another noise schedule"):
+    with pytest.raises(RuntimeError, match="different noise schedule"):
         schedule.load_state_dict(NoiseSchedule.cosine(5).state_dict())
 
 

@@ -69,7 +69,7 @@ def test_a_network_whose_layers_were_changed_is_refused_before_anything_is_writt
     timed.time_mlp[0] = SinusoidalTimeEmbedding(64, max_period=10.0)
     for changed in (network, timed):
         actor = DiffusionActor(changed, action_spec=Bounded(-1.0, 1.0, (2,)), noise_schedule=NoiseSchedule.vp(5))
-        with pytest.raises(ValueError, match="layers were changed after it was made"):
+        with pytest.raises(ValueError, match="layers were changed after it was built"):
             actor.save_pretrained(tmp_path / "actor")
     lazy = DiffusionActor(ScoreMLP(None, 2), action_spec=Bounded(-1.0, 1.0, (2,)), noise_schedule=NoiseSchedule.vp(5))
     with pytest.raises(ValueError, match="call the actor once on a batch first"):

@@ -189,7 +189,7 @@ class DiffusionActorCriticLoss(TwoPartLoss, SharedActorLoss):
             self.value_estimator.set_keys(**self._value_estimator_keys())
         else:
             if value_type is not ValueEstimators.TD0 and 0 in map(hyperparams.get, ("gamma", "lmbda")):
-                raise ValueError(f"{value_type.name} with a gamma or lmbda of 0 is TD0: take ValueEstimators.TD0.")
+                raise ValueError(f"{value_type.name} with a gamma or lmbda of 0 is TD0; use ValueEstimators.TD0.")
             if value_type is ValueEstimators.TD1:  # the same; TorchRL's TD1 mixes episodes up under torch.compile
                 value_type, hyperparams = ValueEstimators.TDLambda, dict(**hyperparams, lmbda=1.0)
             dispatch_value_estimator(

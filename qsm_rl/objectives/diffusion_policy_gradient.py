@@ -120,7 +120,7 @@ class DiffusionPolicyGradientLoss(DiffusionActorCriticLoss):
                 f"num_samples must be at least 2, one to learn from and one to compare with, got {num_samples!r}."
             )
         if not min_std > 0:
-            raise ValueError(f"min_std must be above 0, or the last step has no likelihood, got {min_std!r}.")
+            raise ValueError(f"min_std must be above 0 (otherwise the last step has no likelihood), got {min_std!r}.")
         self.num_samples = num_samples
         self.min_std = min_std
 

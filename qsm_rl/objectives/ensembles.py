@@ -46,16 +46,14 @@ def critic_list(
         if not isinstance(critic, TensorDictModuleBase):
             raise TypeError(
                 f"a critic is a {type(critic).__name__}, expected a TensorDictModule: write TensorDictModule(critic, "
-                '["observation", "action"], ["state_action_value"]), and give several as a list.'
+                '["observation", "action"], ["state_action_value"]), and pass several critics as a list.'
             )
     if not (num_qvalue_nets is None or isinstance(num_qvalue_nets, int)):
         raise TypeError(f"num_qvalue_nets must be an integer or None, got {num_qvalue_nets!r}.")
     if several:
         critics = list(qvalue_network)
         if num_qvalue_nets not in (None, len(critics)):
-            raise ValueError(
-                f"num_qvalue_nets is {num_qvalue_nets}, but {len(critics)} critics were given; leave it out."
-            )
+            raise ValueError(f"num_qvalue_nets is {num_qvalue_nets}, but {len(critics)} critics were given; omit it.")
     else:
         count = 2 if num_qvalue_nets is None else num_qvalue_nets
         if count < 1:
@@ -65,21 +63,21 @@ def critic_list(
             critic.reset_parameters_recursive()
         copied = count > 1
     if not critics:
-        raise ValueError("qvalue_network is an empty list; give at least one critic.")
+        raise ValueError("qvalue_network is an empty list; pass at least one critic.")
     for critic in critics:
         check_initialized("a critic", critic)
         check_untied(critic)
     weights = [list(critic.parameters()) for critic in critics]
     if copied and weights[0] and all(map(torch.equal, weights[0], weights[1])):
         raise ValueError(
-            "copies of the critic begin with its own weights, since none of its layers has reset_parameters, and would "
-            "stay one critic; give a list of critics."
+            "the copies of the critic start with the same weights, since none of its layers has reset_parameters, and "
+            "would remain identical; pass a list of critics."
         )
     parameters = [parameter for own in weights for parameter in own]
     if len(set(parameters)) < len(parameters):
         raise ValueError(
-            "the critics share parameters, which could not be trained once they are stacked; give each its own, or one "
-            "critic and num_qvalue_nets."
+            "the critics share parameters, which cannot be trained once the critics are stacked; give each critic its "
+            "own, or pass one critic and num_qvalue_nets."
         )
     return critics
 
@@ -90,8 +88,8 @@ def check_untied(critic: nn.Module) -> None:
         for name, parameter in layer.named_parameters(prefix, recurse=False, remove_duplicate=False):
             if parameter in names:
                 raise ValueError(
-                    f"a critic holds one weight as {names[parameter]} and as {name}, which would be trained apart once "
-                    "critics are stacked; keep it in one place and use it twice in forward."
+                    f"a critic has one weight under two names, {names[parameter]} and {name}, which would be trained "
+                    "separately once the critics are stacked; register it once and use it twice in forward."
                 )
             names[parameter] = name
 
@@ -111,8 +109,8 @@ def stack_critics(loss: LossModule, critics: list[TensorDictModule], delay_qvalu
     for index, critic in enumerate(critics[1:], 1):
         if difference := first_difference(structure(critic), structure(first), f"critic {index}"):
             raise ValueError(
-                "critics must be alike but for their weights, since all are evaluated by the code of critic 0: "
-                f"{difference}."
+                "the critics must be identical except for their weights, since the code of critic 0 evaluates them "
+                f"all: {difference}."
             )
     options = {"expand_dim": len(critics), "create_target_params": delay_qvalue}
     if len(critics) > 1:
@@ -171,8 +169,8 @@ def critic_head(critics: Sequence[TensorDictModule]) -> ValueHead | None:
         inside = [m for m in critic.modules() if own_head(m) is not None]
         if inside and not (is_plain(critic, critic.out_keys[0]) and inside == [critic.module]):
             raise ValueError(
-                f"a {type(inside[0]).__name__} with a value head must be the one module of a TensorDictModule with a "
-                f"list of in_keys and one out_key, got it inside a {type(critic).__name__}."
+                f"a {type(inside[0]).__name__} with a value head must be the only module of a TensorDictModule with a "
+                f"list of in_keys and one out_key, found it inside a {type(critic).__name__}."
             )
     heads = [own_head(getattr(critic, "module", None)) for critic in critics]
     first: Any = heads[0]
@@ -181,8 +179,8 @@ def critic_head(critics: Sequence[TensorDictModule]) -> ValueHead | None:
             raise ValueError(f"the critics must have the same value head, got {heads}.")
     if isinstance(first, nn.Module) and any(parameter.requires_grad for parameter in first.parameters()):
         raise ValueError(
-            f"the value head {type(first).__name__} has weights, which would be trained apart from the critics'; move "
-            "them into the critic's outputs, and keep in the head only what turns outputs into a value."
+            f"the value head {type(first).__name__} has weights, which would be trained separately from the critics'; "
+            "move them into the critics, and keep in the head only the step from their outputs to a value."
         )
     return first
 
@@ -238,13 +236,14 @@ def batch_normalizers(network: nn.Module, delay_qvalue: bool) -> list[BatchRenor
     for layer in network.modules():
         if isinstance(layer, _BatchNorm):
             raise ValueError(
-                f"the critics hold {type(layer).__name__} layers, which take the second of several batch dimensions "
-                "for the features; use qsm_rl.BatchRenorm, which with r_max=1 and d_max=0 is batch normalisation."
+                f"the critics contain {type(layer).__name__} layers, which treat the second of several batch "
+                "dimensions as the features; use qsm_rl.BatchRenorm, which is batch normalisation if r_max=1 and "
+                "d_max=0."
             )
     layers = [layer for layer in network.modules() if isinstance(layer, BatchRenorm)]
     if layers and delay_qvalue:
         raise ValueError(
-            f"the critics hold {type(layers[0]).__name__} layers, whose batch statistics take the place of target "
+            f"the critics contain {type(layers[0]).__name__} layers, whose batch statistics replace target "
             "critics; pass delay_qvalue=False."
         )
     for layer in layers:
@@ -272,8 +271,8 @@ def ensemble_outputs(
                 return network_output(critic, critic_input, key)
             if module._forward_hooks or module._forward_pre_hooks:
                 raise ValueError(
-                    f"a {type(module).__name__} with a value head has hooks, which the loss would not run: it asks for "
-                    "the outputs, and hooks see the value. Register them on the layers inside."
+                    f"a {type(module).__name__} with a value head has hooks, which the loss would not run, since it "
+                    "calls the method outputs instead of the module; register the hooks on the layers inside it."
                 )
             return module.outputs(*(entry(critic_input, in_key) for in_key in critic.in_keys))
 

@@ -30,7 +30,7 @@ def entry(batch: TensorDictBase, key: NestedKey) -> Tensor:
     if value is None:
         raise KeyError(
             f"the batch lacks {dotted(key)}; it has {', '.join(sorted(map(dotted, batch.keys(True, True))))}. "
-            "Tell the loss your names by set_keys."
+            "Tell the loss the names of your entries with set_keys."
         )
     return value
 
@@ -45,7 +45,7 @@ def network_output(network: TensorDictModule, tensordict: TensorDictBase, key: N
         return network.module(*(entry(tensordict, in_key) for in_key in network.in_keys))
     if key not in network.out_keys:
         raise KeyError(
-            f"a critic writes {network.out_keys}, not {key!r}; tell the loss by set_keys(state_action_value=...)."
+            f"a critic writes {network.out_keys}, not {key!r}; tell the loss with set_keys(state_action_value=...)."
         )
     return entry(network(tensordict), key)
 
@@ -71,7 +71,7 @@ def replayed_action(batch: TensorDictBase, key: NestedKey, action_dim: int) -> T
         raise ValueError(
             f"the batch's {key!r} has shape {tuple(action.shape)}, expected {tuple(expected)}: "
             "the batch size and the size of the actor's action_spec."
-            + (f" For several agents, give the batch the size {tuple(action.shape[:-1])}." if several else "")
+            + (f" For several agents, the batch size must be {tuple(action.shape[:-1])}." if several else "")
         )
     return action
 
@@ -80,7 +80,9 @@ def check_columns(batch: TensorDictBase, values: Sequence[NestedKey], flags: Seq
     """Raises ValueError for entries of another shape, which would broadcast, and for flags that are not booleans."""
     for key in flags:
         if entry(batch, key).dtype != torch.bool:
-            raise ValueError(f"the batch's {key!r} is of type {batch.get(key).dtype}, expected bool; write .bool().")
+            raise ValueError(
+                f"the batch's {key!r} has dtype {batch.get(key).dtype}, expected bool; call .bool() on it."
+            )
     for key in (*values, *flags):
         if (value := entry(batch, key)).shape != shape:
             raise ValueError(
@@ -106,8 +108,8 @@ def critic_input(
     entries = [key for key in in_keys if unravel_key(key) != unravel_key(action_key)]
     if len(entries) == len(in_keys):
         raise ValueError(
-            f"the critics read {list(in_keys)} and not the action {action_key!r}, so no action is better than another "
-            "to them; give it among their in_keys, or tell the loss its name by set_keys(action=...)."
+            f"the critics read {list(in_keys)} but not the action {action_key!r}, so all actions have the same value; "
+            "add it to their in_keys, or tell the loss its name with set_keys(action=...)."
         )
     return tensordict.select(*entries, strict=False).set(action_key, action)
 

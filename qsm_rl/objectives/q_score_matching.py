@@ -165,7 +165,7 @@ class QScoreMatchingLoss(DiffusionActorCriticLoss):
         self.register_buffer("bc_weight", torch.tensor(float(bc_weight)) if bc_weight > 0 else None)
         self.score_target = ScaledQScore() if score_target is None else score_target
         if isinstance(score_target, type) or not hasattr(self.score_target, "info_keys"):
-            raise TypeError(f"score_target is {score_target!r}, expected an object of a class from qsm_rl.ScoreTarget.")
+            raise TypeError(f"score_target is {score_target!r}, expected an instance of qsm_rl.ScoreTarget.")
         self.score_critics = score_critics
         self.score_aggregation = score_aggregation
 

@@ -60,8 +60,8 @@ def full_disk_errors(run_folder: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise TrainingError(
-            f"{error.filename or run_folder} could not be written: {error.strerror}; make room.\n"
-            f"Then --resume {run_folder} continues at the last checkpoint."
+            f"{error.filename or run_folder} could not be written: {error.strerror}; free some space.\n"
+            f"Then --resume {run_folder} continues from the last checkpoint."
         ) from error
 
 

@@ -24,7 +24,7 @@ def make_folder(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder} cannot be made: {error.strerror}; choose another folder.") from error
+        raise UserError(f"{folder} cannot be created: {error.strerror}; choose another folder.") from error
     return folder
 
 
@@ -63,7 +63,9 @@ def take_lock(file: TextIO | int, path: Path) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        print(f"warning: {path} cannot be locked ({error.strerror}); let no other process use it", file=sys.stderr)
+        print(
+            f"warning: {path} cannot be locked ({error.strerror}); make sure no other process uses it", file=sys.stderr
+        )
     return True
 
 

@@ -115,7 +115,8 @@ def main() -> None:
     others = {json.loads(row["settings"])["learning_starts"] for row in rows} - {options.warmup_frames}
     if others:
         parser.error(
-            f"{options.output} holds runs with a warm-up of {others}, not {options.warmup_frames}; give another."
+            f"{options.output} contains runs with a warm-up of {others}, not {options.warmup_frames}; choose another "
+            "--output."
         )
     for seed in range(options.seeds):
         if any((row["env"], row["seed"]) == (options.env, str(seed)) for row in rows):

@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
-    print("loading PyTorch, TorchRL and Lightning, some seconds", file=sys.stderr, flush=True)
+    print("loading PyTorch, TorchRL and Lightning (takes a few seconds)", file=sys.stderr, flush=True)
 
 import torch
 from safetensors.torch import load_file

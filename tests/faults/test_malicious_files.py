@@ -624,10 +624,10 @@ def test_a_spoiled_actor_runs_nothing_and_is_named(name, run, tmp_path):
     actor, canary = tmp_path / "actor", tmp_path / "canary"
     shutil.copytree(run / "actor", actor)
     ACTORS[name](actor, canary)
-    with pytest.raises(ValueError, match="holds no actor that can be read: ") as error:
+    with pytest.raises(ValueError, match="contains no readable actor: ") as error:
         DiffusionActor.from_pretrained(actor)
     assert str(actor) in str(error.value)
-    with pytest.raises(rl.UserError, match="holds no actor that can be read: "):
+    with pytest.raises(rl.UserError, match="contains no readable actor: "):
         rl.load_actor(actor)
     assert not canary.exists()
 

@@ -122,7 +122,9 @@ def test_in_evaluation_the_running_statistics_serve_and_stay():
 
 def test_critics_of_other_momentum_are_not_alike():
     critics = [wrap(QValueCrossQ(OBSERVATION_DIM, ACTION_DIM, (8,), momentum=momentum)) for momentum in (0.01, 0.9)]
-    with pytest.raises(ValueError, match=r"alike but for their weights.*critic 1\..*momentum is 0\.9, expected 0\.01"):
+    with pytest.raises(
+        ValueError, match=r"identical except for their weights.*critic 1\..*momentum is 0\.9, expected 0\.01"
+    ):
         make_loss(critics)
 
 

@@ -32,7 +32,7 @@ class TestContract(LossContract):
         ({"min_std": 0.0}, ValueError, "min_std must be above 0, .* got 0.0"),
         ({"min_std": float("nan")}, ValueError, "min_std must be above 0, .* got nan"),
         ({"reduction": "avg"}, ValueError, "reduction must be one of .* got 'avg'"),
-        ({"critics": []}, ValueError, "empty list; give at least one critic"),
+        ({"critics": []}, ValueError, "empty list; pass at least one critic"),
     )
 
     def make_loss(

@@ -29,7 +29,7 @@ class TestContract(LossContract):
         ({"eta": -1.0}, ValueError, "eta must be at least 0, got -1.0"),
         ({"bc_weight": float("nan")}, ValueError, "bc_weight must be at least 0, got nan"),
         ({"reduction": "avg"}, ValueError, "reduction must be one of .* got 'avg'"),
-        ({"critics": []}, ValueError, "empty list; give at least one critic"),
+        ({"critics": []}, ValueError, "empty list; pass at least one critic"),
     )
 
     def make_loss(

@@ -96,7 +96,7 @@ def test_critics_of_one_making_keep_their_values(make):
     ],
 )
 def test_critics_that_compute_otherwise_are_refused(other, difference):
-    with pytest.raises(ValueError, match=f"critics must be alike but for their weights.* {difference}"):
+    with pytest.raises(ValueError, match=f"critics must be identical except for their weights.* {difference}"):
         make_loss(Network(), other)
 
 
@@ -140,7 +140,9 @@ def test_a_critic_with_tied_weights_is_refused(options):
     network = Network(squash=nn.Linear(1, 1, bias=False), last=nn.Linear(1, 1))
     QScoreMatchingLoss(make_actor(), wrap(network), **options)
     network.last.weight = network.squash.weight
-    with pytest.raises(ValueError, match=r"one weight as module\.squash\.weight and as module\.last\.weight"):
+    with pytest.raises(
+        ValueError, match=r"one weight under two names, module\.squash\.weight and module\.last\.weight"
+    ):
         QScoreMatchingLoss(make_actor(), wrap(network), **options)
 
 
@@ -179,6 +181,6 @@ def test_hooks_on_a_critic_with_a_head_are_refused():
     assert calls
     critic.register_forward_hook(lambda *_: None)
     with pytest.raises(
-        ValueError, match=r"QValueMLP with a value head has hooks.* Register them on the layers inside\."
+        ValueError, match=r"QValueMLP with a value head has hooks.* register the hooks on the layers inside it\."
     ):
         make_loss(critic)(make_transitions((4,)))

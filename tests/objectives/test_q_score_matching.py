@@ -62,7 +62,7 @@ class TestContract(LossContract):
         ({"target_action_noise_std": -0.1}, ValueError, "at least 0, got -0.1"),
         ({"target_action_noise_std": float("nan")}, ValueError, "at least 0, got nan"),
         ({"num_qvalue_nets": 3}, ValueError, "num_qvalue_nets is 3, but 2 critics were given"),
-        ({"critics": []}, ValueError, "empty list; give at least one critic"),
+        ({"critics": []}, ValueError, "empty list; pass at least one critic"),
         (
             {"critics": [nn.Linear(5, 1)]},
             TypeError,
@@ -515,18 +515,18 @@ def test_a_batch_that_does_not_fit_is_refused():
         with pytest.raises(KeyError, match=f"the batch lacks {name}; it has .*next.observation.* set_keys"):
             loss(data.exclude(tuple(name.split("."))))
     for key in ("done", "terminated"):
-        with pytest.raises(ValueError, match=f"'{key}'.* is of type torch.float32, expected bool"):
+        with pytest.raises(ValueError, match=f"'{key}'.* has dtype torch.float32, expected bool"):
             loss(data.clone().set(("next", key), torch.zeros(4, 1)))
-    with pytest.raises(ValueError, match=r"For several agents, give the batch the size \(4, 3\)"):
+    with pytest.raises(ValueError, match=r"For several agents, the batch size must be \(4, 3\)"):
         loss(data.clone().set("action", torch.zeros(4, 3, 2)))
     with pytest.raises(KeyError, match="the batch lacks next; it has action, observation"):
         loss(data.exclude("next"))
 
 
 def test_a_score_target_that_is_a_function_is_refused():
-    with pytest.raises(TypeError, match=r"score_target is <function .* expected an object of .* qsm_rl\.ScoreTarget"):
+    with pytest.raises(TypeError, match=r"score_target is <function .* expected an instance of qsm_rl\.ScoreTarget"):
         QScoreMatchingLoss(make_actor(), make_critics(), score_target=lambda *args: (args[1], {}))
-    with pytest.raises(TypeError, match="expected an object"):
+    with pytest.raises(TypeError, match="expected an instance"):
         QScoreMatchingLoss(make_actor(), make_critics(), score_target=NormalizedQScore)
 
 
@@ -555,13 +555,15 @@ def test_discount_and_temperature_keep_their_precision_in_half():
 def test_weights_of_other_action_bounds_are_refused():
     loss, other = (QScoreMatchingLoss(make_actor(low=low), make_critics()) for low in (-2.0, -1.0))
     for own, state_dict in ((loss, other.state_dict()), (loss.actor_network, other.actor_network.state_dict())):
-        with pytest.raises(RuntimeError, match=r"box\.low: .* other action bounds \(\[-1\.0.* than these \(\[-2\.0"):
+        with pytest.raises(
+            RuntimeError, match=r"box\.low: .* different action bounds \(\[-1\.0.* from these \(\[-2\.0"
+        ):
             own.load_state_dict(state_dict)
 
 
 def test_critics_that_do_not_read_the_action_are_refused():
     critic = TensorDictModule(nn.Linear(OBSERVATION_DIM, 1), in_keys=["observation"], out_keys=["state_action_value"])
-    with pytest.raises(ValueError, match=r"read \['observation'\] and not the action 'action'.*set_keys"):
+    with pytest.raises(ValueError, match=r"read \['observation'\] but not the action 'action'.*set_keys"):
         QScoreMatchingLoss(make_actor(), [critic], delay_qvalue=False)(make_transitions((4,)))
 
 
@@ -570,7 +572,7 @@ def test_copies_that_would_stay_one_critic_are_refused():
     critic = TensorDictModule(QuadraticCritic(), in_keys=["observation", "action"], out_keys=["state_action_value"])
     with (
         pytest.warns(match="did not find any parameters"),
-        pytest.raises(ValueError, match=r"begin with its own weights.*give a list of critics"),
+        pytest.raises(ValueError, match=r"start with the same weights.*pass a list of critics"),
     ):
         QScoreMatchingLoss(make_actor(), critic, num_qvalue_nets=2)
     QScoreMatchingLoss(make_actor(), critic, num_qvalue_nets=1, delay_qvalue=False)
@@ -628,7 +630,7 @@ def test_a_discount_outside_its_range_is_refused():
         (ValueEstimators.TDLambda, {"gamma": 0.0}),
         (ValueEstimators.TDLambda, {"lmbda": 0.0}),
     ):  # TorchRL's convolution over time would fail at the first batch
-        with pytest.raises(ValueError, match="of 0 is TD0: take ValueEstimators"):
+        with pytest.raises(ValueError, match="of 0 is TD0; use ValueEstimators"):
             loss.make_value_estimator(kind, **numbers)
     assert loss.make_value_estimator(gamma=0.0) is loss
 
@@ -649,7 +651,7 @@ def test_a_state_dict_of_another_schedule_is_refused_before_anything_is_loaded()
     loss = build(NoiseSchedule.vp(5))
     before = {name: value.clone() for name, value in loss.state_dict().items()}
     for other in (NoiseSchedule.cosine(5), NoiseSchedule.vp(6)):
-        with pytest.raises(RuntimeError, match="another noise schedule"):
+        with pytest.raises(RuntimeError, match="different noise schedule"):
             loss.load_state_dict(build(other).state_dict())
     for name, value in loss.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
@@ -718,8 +720,8 @@ def test_offline_the_policy_stays_at_the_better_half_of_the_data_with_behaviour_
 def test_critics_that_differ_in_more_than_their_weights_are_refused():
     first, other = make_critics()
     other.module.mlp[1] = nn.Tanh()
-    with pytest.raises(ValueError, match="alike but for their weights"):
+    with pytest.raises(ValueError, match="identical except for their weights"):
         QScoreMatchingLoss(make_actor(), [first, other], delay_qvalue=False)
     other = TensorDictModule(make_critics()[0].module, ["observation", "other"], ["state_action_value"])
-    with pytest.raises(ValueError, match="alike but for their weights"):
+    with pytest.raises(ValueError, match="identical except for their weights"):
         QScoreMatchingLoss(make_actor(), [first, other], delay_qvalue=False)

@@ -93,7 +93,7 @@ def test_what_stands_in_the_way_is_said(run_dir, tmp_path_factory, capsys, monke
     assert run(run_dir, "--episodes", "1") == 0  # the returns come without a video
     assert capsys.readouterr().out.startswith("no video can be made\n")
     for arguments, words in (
-        ([tmp_path_factory.mktemp("empty")], "holds no actor"),
+        ([tmp_path_factory.mktemp("empty")], "contains no actor"),
         ([run_dir, "--episodes", "0"], "--episodes must be at least 1, got 0"),
         ([run_dir, "--video", "film"], "--video must end in .mp4, got film"),
         ([run_dir, "--seed", str(2**32)], "--seed must be from 0 to 4294967295, got 4294967296"),

@@ -198,8 +198,8 @@ def test_frames_come_in_whole_batches_and_the_run_says_how_many(tmp_path, capsys
     folder = tmp_path / "run"
     assert run(*SMALL, "--run_dir", folder, "--total_frames", "35", "--frames_per_batch", "20") == 0
     said = capsys.readouterr().out
-    assert "frames: 35, rounded up to 40 by batches of 20;" in said
-    assert "the full job, 1,000,000 frames at the preset's settings: python" in said
+    assert "frames: 35, rounded up to 40 (batches of 20);" in said
+    assert "the full run, 1,000,000 frames with the preset's settings: python" in said
     assert metrics(folder)[-1]["frames"] == "40"
 
 
@@ -210,7 +210,7 @@ def test_a_run_that_lost_its_checkpoints_is_not_begun_anew(finished, tmp_path, c
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     for length in ([], ["--total_frames", "360"]):
         assert run("--resume", folder, *length) == 2
-        assert "has a log up to frame 180 and no checkpoint to go on from; put its" in capsys.readouterr().err
+        assert "has a log up to frame 180 but no checkpoint to continue from; restore its" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
@@ -225,7 +225,7 @@ def test_a_disk_that_is_full_at_a_row_of_the_log_is_told_and_the_run_goes_on(fin
     monkeypatch.setattr(MetricsTable, "log_metrics", full)
     assert run(*SMALL, "--run_dir", folder) == 1
     message = capsys.readouterr().err
-    assert f"{folder}/metrics.csv could not be written: No space left on device; make room." in message
+    assert f"{folder}/metrics.csv could not be written: No space left on device; free some space." in message
     assert f"--resume {folder}" in message and "Traceback" not in message
     monkeypatch.undo()
     assert run("--resume", folder) == 0
@@ -322,7 +322,7 @@ def test_resuming_with_a_broken_checkpoint_says_so(finished, tmp_path, capsys):
     text = (finished / "config.yaml").read_text().replace("actor_hidden_dims: [8]", "actor_hidden_dims: [9]")
     (folder / "config.yaml").write_text(text)
     assert run("--resume", folder, "--total_frames", "240") == 2
-    assert "does not fit this run" in capsys.readouterr().err
+    assert "does not match this run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -87,8 +87,8 @@ def test_offline_then_online_and_resumed_to_the_bit(tmp_path, collected, capsys,
         elsewhere.chdir(collected.parent)
         assert run(offline_qsm, *OFFLINE, "--dataset", collected.name, "--run_dir", whole) == 0
     said = capsys.readouterr().out
-    assert f"go on for longer: python recipes/offline_qsm.py --resume {whole} --total_frames 240" in said
-    assert "the full job" not in said  # its length is the user's to say
+    assert f"to train longer: python recipes/offline_qsm.py --resume {whole} --total_frames 240" in said
+    assert "the full run" not in said  # its length is the user's to say
     last = checkpoint(whole, 120)
     assert last["training"]["grad_steps"] == 120
     assert last["replay"]["written"] == last["replay"]["capacity"] == 100 + 40
@@ -159,7 +159,7 @@ def test_data_that_do_not_fit_are_named(tmp_path, data, message):
     ("arguments", "words"),
     [
         ([], ["--dataset must be minari:ID"]),
-        (["--dataset", "nowhere"], ["nowhere is no data set", "minari:ID"]),
+        (["--dataset", "nowhere"], ["nowhere is not a data set", "minari:ID"]),
         (["--dataset", "minari:no/such-v0"], ["minari:no/such-v0"]),
         (["--dataset", "x", "--n_step", "3"], ["--n_step must be 1 with a data set, got 3"]),
         (["--dataset", "x", "--offline_updates", "0"], ["--offline_updates must be at least 1, got 0"]),

@@ -52,7 +52,7 @@ def test_references_may_be_written_as_people_do_and_must_be_numbers(tmp_path, ca
     assert plot(run, "--output", tmp_path / "curves", "--reference", reference) == 0
     reference.write_text("env,curve,frames,return_mean\nHopper-v5,elsewhere,many,15\n")
     assert plot(run, "--output", tmp_path / "curves", "--reference", reference) == 2
-    assert "something else than numbers in frames or return_mean" in capsys.readouterr().err
+    assert "must contain numbers in the columns frames and return_mean" in capsys.readouterr().err
 
 
 def test_runs_of_other_settings_are_named(tmp_path, capsys):
@@ -62,7 +62,8 @@ def test_runs_of_other_settings_are_named(tmp_path, capsys):
             file.write(line)
     assert plot(*runs, "--output", tmp_path / "curves.png") == 0
     said = capsys.readouterr()
-    assert f"{runs[1]} differs in tau from another run of the curve 'Hopper-v5, qsm default'" in said.err
+    assert f"{runs[1]} is plotted as a seed of the curve 'Hopper-v5, qsm default', but differs from another" in said.err
+    assert "of its runs in tau; plot" in said.err
     assert (tmp_path / "curves.png").exists() and (tmp_path / "curves.csv").exists()
 
 
@@ -95,7 +96,7 @@ def test_what_cannot_be_drawn_is_refused_in_a_line(tmp_path, monkeypatch, capsys
         ([begun], "is not the folder of a run: it lacks config.yaml or metrics.csv"),
         ([first, again], "two runs of Hopper-v5, qsm default have seed 0"),
         ([first, other], "were never evaluated at the same frame"),
-        ([first, "--ways", "deterministic"], "--ways are here sampling, best_of_2"),
+        ([first, "--ways", "deterministic"], "choose --ways from sampling, best_of_2"),
         ([first, "--last_frame", "600"], "no evaluation up to frame 600"),
         ([write_run(tmp_path / "d", 2, {}), "--last_frame", "600"], "it has no evaluation yet; wait for one"),
     ):

@@ -63,7 +63,7 @@ def test_a_process_alone_is_rank_0_and_agrees_with_itself():
 def test_a_run_of_two_ranks_is_not_continued_by_one():
     frames, module = build("Slide", total=60)
     state = {"frames": 20, "training": {}, "environment": {}, "replay": {}, "replay_of_other_ranks": [{}]}
-    with pytest.raises(UserError, match=r"2 processes together.*--devices 2, got 1"):
+    with pytest.raises(UserError, match=r"devices: 2, .* now has devices: 1; set it back to 2"):
         restore_checkpoint(state, module, frames, None)
 
 

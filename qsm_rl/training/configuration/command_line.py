@@ -75,7 +75,7 @@ def parse_configuration(
             # Files and the runs of a grid hold every setting; only a flag that changes a value was given on purpose.
             by_itself = values.get(name, _default(configuration_class, name))
             if getattr(configuration, name) != by_itself and _is_flag(name, arguments):
-                _warn(f"--{name} changes nothing without {flag}")
+                _warn(f"--{name} has no effect without {flag}")
     if print_config:
         print(saved_text(configuration), end="")
         sys.exit(0)
@@ -103,8 +103,8 @@ def _parser(configuration_class: type[TrainingConfiguration], description: str |
         "logger",
         required=False,
         skip={"save_dir"},  # files go to the run's folder
-        help="One more logger in addition to metrics.csv and TensorBoard: a Lightning class such as WandbLogger, or "
-        "the import path of any other; its arguments follow as --logger.NAME VALUE.",
+        help="A logger in addition to metrics.csv and TensorBoard: a Lightning class such as WandbLogger, or the "
+        "import path of any other class; its arguments follow as --logger.NAME VALUE.",
     )
     return parser
 
@@ -150,12 +150,12 @@ def _check_names(path: Path, parser: ArgumentParser) -> None:
         return
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict):
-        raise UserError(f"{path} holds no settings; write lines such as total_frames: 30000.")
+        raise UserError(f"{path} contains no settings; write lines such as total_frames: 30000.")
     known = [action.dest for action in parser._actions]
     for name in values:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {near[0]}?" if near else "--help lists them."
+            hint = f"did you mean {near[0]}?" if near else "--help lists the settings."
             raise UserError(f"{path}{_written_by(path)}: there is no setting {name}; {hint}")
 
 
@@ -169,8 +169,8 @@ def _check_preset(path: Path, preset: str | None) -> None:
     named = values.get("preset") if isinstance(values, dict) else None
     if named is not None and named != preset:
         raise UserError(
-            f"--preset {preset}: {path} holds settings of the preset {named}, which override those of any other; "
-            "leave --preset away, or leave --config away."
+            f"--preset {preset}: {path} contains the settings of the preset {named}, which would override it; "
+            "remove --preset or --config."
         )
 
 
@@ -201,7 +201,8 @@ def _readable(message: str, parser: ArgumentParser) -> str:
     logger = re.search(r"Errors: - (?:Problem with given class_path )?(.*?) - Expected a .*Given value", message)
     if message.startswith("--logger") and logger is not None:
         return (
-            f"--logger: {logger.group(1)}; give the path of a Lightning logger; --logger.help PATH lists its arguments."
+            f"--logger: {logger.group(1)}; give the import path of a Lightning logger; --logger.help PATH lists its "
+            "arguments."
         )
     several = re.search(
         r"Does not validate against any of the Union .*?\[(.*)\] Errors: .* Given value: (.*)$", message
@@ -215,7 +216,7 @@ def _readable(message: str, parser: ArgumentParser) -> str:
     if unknown is not None:
         name = (unknown.group(1) or unknown.group(2)).lstrip("-").replace("-", "_")
         near = difflib.get_close_matches(name, [action.dest for action in parser._actions], n=1)
-        message += f"; did you mean --{near[0]}?" if near else "; --help lists them."
+        message += f"; did you mean --{near[0]}?" if near else "; --help lists all flags."
     return message
 
 
@@ -236,7 +237,9 @@ def _resumed(parser: ArgumentParser, configuration_class: type[Configuration], g
         )
     path = run_dir / CONFIGURATION_FILE
     if not path.is_file() or path.is_symlink():
-        several = ", and many seeds go on by the command that began them" if any(run_dir.glob("seed_*")) else ""
+        several = (
+            ", or continue several seeds with the command that started them" if any(run_dir.glob("seed_*")) else ""
+        )
         raise UserError(f"--resume {run_dir}: {path} does not exist; give the folder of a run{several}.")
     check_plain_yaml(path)
     _refuse_own_code(run_dir, yaml.safe_load(path.read_text(encoding="utf-8")))
@@ -247,15 +250,16 @@ def _resumed(parser: ArgumentParser, configuration_class: type[Configuration], g
     names = {field.name for field in fields(configuration_class)} - set(NOT_SAVED)
     if missing := sorted(names - values.keys()):
         raise UserError(
-            f"{path} lacks {', '.join(missing)}; it is from another version or recipe{_written_by(path)}, and cannot "
-            "be resumed."
+            f"{path} lacks {', '.join(missing)}; it comes from another version or recipe{_written_by(path)}, and "
+            "cannot be resumed."
         )
     if strange := sorted(values.keys() - names):
-        raise UserError(f"{path} holds {', '.join(strange)}, which no run saves; remove that.")
+        raise UserError(f"{path} must not contain {', '.join(strange)}; remove what no run saves.")
     if total_frames is not None:
         if total_frames < values["total_frames"]:
             raise UserError(
-                f"--total_frames may only be raised on resuming, got {total_frames} below {values['total_frames']}."
+                f"--total_frames may only be raised when resuming: got {total_frames}, but the run has "
+                f"{values['total_frames']}."
             )
         values["total_frames"] = total_frames
     try:
@@ -279,9 +283,9 @@ def check_plain_yaml(path: Path) -> None:
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None) or depth > DEEPEST:
                 line = event.start_mark.line + 1
-                raise ValueError(f"line {line} holds a tag, an alias or deep nesting; write plain names and values")
+                raise ValueError(f"line {line} contains a tag, an alias or deep nesting; use plain names and values")
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{path} is no plain YAML file: {' '.join(str(error).split())[:200]}.") from error
+        raise UserError(f"{path} is not a plain YAML file: {' '.join(str(error).split())[:200]}.") from error
 
 
 def _written_by(path: Path) -> str:
@@ -311,4 +315,6 @@ def _refuse_own_code(run_dir: Path, values: Any) -> None:
         except (ImportError, ValueError):  # reported when the environment or logger is made
             continue
         if spec and spec.origin and Path(spec.origin).resolve().is_relative_to(run_dir.resolve()):
-            raise UserError(f"{run_dir} brings the module {top} with it, which is not run; move it elsewhere.")
+            raise UserError(
+                f"{run_dir} contains the module {top}; code in a run folder is never run, so move the module elsewhere."
+            )

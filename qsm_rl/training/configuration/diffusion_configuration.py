@@ -105,7 +105,7 @@ class DiffusionConfiguration(TrainingConfiguration):
         self._check("critic_adam_beta1", 0 <= self.critic_adam_beta1 < 1, "0 or more and below 1")
         if self.critic == "simba":
             self._check(
-                "critic_hidden_dims", len(set(self.critic_hidden_dims)) == 1, "equal widths with --critic simba"
+                "critic_hidden_dims", len(set(self.critic_hidden_dims)) == 1, "of equal widths with --critic simba"
             )
         self._check("actor_ema", self.actor_ema is None or 0 < self.actor_ema < 1, "null or between 0 and 1")
 
@@ -144,7 +144,9 @@ class DiffusionQLConfiguration(DiffusionConfiguration):
         super().__post_init__()
         for name in ("eta", "bc_weight"):
             self._check(name, getattr(self, name) >= 0, "0 or more")
-        self._check("eta", self.eta > 0 or self.bc_weight > 0, "above 0 without --bc_weight, or nothing is learned")
+        self._check(
+            "eta", self.eta > 0 or self.bc_weight > 0, "above 0 without --bc_weight (otherwise nothing is learned)"
+        )
 
     def without_effect(self) -> dict[str, str]:
         """See the base class; the delayed copy of the actor also follows at the rate tau."""

@@ -34,10 +34,10 @@ def choose_device(name: str) -> torch.device:
     device = torch.device("cuda:0" if name == "cuda" else name)  # with an index, as tensors name their device
     if device.type == "cuda" and device.index >= torch.cuda.device_count():
         raise UserError(
-            f"--device {name}: this machine shows {torch.cuda.device_count()} GPUs to PyTorch; use --device cpu."
+            f"--device {name}: PyTorch finds {torch.cuda.device_count()} GPUs on this machine; use --device cpu."
         )
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps: PyTorch has no MPS here; use --device cpu.")
+        raise UserError("--device mps: PyTorch cannot use MPS on this machine; use --device cpu.")
     return device
 
 
@@ -89,11 +89,11 @@ def choose_arithmetic(config: Configuration, device: torch.device) -> Configurat
         updates = (config.total_frames - config.capped_warmup) * config.updates_per_frame
         compile_update = config.seeds == 1 and device.type != "mps" and updates >= UPDATES_WORTH_COMPILING
     if compile_update and (reason := _cannot_compile(device)):
-        print(f"the update is not compiled, which takes about twice as long: {reason}", file=sys.stderr)
+        print(f"the update is not compiled and takes about twice as long: {reason}", file=sys.stderr)
         compile_update = False
     precision = config.precision
     if precision == "tf32" and device.type != "cuda":
-        raise UserError("--precision tf32 is a GPU's arithmetic; on this device give auto, float32 or bfloat16.")
+        raise UserError("--precision tf32 needs a GPU; on this device use auto, float32 or bfloat16.")
     if precision == "auto":
         precision = "float32"
         if (compile_update or device.type == "cuda") and _multiplies_bfloat16(device):

@@ -179,17 +179,21 @@ class QSMConfiguration(DiffusionConfiguration):
             self._check(name, getattr(self, name) >= 1, "at least 1")
         if self.critic == "crossq":
             self._check(
-                "score_critics", self.score_critics == "online", "online with --critic crossq, which has no others"
+                "score_critics",
+                self.score_critics == "online",
+                "online with --critic crossq, which has no target critics",
             )
         self._check("critic_bins", self.critic_bins is None or self.critic_bins >= 2, "null or at least 2")
         low, high = self.critic_support or (-1.0, 1.0)
         self._check(
-            "critic_support", -math.inf < low <= 0 <= high < math.inf and low < high, "null, or two ends around 0"
+            "critic_support",
+            -math.inf < low <= 0 <= high < math.inf and low < high,
+            "null, or two numbers low < high that enclose 0",
         )
         without_bins = self.critic_support is None or self.critic_bins is not None
         self._check("critic_support", without_bins, "null without --critic_bins")
         bounded = self.gamma < 1 or self.critic_bins is None or self.critic_support is not None
-        self._check("critic_support", bounded, "given with --gamma 1, for which rewards bound no return")
+        self._check("critic_support", bounded, "set with --gamma 1, since returns are then unbounded")
         self._check("bc_weight", self.bc_weight >= 0, "0 or more")
         entropy = self.entropy_temperature
         self._check("entropy_temperature", entropy is None or entropy > 0, "null or above 0")

@@ -196,11 +196,11 @@ class TrainingConfiguration:
         self._check("gamma", 0 <= self.gamma <= 1, "from 0 to 1")
         self._check_workers()
         named = self.replay_storage in ("memory", "disk") or os.sep in self.replay_storage
-        self._check("replay_storage", named, "memory, disk, or a folder with a / in it")
+        self._check("replay_storage", named, "memory, disk, or a folder whose path contains a /")
         if os.sep in self.replay_storage:
             self.replay_storage = str(Path(self.replay_storage).absolute())  # --resume may be called from any folder
         if self.devices > 1:
-            self._check("device", ":" not in self.device, f"without an index for --devices {self.devices}")
+            self._check("device", ":" not in self.device, f"given without an index for --devices {self.devices}")
             # Each rank would normalise by its own statistics.
             self._check("normalize_observation", not self.normalize_observation, "false with several devices")
         self._check("tau", 0 < self.tau <= 1, "above 0 and at most 1")
@@ -226,9 +226,7 @@ class TrainingConfiguration:
         workers = self.num_workers
         self._check("num_workers", workers >= 0, "0 or more")
         if workers == 0:
-            self._check(
-                "worker_backend", self.worker_backend == "process", "process without workers; give --num_workers"
-            )
+            self._check("worker_backend", self.worker_backend == "process", "process unless --num_workers is above 0")
             return
         self._check("num_envs", self.num_envs % workers == 0, f"a multiple of num_workers={workers}")
         # Each worker would normalise by its own statistics.

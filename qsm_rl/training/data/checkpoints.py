@@ -40,7 +40,7 @@ class CheckpointFolder:
             for found in sorted(path.iterdir()):
                 of_a_run = _frames_of(found) is not None or (REPLAY.fullmatch(found.name) and found.is_dir())
                 if not (of_a_run or found.suffix == TEMPORARY):
-                    raise UserError(f"{found} is no file of a run, and is not read; move it elsewhere.")
+                    raise UserError(f"{found} does not belong to a run and is not read; move it elsewhere.")
 
     def save(self, frames: int, state: dict[str, Any]) -> None:
         """Writes a checkpoint and removes all but the newest two.
@@ -73,8 +73,8 @@ class CheckpointFolder:
             try:
                 return self.load(frames)
             except UserError as error:
-                print(f"warning: {error} Trying the one before.", file=sys.stderr)
-        raise UserError(f"{self.path} holds no checkpoint that can be read; start a new run.")
+                print(f"warning: {error} Trying the previous checkpoint.", file=sys.stderr)
+        raise UserError(f"{self.path} contains no readable checkpoint; start a new run.")
 
     def load(self, frames: int) -> dict[str, Any]:
         """The checkpoint at a frame count, on the CPU.
@@ -93,14 +93,14 @@ class CheckpointFolder:
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             known = state if isinstance(state, dict) else {}
             raise UserError(
-                f"{path} is no checkpoint that qsm_rl {__version__} can read: it has format "
+                f"qsm_rl {__version__} cannot read the checkpoint {path}: it has format "
                 f"{str(known.get('format'))[:20]}, expected {FORMAT}, and was written by qsm_rl "
                 f"{str(known.get('qsm_rl', 'of an unknown version'))[:20]}."
             )
         if state.get("frames") != frames:
-            raise UserError(f"{path} holds the checkpoint of another frame than {frames}; it was renamed.")
+            raise UserError(f"{path} does not contain the checkpoint at frame {frames}: the file was renamed.")
         if (strange := _not_plain(state)) is not None:
-            raise UserError(f"{path} holds a {strange}, expected tensors, numbers and strings only.")
+            raise UserError(f"{path} contains a {strange}, expected tensors, numbers and strings only.")
         return state
 
     def readable(self) -> list[dict[str, Any]]:
@@ -135,7 +135,7 @@ def _check_archive(content: bytes) -> None:
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         parts = archive.infolist()
         if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
-            raise ValueError("its parts are compressed, which no checkpoint's are")
+            raise ValueError("its parts are compressed, unlike those of a checkpoint")
         if len({part.filename for part in parts}) < len(parts) or sum(part.file_size for part in parts) > len(content):
             raise ValueError("its parts overlap")
         if damaged := archive.testzip():

@@ -119,7 +119,7 @@ def _downloaded(kind: str, identity: str) -> TensorDictBase:
     except Exception as error:  # the readers pass on whatever their download or file raises
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
-            f"--dataset {kind}:{identity} cannot be had; is its name right, and is there a network? ({reason})"
+            f"--dataset {kind}:{identity} could not be loaded ({reason}); check its name and the network connection."
         ) from error
 
 
@@ -130,8 +130,8 @@ def _from_folder(folder: Path, wanted: dict[str, Any]) -> TensorDictBase:
         for name, value in wanted.items():
             if settings.get(name, value) != value:
                 raise UserError(
-                    f"--dataset {folder} is of a run with {name} {settings[name]}, expected {value}: its transitions "
-                    "are those of another problem."
+                    f"--dataset {folder} comes from a run with {name} {settings[name]}, expected {value}: its "
+                    "transitions belong to a different problem."
                 )
         rows: list[TensorDict] = []
         # Processes that train together each have a replay buffer.
@@ -141,11 +141,13 @@ def _from_folder(folder: Path, wanted: dict[str, Any]) -> TensorDictBase:
     storage = folder / "storage" if (folder / "storage").is_dir() else folder
     if not (storage / "meta.json").is_file():
         raise UserError(
-            f"--dataset {folder} is no data set: expected minari:ID, d4rl:ID, the folder of a run, or one that the "
-            "dumps of a TorchRL replay buffer wrote."
+            f"--dataset {folder} is not a data set; expected minari:ID, d4rl:ID, the folder of a run, or one written "
+            "by the dumps method of a TorchRL replay buffer."
         )
     if pickles := sorted(path.name for path in storage.rglob("*") if path.suffix in (".pkl", ".pickle", ".pt")):
-        raise UserError(f"--dataset {folder} holds {pickles[0]}, which would have to be unpickled; keep tensors only.")
+        raise UserError(
+            f"--dataset {folder} contains {pickles[0]}, which would have to be unpickled; keep tensors only."
+        )
     try:
         count = json.loads((storage / "storage_metadata.json").read_text(encoding="utf-8"))["len"]  # of its capacity
         return TensorDict.load_memmap(storage)[: int(count)]
@@ -155,7 +157,7 @@ def _from_folder(folder: Path, wanted: dict[str, Any]) -> TensorDictBase:
 
 def _checked(name: str, found: TensorDictBase, environment: EnvBase) -> TensorDict:
     if found.get("steps_to_next_obs", None) is not None:
-        raise UserError(f"--dataset {name} holds rewards summed over several frames; take a run with --n_step 1.")
+        raise UserError(f"--dataset {name} contains rewards summed over several frames; use a run with --n_step 1.")
     observation_dim = environment.observation_spec["observation"].shape[-1]
     spec = environment.action_spec_unbatched
     sizes = {"observation": observation_dim, "action": spec.shape[-1], ("next", "observation"): observation_dim}
@@ -175,7 +177,7 @@ def _checked(name: str, found: TensorDictBase, environment: EnvBase) -> TensorDi
             )
         entries[key] = value.bool() if key[-1] in ("done", "terminated") else value.float()
         if not bool(torch.isfinite(entries[key]).all()):
-            raise UserError(f"--dataset {name} holds NaN or infinity in {label}.")
+            raise UserError(f"--dataset {name} contains NaN or infinity in {label}.")
     low, high = spec.space.low, spec.space.high
     beyond = ((entries["action"] - (high + low) / 2).abs() / ((high - low) / 2)).max().item()
     if beyond > 1 + TOLERANCE:

@@ -33,7 +33,7 @@ def read_minari(identity: str) -> TensorDict:
         for name in ("observations", "actions"):
             if not isinstance(getattr(episode, name), np.ndarray):
                 kind = type(getattr(episode, name)).__name__
-                raise UserError(f"--dataset minari:{identity} has {name} of the kind {kind}; expected vectors.")
+                raise UserError(f"--dataset minari:{identity} has {name} of type {kind}, expected vectors.")
         observation = torch.as_tensor(episode.observations)  # one more than actions
         terminated = torch.as_tensor(episode.terminations).bool()
         following = {

@@ -228,11 +228,14 @@ class ReplayArchive:
         """
         saved = manifest["entries"] or entries  # an empty buffer has no entries
         if entries is not None and (difference := first_difference(saved, entries, "replay")):
-            raise UserError(f"the replay buffer in {self.folder} is of another environment or n_step: {difference}.")
+            raise UserError(
+                f"the replay buffer in {self.folder} comes from another environment or n_step: {difference}."
+            )
         capacity, written = manifest["capacity"], manifest["written"]
         if capacity != replay.storage.max_size:
             raise UserError(
-                f"the replay buffer in {self.folder} is one of {capacity} rows, expected {replay.storage.max_size}."
+                f"the replay buffer in {self.folder} has a capacity of {capacity} rows, expected "
+                f"{replay.storage.max_size}."
             )
         start = max(0, written - capacity)
         replay.writer.load_state_dict({"_cursor": start % capacity, "_write_count": start})
@@ -251,14 +254,14 @@ class ReplayArchive:
         """
         for found in sorted(self.folder.iterdir()) if self.folder.exists() else ():
             if not re.fullmatch(r"rows-\d{12}-\d{12}\.safetensors", found.name):
-                raise UserError(f"{found} is no file of a replay buffer, and is not read; move it elsewhere.")
+                raise UserError(f"{found} does not belong to a replay buffer and is not read; move it elsewhere.")
         segments = [Segment(*map(int, segment)) for segment in manifest["segments"]]
         written = manifest["written"]
         start = max(0, written - manifest["capacity"])
         expected = segments[0].first if segments else written
         if expected > start or any(segment.first >= segment.last for segment in segments):
             raise UserError(
-                f"the replay segments in {self.folder} begin at row {expected}, expected {start} or before."
+                f"the replay segments in {self.folder} begin at row {expected}, expected {start} or earlier."
             )
         for segment in segments:
             if segment.first != expected:
@@ -281,7 +284,7 @@ class ReplayArchive:
         try:
             content = read_bounded(path, LARGEST_HEADER + count * row_bytes(entries))
             if zlib.crc32(content) != segment.checksum:
-                raise ValueError("it was cut short or changed since it was written")
+                raise ValueError("it was truncated or changed after it was written")
             tensors = load(content)
         except FileNotFoundError as error:
             raise UserError(
@@ -293,7 +296,7 @@ class ReplayArchive:
         wanted = {key: [dtype, [count, *shape]] for key, (dtype, shape) in entries.items()}
         if found != wanted:
             key = min(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
-            raise UserError(f"{path} holds {key} as {found.get(key)}, expected {wanted.get(key)}.")
+            raise UserError(f"{path} contains {key} as {found.get(key)}, expected {wanted.get(key)}.")
         if bad := first_non_finite(tensors):
-            raise UserError(f"{path}: {bad}; the replay buffer never takes such rows, so the file was changed.")
+            raise UserError(f"{path}: {bad}; the replay buffer never stores such rows, so the file was changed.")
         return TensorDict(tensors, [count]).unflatten_keys(".")

@@ -70,7 +70,7 @@ class ReservedMemmapStorage(LazyMemmapStorage):
                 except OSError as error:
                     raise TrainingError(
                         f"the replay buffer of {self.max_size:,} rows does not fit into {self.folder}: "
-                        f"{error.strerror}; make room, or give a smaller --replay_size."
+                        f"{error.strerror}; free some space, or lower --replay_size."
                     ) from error
 
     def remove(self) -> None:
@@ -130,11 +130,12 @@ def check_replay_space(config: TrainingConfiguration, environment: EnvBase) -> N
     if config.replay_storage != "disk":
         folder = Path(config.replay_storage)
         if not folder.is_dir():
-            raise UserError(f"--replay_storage {folder} is no folder; make it, or give memory or disk.")
+            raise UserError(f"--replay_storage {folder} is not an existing folder; create it, or use memory or disk.")
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     needed, free = replay_bytes(environment, config.replay_size), shutil.disk_usage(existing).free
     if needed > free:
         raise UserError(
-            f"--replay_storage {config.replay_storage}: {config.replay_size:,} rows take {needed / 1e9:.1f} GB, and "
-            f"{existing} has {free / 1e9:.1f} GB free; make room, or give another folder or a smaller --replay_size."
+            f"--replay_storage {config.replay_storage}: {config.replay_size:,} rows take {needed / 1e9:.1f} GB, but "
+            f"{existing} has only {free / 1e9:.1f} GB free; free some space, choose another folder, or lower "
+            "--replay_size."
         )

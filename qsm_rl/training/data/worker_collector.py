@@ -297,7 +297,7 @@ class WorkerCollector:
             raise error
         if failures == MOST_FAILURES:
             raise TrainingError(
-                f"the {self._num_workers} workers that collect failed {failures} times in a row, at last with: "
+                f"the {self._num_workers} collection workers failed {failures} times in a row; the last error: "
                 f"{reason[:500]}\nTry --num_workers 0, which collects in this process and shows where it fails."
             ) from error
         self._report(1, reason[:200])
@@ -305,8 +305,8 @@ class WorkerCollector:
     def _report(self, count: int, reason: str) -> None:
         self.replacements += count
         print(
-            f"warning: {count} of {self._num_workers} workers that collect replaced ({reason}), {self.replacements} in "
-            "all; the batch under way is dropped, and all environments are reset.",
+            f"warning: replaced {count} of {self._num_workers} collection workers ({reason}), {self.replacements} in "
+            "total; the unfinished batch is dropped, and all environments are reset.",
             file=sys.stderr,
             flush=True,
         )
@@ -385,5 +385,5 @@ def _connect_to_ray(num_workers: int) -> bool:
     if cpus < num_workers:
         if owned:
             ray.shutdown()
-        raise UserError(f"--num_workers {num_workers} needs as many CPUs, and the Ray cluster has {cpus}.")
+        raise UserError(f"--num_workers {num_workers} needs {num_workers} CPUs, but the Ray cluster has {cpus}.")
     return owned

@@ -43,8 +43,8 @@ def check_environment(env: gymnasium.Env, name: str) -> None:
         first = _reset(env, name, space, seed=0)
         if not np.array_equal(first, _reset(env, name, space, seed=0)):
             raise ValueError(
-                f"{name}: reset(seed=0) gives another observation each time; draw from self.np_random only, after "
-                "super().reset(seed=seed)."
+                f"{name}: reset(seed=0) returns a different observation each time; draw random numbers only from "
+                "self.np_random, after super().reset(seed=seed)."
             )
         ended = limited
         for step in range(STEPS if limited else LONGEST):
@@ -97,20 +97,20 @@ def _called(name: str, what: str, call: Any, *arguments: Any, **options: Any) ->
 def _check_observation(observation: Any, name: str, source: str, space: Box) -> None:
     found = np.asarray(observation)
     if found.shape != space.shape:
-        raise ValueError(f"{name}: {source} gives an observation of shape {found.shape}, expected {space.shape}.")
+        raise ValueError(f"{name}: {source} returns an observation of shape {found.shape}, expected {space.shape}.")
     if not (found.dtype.kind in "biuf" and np.can_cast(found.dtype, space.dtype)):
         raise ValueError(
-            f"{name}: {source} gives an observation of dtype {found.dtype}, expected {space.dtype}; return "
+            f"{name}: {source} returns an observation of dtype {found.dtype}, expected {space.dtype}; return "
             f"observation.astype(np.{space.dtype})."
         )
     if not np.isfinite(found).all():
         index = int(np.flatnonzero(~np.isfinite(found))[0])
-        raise ValueError(f"{name}: {source} gives {found[index]} as number {index} of the observation.")
+        raise ValueError(f"{name}: {source} returns an observation with {found[index]} at index {index}.")
     beyond = np.flatnonzero((found < space.low) | (found > space.high))
     if len(beyond):
         index = int(beyond[0])
         raise ValueError(
-            f"{name}: {source} gives {found[index]} as number {index} of the observation, beyond its bounds "
+            f"{name}: {source} returns an observation with {found[index]} at index {index}, outside its bounds "
             f"{space.low[index]} to {space.high[index]}; widen observation_space."
         )
 

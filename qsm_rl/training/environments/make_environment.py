@@ -243,7 +243,9 @@ def _make_gymnasium_env(
         env = _make_registered(name, {} if render_mode is None else {"render_mode": render_mode})
     actions, observations = env.action_space, env.observation_space
     if not (isinstance(actions, Box) and len(actions.shape) == 1 and np.issubdtype(actions.dtype, np.floating)):
-        raise ValueError(f"{name} has the action space {actions}; a 1-D Box of real numbers is needed: choose another.")
+        raise ValueError(
+            f"{name} has the action space {actions}, expected a 1-D Box of real numbers; choose another environment."
+        )
     try:
         with np.errstate(over="ignore"):
             bounds = [torch.from_numpy(bound.astype(np.float32)) for bound in (actions.low, actions.high)]
@@ -252,13 +254,13 @@ def _make_gymnasium_env(
         fit = False
     if not fit:
         raise ValueError(
-            f"{name} has the unbounded or empty action space {actions}; finite bounds low < high are needed, in "
-            "float32, too: choose another environment, or bound it with gymnasium.wrappers.TransformAction before "
+            f"{name} has the unbounded or empty action space {actions}, expected finite bounds low < high, also in "
+            "float32; choose another environment, or bound it with gymnasium.wrappers.TransformAction before "
             "registering it."
         )
     if not (isinstance(observations, Box) and len(observations.shape) == 1 and observations.shape[0] > 0):
         raise ValueError(
-            f"{name} has the observation space {observations}; a 1-D Box is needed, of one number at least: "
+            f"{name} has the observation space {observations}, expected a 1-D Box with at least one number; "
             "choose another environment, or apply gymnasium.wrappers.FlattenObservation before registering it."
         )
     # Changes that an environment makes to its action array must not reach its space, a repeated step or the replay
@@ -288,16 +290,14 @@ def _make_registered(name: str, options: dict[str, Any]) -> gymnasium.Env:
     except ImportError as error:  # such as Hopper-v3, which Gymnasium has removed
         top = name.partition(":")[0].partition(".")[0]
         if ":" in name and importlib.util.find_spec(top) is None:
-            raise ImportError(
-                f"Environment {name!r}: no module {top} is found; put its folder into PYTHONPATH."
-            ) from error
+            raise ImportError(f"Environment {name!r}: module {top} not found; add its folder to PYTHONPATH.") from error
         raise ImportError(f"Environment {name!r} cannot be imported; {_did_you_mean(name)} {error}") from error
     except gymnasium.error.Error as error:
-        raise ValueError(f"Environment {name!r} cannot be made: {error}") from error
+        raise ValueError(f"Environment {name!r} cannot be created: {error}") from error
     except TypeError as error:
         if "unexpected keyword argument 'render_mode'" not in str(error):
             raise
-        raise ValueError(f"no video of {name} can be made: it takes no render_mode, and draws nothing.") from error
+        raise ValueError(f"cannot record a video of {name}: it does not accept a render_mode.") from error
 
 
 def _import_dm_control_suite(name: str) -> Any:

@@ -105,7 +105,7 @@ def copy_observation_statistics(source: EnvBase, target: EnvBase) -> None:
     if source_norm is None or target_norm is None:
         names = ("the source", "the target") if target_norm is None else ("the target", "the source")
         raise ValueError(
-            f"{names[0]} environment normalises its observations and {names[1]} does not: "
+            f"{names[0]} environment normalises its observations, but {names[1]} does not; "
             "build both with the same normalize_observation."
         )
     target_norm.load_state_dict(source_norm.state_dict())

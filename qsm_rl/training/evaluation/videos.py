@@ -56,7 +56,7 @@ class Film:
     def __init__(self, path: Path, environment: EnvBase) -> None:
         check_packages()
         if path.suffix != ".mp4":
-            raise UserError(f"a video is an mp4 file, got {path}; give a path that ends in .mp4.")
+            raise UserError(f"a video must be an mp4 file, got {path}; use a path that ends in .mp4.")
         make_folder(path.parent)
         self.path = path
         self.environment = environment
@@ -136,8 +136,9 @@ def check_filming(env: str, make_environment: Callable[..., EnvBase]) -> None:
     except Exception as error:  # renderers can raise anything
         renderer = os.environ.get("MUJOCO_GL") or "none that works"
         raise UserError(
-            f"no video of {env} can be made: {' '.join(str(error).split())[:200]}. MuJoCo draws by OpenGL, here by "
-            f"{renderer}. Without a display: apt-get install libegl1 libosmesa6; MUJOCO_GL=egl or osmesa chooses."
+            f"cannot record a video of {env}: {' '.join(str(error).split())[:200]}. MuJoCo renders with OpenGL "
+            f"(renderer here: {renderer}). Without a display, run apt-get install libegl1 libosmesa6, and set "
+            "MUJOCO_GL to egl or osmesa."
         ) from error
     finally:
         environment.close()

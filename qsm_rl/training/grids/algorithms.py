@@ -55,7 +55,7 @@ def check_cells(cells: Sequence[Cell]) -> None:
     configurations = {algorithm.recipe: algorithm.configuration for algorithm in ALGORITHMS.values()}
     for cell in cells:
         if cell.recipe not in configurations:
-            raise UserError(f"unknown recipe {cell.recipe!r}; there are {', '.join(configurations)}.")
+            raise UserError(f"unknown recipe {cell.recipe!r}, expected one of {', '.join(configurations)}.")
         try:
             parse_configuration(configurations[cell.recipe], cell.flags)
         except UserError as error:

@@ -37,14 +37,15 @@ def curves_of(rows: Sequence[Mapping[str, Any]]) -> Curves:
         seed = curves.setdefault((row["env"], row["curve"]), {}).setdefault(row["seed"], {})
         if row["frames"] in seed:
             raise UserError(
-                f"two runs of {row['env']}, {row['curve']} have seed {row['seed']}: a curve needs a run for each seed. "
-                "Draw runs of different settings apart, each with a name by --curve."
+                f"two runs of {row['env']}, {row['curve']} have seed {row['seed']}, but a curve has one run per seed; "
+                "plot runs with different settings separately, each with its own --curve."
             )
         seed[row["frames"]] = row["return_mean"]
     for (env, name), curve in curves.items():
         if not common_frames(curve):
             raise UserError(
-                f"the seeds of {env}, {name} were never evaluated at the same frame: draw them apart, by --curve."
+                f"the seeds of {env}, {name} were never evaluated at the same frame; plot them separately, each with "
+                "its own --curve."
             )
     return dict(sorted(curves.items()))
 
@@ -78,7 +79,7 @@ def read_reference(path: Path) -> list[dict[str, Any]]:
         return [{**row, "frames": int(float(row["frames"])), "return_mean": float(row["return_mean"])} for row in rows]
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"--reference {path} holds something else than numbers in frames or return_mean: {error}."
+            f"--reference {path} must contain numbers in the columns frames and return_mean: {error}."
         ) from error
 
 

@@ -120,7 +120,7 @@ def read_grid(path: Path, runs: Path) -> list[Cell]:
             f"missing {sorted(expected - found)}, unknown {sorted(found - expected)}."
         )
     if not isinstance(grid["recipe"], str):
-        raise UserError(f"{path}: recipe must be a recipe's name such as mujoco_qsm, got {grid['recipe']!r}.")
+        raise UserError(f"{path}: recipe must be the name of a recipe, such as mujoco_qsm, got {grid['recipe']!r}.")
     cells = []
     _check_flags(path, "tasks", grid["tasks"], OWN)
     _check_flags(path, "variants", grid["variants"], (*OWN, *OF_TASKS))
@@ -132,7 +132,9 @@ def read_grid(path: Path, runs: Path) -> list[Cell]:
             raise UserError(f"{path}: variants of the task {env} must be a list, got {variants!r}.")
         whole = isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds)
         if not whole or len(set(seeds)) < len(seeds):
-            raise UserError(f"{path}: seeds must be a list such as [0, 1, 2], each once, got {seeds!r}.")
+            raise UserError(
+                f"{path}: seeds must be a list of distinct integers of at least 0, such as [0, 1, 2], got {seeds!r}."
+            )
         if unknown := sorted(set(variants) - set(grid["variants"])):
             raise UserError(f"{path}: the task {env} names unknown variants {unknown}.")
         for variant in variants:
@@ -145,14 +147,14 @@ def read_grid(path: Path, runs: Path) -> list[Cell]:
 
 def _check_flags(path: Path, name: str, entries: Any, refused: Sequence[str]) -> None:
     if not isinstance(entries, dict) or not all(isinstance(flags or {}, dict) for flags in entries.values()):
-        raise UserError(f"{path}: {name} must hold flags with their values, such as {{tau: 0.1}}.")
+        raise UserError(f"{path}: {name} must contain flags with their values, such as {{tau: 0.1}}.")
     for entry, flags in entries.items():
         if not isinstance(entry, str):  # a number, or one of YAML's words for true and false
-            raise UserError(f"{path}: the name {entry!r} among {name} is no text to YAML; put it in quotes.")
+            raise UserError(f"{path}: YAML does not read the name {entry!r} in {name} as text; put it in quotes.")
         if found := sorted({*(flags or {})} & {*refused}):
-            raise UserError(f"{path}: {entry} sets {', '.join(found)}, which the grid gives each of its cells.")
+            raise UserError(f"{path}: {entry} sets {', '.join(found)}, which the grid sets for each cell; remove it.")
         if "config" in (flags or {}):  # flags identify a cell: finished ones would miss changes of the file
-            raise UserError(f"{path}: {entry} takes settings from a file by config; write them here in its place.")
+            raise UserError(f"{path}: {entry} takes settings from a file (config); write them into the grid instead.")
 
 
 class CellTable:
@@ -176,7 +178,7 @@ class CellTable:
                 reader = csv.DictReader(file)
                 found = set(reader.fieldnames or ())
                 if not set(COLUMNS) - LATER_COLUMNS <= found <= set(COLUMNS):
-                    raise UserError(f"{path} is no table of cells: its columns are not {', '.join(COLUMNS)}.")
+                    raise UserError(f"{path} is not a table of cells, expected the columns {', '.join(COLUMNS)}.")
                 self.rows = [{name: row.get(name, "") for name in COLUMNS} for row in reader]
 
     def rows_of(self, cell: Cell, way: str = "") -> list[dict[str, str]]:
@@ -243,7 +245,10 @@ def run_cells(cells: Sequence[Cell], table: CellTable, recipes: Path, *, workers
                         done += cell.total_frames
                         continue
                     if in_use(cell.folder / CONFIGURATION_FILE):  # cells outlive a killed grid
-                        failures.append(f"{_name(cell)}: another process runs it in {cell.folder}; wait, or stop that")
+                        failures.append(
+                            f"{_name(cell)}: another process is running it in {cell.folder}; wait for that process, or "
+                            "stop it"
+                        )
                         done += cell.total_frames
                         continue
                     process = _start(cell, recipes)

@@ -31,7 +31,9 @@ def add_grid_arguments(parser: argparse.ArgumentParser, runs: str) -> None:
         "--workers", type=int, default=available_cores(), help="runs at a time, one thread each; default one per core"
     )
     parser.add_argument(
-        "--dry_run", action="store_true", help="check the grid, list missing cells and write results, without any run"
+        "--dry_run",
+        action="store_true",
+        help="check the grid, list missing cells and write results, without running anything",
     )
 
 
@@ -78,9 +80,9 @@ def _run(
     else:
         failures = run_cells(cells, table, recipes, workers=options.workers)
     if any(table.rows_of(cell) for cell in cells):
-        print(f"wrote {', '.join(write_results(table))} in {options.output}")
+        print(f"wrote {', '.join(write_results(table))} to {options.output}")
     else:
-        print(f"wrote nothing: {table.path} has no result of these settings")
+        print(f"wrote nothing: {table.path} has no results for these settings")
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
     return 1 if failures else 0

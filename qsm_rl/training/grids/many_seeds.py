@@ -43,8 +43,8 @@ def run_seeds(config: TrainingConfiguration, script: Path) -> int:
     """
     if config.resume is not None:
         raise UserError(
-            f"{config.resume} is one run, but its config.yaml says seeds: {config.seeds}; put 1 back. Many seeds go on "
-            "by the command that began them, with their folder as --run_dir."
+            f"{config.resume} is a single run, but its config.yaml has seeds: {config.seeds}; set it back to 1. To "
+            "continue several seeds, repeat the command that started them, with their folder as --run_dir."
         )
     default = Path("runs") / script.stem / config.env / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.seeds}-seeds"
     folder = default if config.run_dir is None else Path(config.run_dir)
@@ -60,13 +60,13 @@ def run_seeds(config: TrainingConfiguration, script: Path) -> int:
         for seed in range(config.seed, config.seed + config.seeds)
     ]
     workers = min(available_cores(), len(cells))
-    print(f"{len(cells)} seeds, {workers} at a time; runs in {folder}, what they print in seed_N.log", flush=True)
+    print(f"{len(cells)} seeds, {workers} at a time; runs in {folder}, their output in seed_N.log", flush=True)
     with exclusive(folder):
         table = CellTable(folder / "cells.csv")
         try:
             failures = run_cells(cells, table, script.parent, workers=workers)
         except KeyboardInterrupt:
-            print(f"go on: the same command with --run_dir {shlex.quote(str(folder))}", file=sys.stderr)
+            print(f"to continue: the same command with --run_dir {shlex.quote(str(folder))}", file=sys.stderr)
             raise
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
@@ -95,7 +95,7 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
     if not path.exists():
         if any(make_folder(folder).iterdir()):
             raise UserError(
-                f"{folder} holds something other than runs of many seeds; choose a new folder as --run_dir."
+                f"{folder} contains something other than runs of several seeds; choose a new folder as --run_dir."
             )
         text = json.dumps(settings, indent=2)
         write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
@@ -108,6 +108,6 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
     ]
     if differences:
         raise UserError(
-            f"{folder} holds runs with other settings ({'; '.join(differences)}); give the same ones to go on, or a "
-            "new folder as --run_dir."
+            f"{folder} contains runs with other settings ({'; '.join(differences)}); use the same settings to "
+            "continue, or a new folder as --run_dir."
         )

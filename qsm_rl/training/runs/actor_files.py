@@ -54,7 +54,7 @@ def publish_actor(
             return
         except ValueError as error:  # too late to refuse a network: a long run has ended
             reason = str(error)
-    warnings.warn(f"{folder} holds the weights alone: {reason}", stacklevel=2)
+    warnings.warn(f"{folder} contains only the weights: {reason}", stacklevel=2)
     weights = {name: value.clone() for name, value in actor.state_dict().items() if isinstance(value, Tensor)}
     statistics = {f"observation_norm.{name}": getattr(norm, name) for norm in norms for name in ("mean", "variance")}
     write_files(folder, weights | statistics, {**about, "weights_of": type(actor).__name__})

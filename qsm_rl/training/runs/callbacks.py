@@ -371,11 +371,11 @@ class CheckpointWriter(PeriodicCallback):
             folder, last = self.checkpoints.path, self.last_frame
             raise TrainingError(
                 f"the checkpoint at frame {module.env_frames:,} could not be written to {folder}: "
-                f"{error.strerror or error}; make room.\n"
+                f"{error.strerror or error}; free some space.\n"
                 + (
-                    "There is none before it."
+                    "There is no earlier checkpoint."
                     if last is None
-                    else f"Then --resume {folder.parent} continues at {last:,}."
+                    else f"Then --resume {folder.parent} continues from frame {last:,}."
                 )
             ) from error
         self.last_frame = module.env_frames

@@ -65,16 +65,16 @@ def check_space(
     held = capacity if device is not None and device.type == "cuda" else rows
     if free is not None and held * row > free:
         raise UserError(
-            f"the replay buffer needs {_size(held * row)} of memory for {held:,} transitions of {row} bytes, and "
-            f"{_size(free)} are free on {device}; lower --replay_size to {free * 3 // 4 // row:,}."
+            f"the replay buffer needs {_size(held * row)} of memory for {held:,} transitions of {row} bytes, but only "
+            f"{_size(free)} is free on {device}; lower --replay_size to {free * 3 // 4 // row:,}."
         )
     if device is not None and device.type == "cpu":
         try:
             torch.empty(capacity * row, dtype=torch.uint8)
         except (RuntimeError, TypeError) as error:  # the latter if the number itself is too large
             raise UserError(
-                f"a replay buffer of {capacity:,} transitions of {row} bytes is more than this machine gives; lower "
-                f"--replay_size, of which this run needs {rows:,}."
+                f"a replay buffer of {capacity:,} transitions of {row} bytes needs more memory than this machine has; "
+                f"lower --replay_size (this run needs {rows:,})."
             ) from error
     checkpoint = 3 * sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     replay, checkpoints = (max(0, rows - stored) + 2 * checkpoint_every) * row, KEPT_CHECKPOINTS * checkpoint
@@ -83,7 +83,7 @@ def check_space(
     if replay + checkpoints + SMALL_FILES > free:
         raise UserError(
             f"the run needs {_size(replay + checkpoints + SMALL_FILES)} in {folder} ({_size(replay)} for the replay "
-            f"buffer, {_size(checkpoints)} for checkpoints), and {_size(free)} are free there; make room, lower "
+            f"buffer, {_size(checkpoints)} for checkpoints), but only {_size(free)} is free; free some space, lower "
             "--replay_size, or choose another --run_dir."
         )
 

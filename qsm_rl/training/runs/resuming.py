@@ -73,10 +73,10 @@ def check_identity(state: dict[str, Any], identity: dict[str, Any], folder: obje
     saved = state.get("run")
     if saved is not None and (difference := first_difference(identity, saved, "run")):
         what, _, rest = difference.removeprefix("run.").partition(".")
-        cause = f"{folder}/config.yaml was changed" if what == "settings" else "the environment is another one"
+        cause = f"{folder}/config.yaml was changed" if what == "settings" else "the environment has changed"
         raise UserError(
-            f"the checkpoint at frame {state['frames']:,} does not fit this run, {cause}: {rest} in the checkpoint. "
-            "Put that back, or start a new run."
+            f"the checkpoint at frame {state['frames']:,} does not match this run: {cause}. Compared with the "
+            f"checkpoint, {rest}. Undo that change, or start a new run."
         )
 
 
@@ -101,8 +101,8 @@ def check_never_stored(config: TrainingConfiguration, folder: RunFolder) -> None
     batch = config.frames_per_batch * config.devices
     if ended or last > batch * math.ceil(config.checkpoint_every / batch):
         raise UserError(
-            f"{folder.path} has a log up to frame {last:,.0f} and no checkpoint to go on from; put its checkpoints "
-            f"back, or start a new run with --config {folder.path / CONFIGURATION_FILE} and another --run_dir."
+            f"{folder.path} has a log up to frame {last:,.0f} but no checkpoint to continue from; restore its "
+            f"checkpoints, or start a new run with --config {folder.path / CONFIGURATION_FILE} and another --run_dir."
         )
 
 
@@ -121,14 +121,14 @@ def check_unfinished(config: TrainingConfiguration, folder: RunFolder, first_fra
         UserError: naming the frame or the evaluation.
     """
     if first_frame >= config.total_frames and folder.published:
-        raise UserError(f"the run is finished at frame {first_frame:,}; give a larger --total_frames to go on.")
+        raise UserError(f"the run finished at frame {first_frame:,}; raise --total_frames to continue.")
     columns = read_metrics(folder.metrics) if folder.metrics.exists() else {}
     target = math.inf if config.stop_at_return is None else config.stop_at_return
     for frame, value in zip(columns.get("frames", []), columns.get("eval/return_mean", []), strict=False):
         if frame <= first_frame and value >= target:
             raise UserError(
-                f"the run is finished: its evaluation at frame {frame:,.0f} gave {value:.1f}, at least "
-                f"--stop_at_return {target:g}; raise that or give --stop_at_return null to go on."
+                f"the run is finished: its evaluation at frame {frame:,.0f} gave a return of {value:.1f}, at least "
+                f"--stop_at_return {target:g}; raise --stop_at_return or set it to null to continue."
             )
 
 
@@ -150,12 +150,12 @@ def restore_checkpoint(
     manifests, env = manifests_of_ranks(state), frames.collector.env
     if len(manifests) != frames.num_ranks:
         raise UserError(
-            f"the run was trained by {len(manifests)} processes together, each with a replay buffer of its own; "
-            f"continue it with --devices {len(manifests)}, got {frames.num_ranks}."
+            f"the run was trained with devices: {len(manifests)}, each with its own replay buffer, but config.yaml in "
+            f"the run's folder now has devices: {frames.num_ranks}; set it back to {len(manifests)}."
         )
     try:
         if state["training"]["env_frames"] != state["frames"]:
-            raise ValueError("it counts other frames than its name says")
+            raise ValueError("its frame count does not match its name")
         if difference := first_difference(dict(state["environment"]), dict(env.state_dict()), "environment"):
             raise ValueError(difference)
         module.restore_state(state["training"])
@@ -163,12 +163,12 @@ def restore_checkpoint(
         # In a module's extra state NaN may stand for "not known yet", as in a value support.
         weights = {name: value for name, value in update["modules"].items() if not name.endswith("_extra_state")}
         if bad := first_non_finite([weights, update["optimizers"], state["environment"]], "state"):
-            raise ValueError(f"{bad}, which no run stores")
+            raise ValueError(f"{bad}, which a run never stores")
         env.load_state_dict(state["environment"])
         archive.restore(module.writer.replay, manifests[rank()], module.writer.entries(env.fake_tensordict()))
     except (RuntimeError, LookupError, ValueError, TypeError, AttributeError, OverflowError) as error:
         reason = " ".join(str(error).split())
         missing = f"{reason} is missing" if isinstance(error, KeyError) else reason[:300]
-        raise UserError(f"the checkpoint at frame {state['frames']:,} does not fit this run: {missing}.") from error
+        raise UserError(f"the checkpoint at frame {state['frames']:,} does not match this run: {missing}.") from error
     frames.first_frame = state["frames"]
     module.elapsed_seconds = state.get("elapsed_seconds", 0.0)  # missing in early versions

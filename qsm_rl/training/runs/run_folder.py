@@ -60,8 +60,8 @@ class RunFolder:
         if rank() > 0:
             if FOLDER_OF_RANK_0 not in os.environ:
                 raise UserError(
-                    f"LOCAL_RANK is {rank()} here, as for a process that another one has started, and none has: "
-                    "--devices starts its processes by itself; begin the run once, without torchrun."
+                    f"LOCAL_RANK is {rank()}, but this process was not started by --devices, which starts all "
+                    "processes itself; start the run once, without torchrun."
                 )
             return cls(Path(os.environ[FOLDER_OF_RANK_0]), recipe, resumed=configuration.resume is not None)
         if configuration.resume is not None:
@@ -89,7 +89,7 @@ class RunFolder:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise UserError(f"--run_dir {path} cannot be made: {error.strerror}; choose another folder.") from error
+            raise UserError(f"--run_dir {path} cannot be created: {error.strerror}; choose another folder.") from error
         return cls(path, recipe)._locked()
 
     @property
@@ -153,7 +153,9 @@ class RunFolder:
         inside = (path for folder in (self.checkpoints, self.actor, *agents) for path in folder.rglob("*"))
         for path in itertools.chain(own, inside):
             if path.is_symlink():
-                raise UserError(f"{path} is a symbolic link, which no run makes; put the file itself there.")
+                raise UserError(
+                    f"{path} is a symbolic link, which a run never creates; replace it with the file itself."
+                )
 
     def _locked(self) -> RunFolder:
         # The lock belongs to the open file, so it is released however the process ends.
@@ -161,7 +163,7 @@ class RunFolder:
         try:
             file = path.open("r+", encoding="utf-8")
         except OSError as error:
-            raise UserError(f"{path} cannot be written: {error.strerror}; a run needs a folder of its own.") from error
+            raise UserError(f"{path} cannot be written: {error.strerror}; a run needs a writable folder.") from error
         if not take_lock(file, path):
             file.close()
             raise UserError(f"{self.path} is in use by another process; stop that run first.")

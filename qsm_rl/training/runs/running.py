@@ -82,8 +82,8 @@ def print_summary(
     print(
         f"{config.env}: observation {observation_dim}, action {action_dim}; preset {config.preset}, seed {config.seed}"
     )
-    compiled = ", compiled (which takes about a minute at the first one)" if config.compile else ""
-    ranks = f", {config.devices} processes together" if config.devices > 1 else ""
+    compiled = ", compiled (the first one takes about a minute)" if config.compile else ""
+    ranks = f", {config.devices} processes" if config.devices > 1 else ""
     plural = "s" if threads > 1 else ""
     print(f"device: {device}{ranks}, {threads} thread{plural}; updates in {config.precision}{compiled}")
     print(f"run folder: {folder.path}")
@@ -91,16 +91,17 @@ def print_summary(
     capped = f", a fifth of total_frames instead of {asked:,}" if warmup < asked else ""
     batch = config.frames_per_batch * config.devices
     last = first_frame + batch * math.ceil((config.total_frames - first_frame) / batch)
-    rounded = f", rounded up to {last:,} by batches of {batch:,}" if last > config.total_frames else ""
+    rounded = f", rounded up to {last:,} (batches of {batch:,})" if last > config.total_frames else ""
     print(f"frames: {config.total_frames:,}{rounded}; warm-up: {warmup:,} frames of random actions{capped}")
     if config.num_envs > 1:
         cut = config.checkpoint_every // config.num_envs
         print(
-            f"every checkpoint cuts the episodes, here after {cut:,} frames each: raise --checkpoint_every if too short"
+            f"every checkpoint truncates the episodes, here after {cut:,} frames each; if that is too short, raise "
+            "--checkpoint_every"
         )
     if folder.resumed:
         begun = f"resumed from the checkpoint at frame {first_frame:,}"
-        print(begun if first_frame else "there is no checkpoint yet, so the run begins anew", flush=True)
+        print(begun if first_frame else "there is no checkpoint yet, so the run starts from the beginning", flush=True)
     else:
         print("stop with Ctrl-C at any time; the run can be resumed", flush=True)
 
@@ -200,11 +201,11 @@ def finish_run(
     if stop.signal is not None:
         print(f"stopped by {stop.signal.name} at frame {module.env_frames:,}; actor: {published}")
         if last_checkpoint is None:
-            print(f"no checkpoint had been written yet; begin anew with {resume}{longer}")
+            print(f"no checkpoint had been written yet; to start again: {resume}{longer}")
         elif last_checkpoint >= frames.total_frames:
-            print(f"the run is finished; go on for longer: {resume} --total_frames {2 * module.env_frames}")
+            print(f"the run is finished; to train longer: {resume} --total_frames {2 * module.env_frames}")
         else:
-            print(f"go on from the checkpoint at frame {last_checkpoint:,}: {resume}{longer}")
+            print(f"to continue from the checkpoint at frame {last_checkpoint:,}: {resume}{longer}")
         return stop.exit_code
     for way, result in evaluation.results.items():
         metrics = result.metrics()
@@ -221,13 +222,17 @@ def finish_run(
             f"stopped at frame {module.env_frames:,}: the evaluation's return of {target.reached:.1f} is at least "
             f"--stop_at_return {target.target:g}"
         )
-        where = "begin anew" if last_checkpoint is None else f"go on from the checkpoint at frame {last_checkpoint:,}"
+        where = (
+            "to start again"
+            if last_checkpoint is None
+            else f"to continue from the checkpoint at frame {last_checkpoint:,}"
+        )
         print(f"{where}: {resume}{longer} --stop_at_return null", flush=True)
         return 0
     if module.env_frames < usual_frames:
         preset = f" --preset {saved['preset']}" if saved["preset"] != "default" else ""
-        print(f"the full job, {usual_frames:,} frames at the preset's settings: {script} --env {module.env}{preset}")
-    print(f"go on for longer: {resume} --total_frames {2 * module.env_frames}", flush=True)
+        print(f"the full run, {usual_frames:,} frames with the preset's settings: {script} --env {module.env}{preset}")
+    print(f"to train longer: {resume} --total_frames {2 * module.env_frames}", flush=True)
     return 0
 
 

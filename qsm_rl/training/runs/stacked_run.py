@@ -32,7 +32,7 @@ def stacks_seeds(config: QSMConfiguration) -> bool:
         return False
     if config.compile is True or config.precision == "bfloat16":
         raise UserError(
-            f"--seeds {config.seeds} on a GPU trains stacked networks, which are not compiled: give --compile false "
+            f"--seeds {config.seeds} on a GPU trains stacked networks, which are not compiled; use --compile false "
             "and --precision auto, tf32 or float32."
         )
     for name, single in (
@@ -42,13 +42,13 @@ def stacks_seeds(config: QSMConfiguration) -> bool:
     ):
         if getattr(config, name, single) != single:
             raise UserError(
-                f"--{name} {getattr(config, name)} does not go with --seeds {config.seeds} on a GPU, where the agents "
-                "share one process; give --device cpu for processes of their own, or start the seeds one by one."
+                f"--{name} {getattr(config, name)} cannot be combined with --seeds {config.seeds} on a GPU, where all "
+                "agents share one process; use --device cpu for one process per seed, or start the seeds one by one."
             )
     if config.critic_bins is not None and config.critic_support is None:
         raise UserError(
-            f"--critic_bins with --seeds {config.seeds} on a GPU needs --critic_support LOW HIGH: chosen from rewards "
-            "it would be one of all agents."
+            f'--critic_bins with --seeds {config.seeds} on a GPU needs --critic_support "[LOW, HIGH]"; a '
+            "support chosen from the rewards would be shared by all agents."
         )
     return True
 

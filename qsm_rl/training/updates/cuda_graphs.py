@@ -55,7 +55,7 @@ class CudaGraph:
                 found = "is missing" if value is None else f"has shape {tuple(value.shape)}"
                 raise ValueError(
                     f"{key!r} {found}, but the CUDA graph was recorded with {tuple(expected.shape)}: "
-                    "give batches of one size and with the same entries, or update without cuda_graph."
+                    "pass batches of the same size with the same entries, or update without cuda_graph."
                 )
         torch._foreach_copy_(list(self._inputs.values()), values)
         self._graph.replay()

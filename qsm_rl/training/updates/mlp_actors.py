@@ -163,7 +163,7 @@ class MLPActor:
             actor.network.load_state_dict(state)
         except (OSError, LookupError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"{folder} holds no actor that can be read: {reason}") from error
+            raise ValueError(f"{folder} contains no readable actor: {reason}") from error
         return actor
 
 

@@ -23,7 +23,9 @@ def parse(*arguments: str) -> QSMConfiguration:
 def test_a_file_of_one_preset_is_not_called_another(tmp_path):
     path = tmp_path / "settings.yaml"
     path.write_text("preset: default\nnum_steps: 7\n")
-    with pytest.raises(UserError, match=r"--preset paper: .*settings\.yaml holds settings of the preset default"):
+    with pytest.raises(
+        UserError, match=r"--preset paper: .*settings\.yaml contains the settings of the preset default"
+    ):
         parse("--config", str(path), "--preset", "paper")
     assert parse("--config", str(path), "--preset", "default").num_steps == 7
     path.write_text("num_steps: 7\n")  # of no preset
@@ -68,8 +70,8 @@ def _warnings_anew():
 @pytest.mark.parametrize(
     ("given", "warning"),
     [
-        ("--score_scale 60", "--score_scale changes nothing without --score_target scaled"),
-        ("--score_scale=60", "--score_scale changes nothing without --score_target scaled"),
+        ("--score_scale 60", "--score_scale has no effect without --score_target scaled"),
+        ("--score_scale=60", "--score_scale has no effect without --score_target scaled"),
         ("--score_scale=60 --score_target scaled", ""),
         ("--preset paper --critic simba --critic_layer_norm false", ""),  # as it is in the preset
         (f"--score_scale {QSMConfiguration().score_scale}", ""),  # as a grid gives all that a configuration has
@@ -77,15 +79,15 @@ def _warnings_anew():
         ("--preset paper --score_target boltzmann", ""),  # the preset's scale was not asked for
         (
             "--score_temperature 1 --preset paper",
-            "--score_temperature changes nothing without --score_target boltzmann or normalized or posterior",
+            "--score_temperature has no effect without --score_target boltzmann or normalized or posterior",
         ),
         ("--score_particles 8 --score_target posterior --score_temperature 1", ""),
-        ("--score_sigma false --score_target posterior", "--score_sigma changes nothing without"),
-        ("--critic_symlog false", "--critic_symlog changes nothing without --critic_bins"),
+        ("--score_sigma false --score_target posterior", "--score_sigma has no effect without"),
+        ("--critic_symlog false", "--critic_symlog has no effect without --critic_bins"),
         ("--critic_symlog false --critic_bins 51", ""),
-        ("--entropy_samples 4", "--entropy_samples changes nothing without --entropy_temperature"),
-        ("--critic_layer_norm false", "--critic_layer_norm changes nothing without --critic mlp"),
-        ("--tau 0.01", "--tau changes nothing without --critic mlp or simba"),
+        ("--entropy_samples 4", "--entropy_samples has no effect without --entropy_temperature"),
+        ("--critic_layer_norm false", "--critic_layer_norm has no effect without --critic mlp"),
+        ("--tau 0.01", "--tau has no effect without --critic mlp or simba"),
         ("--tau 0.01 --critic simba", ""),
     ],
 )
@@ -114,8 +116,8 @@ def test_tau_counts_for_a_delayed_actor_and_a_file_may_hold_everything(tmp_path,
             "# python recipes/mujoco_sac.py --x\ntarget_entropy: 1\n",
             r"some\.yaml, written by recipes/mujoco_sac\.py: there",
         ),
-        ("", r"some\.yaml holds no settings; write lines such as total_frames: 30000"),
-        ("- a\n", r"some\.yaml holds no settings"),
+        ("", r"some\.yaml contains no settings; write lines such as total_frames: 30000"),
+        ("- a\n", r"some\.yaml contains no settings"),
     ],
 )
 def test_a_file_that_does_not_fit_is_named_with_the_nearest(tmp_path, content, message):
@@ -174,12 +176,12 @@ def test_resume_takes_everything_from_the_run_and_lets_only_total_frames_grow(tm
     with pytest.raises(UserError, match=r"lacks.*actor_ema.*another version"):
         parse("--resume", str(folder))
     (folder / "config.yaml").write_text(f"{saved_text(config)}run_dir: null\n")
-    with pytest.raises(UserError, match=r"holds run_dir, which no run saves"):
+    with pytest.raises(UserError, match=r"must not contain run_dir; remove"):
         parse("--resume", str(folder))
     with pytest.raises(UserError, match=r"nowhere.* give the folder of a run[.]$"):
         parse("--resume", str(tmp_path / "nowhere"))
     (tmp_path / "seeds" / "seed_0").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"many seeds go on by the command that began them[.]$"):
+    with pytest.raises(UserError, match=r"continue several seeds with the command that started them[.]$"):
         parse("--resume", str(tmp_path / "seeds"))
     (folder / "config.yaml").rename(tmp_path / "elsewhere.yaml")
     (folder / "config.yaml").symlink_to(tmp_path / "elsewhere.yaml")
@@ -203,7 +205,7 @@ def test_no_module_comes_with_a_run_s_folder(tmp_path, monkeypatch, values, refu
     (tmp_path / "other" / "theirs").mkdir()  # a package without a file of its own
     monkeypatch.chdir(tmp_path)
     if refused:
-        with pytest.raises(UserError, match="run brings the module mine with it, which is not run"):
+        with pytest.raises(UserError, match="run contains the module mine; code in a run folder is never run"):
             _refuse_own_code(Path("run"), values)
     else:
         _refuse_own_code(Path("run"), values)
@@ -230,7 +232,7 @@ def test_a_file_is_neither_deep_nor_large(tmp_path, text, plain):
     if plain:
         check_plain_yaml(tmp_path / "some.yaml")
     else:
-        with pytest.raises(UserError, match="is no plain YAML file"):
+        with pytest.raises(UserError, match="is not a plain YAML file"):
             check_plain_yaml(tmp_path / "some.yaml")
 
 

@@ -25,10 +25,10 @@ def test_a_gpu_that_is_not_there_is_named_with_how_many_there_are():
 def test_gpus_are_counted_from_0_and_named_with_their_index(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [str(choose_device(name)) for name in ("cuda", "cuda:1")] == ["cuda:0", "cuda:1"]
-    with pytest.raises(UserError, match="--device cuda:2: this machine shows 2 GPUs"):
+    with pytest.raises(UserError, match="--device cuda:2: PyTorch finds 2 GPUs"):
         choose_device("cuda:2")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(UserError, match="no MPS here"):
+    with pytest.raises(UserError, match="cannot use MPS"):
         choose_device("mps")
 
 
@@ -120,7 +120,7 @@ def test_agents_that_share_a_gpu_are_not_compiled(monkeypatch):
 
 
 def test_tf32_on_a_cpu_is_refused():
-    with pytest.raises(UserError, match=r"tf32 is a GPU's.*float32"):
+    with pytest.raises(UserError, match=r"tf32 needs a GPU.*float32"):
         choose_arithmetic(QSMConfiguration(precision="tf32"), torch.device("cpu"))
 
 

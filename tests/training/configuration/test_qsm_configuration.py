@@ -35,9 +35,12 @@ def test_paper_scale_depends_on_the_task(env, scale):
     [
         ({"critic": "simba", "critic_hidden_dims": (256, 128)}, "--critic_hidden_dims must be equal widths"),
         ({"critic_bins": 1}, "--critic_bins must be null or at least 2, got 1"),
-        ({"critic_support": (1.0, 2.0)}, r"--critic_support must be null, or two ends around 0, got \(1.0, 2.0\)"),
+        (
+            {"critic_support": (1.0, 2.0)},
+            r"--critic_support must be null, or two numbers low < high that enclose 0, got \(1.0, 2.0\)",
+        ),
         ({"critic_support": (0.0, 2.0)}, r"--critic_support must be null without --critic_bins, got \(0.0, 2.0\)"),
-        ({"critic_bins": 51, "gamma": 1.0}, "--critic_support must be given with --gamma 1"),
+        ({"critic_bins": 51, "gamma": 1.0}, "--critic_support must be set with --gamma 1"),
         ({"bc_weight": -1.0}, "--bc_weight must be 0 or more, got -1.0"),
         ({"entropy_temperature": 0.0}, "--entropy_temperature must be null or above 0, got 0.0"),
         ({"actor_ema_acts": True}, "--actor_ema_acts must be false without --actor_ema"),

@@ -86,7 +86,7 @@ def test_an_unreadable_checkpoint_is_passed_over_with_a_word(tmp_path, capsys):
     assert folder.newest()["frames"] == 100
     assert newest.name in capsys.readouterr().err
     (tmp_path / "frames-000000000100.pt").write_bytes(b"")
-    with pytest.raises(UserError, match="no checkpoint that can be read"):
+    with pytest.raises(UserError, match="no readable checkpoint"):
         folder.newest()
 
 
@@ -116,5 +116,5 @@ def test_a_checkpoint_under_another_name_is_refused(tmp_path):
     folder = CheckpointFolder(tmp_path)
     folder.save(100, {})
     shutil.copy(tmp_path / "frames-000000000100.pt", tmp_path / "frames-000000000200.pt")
-    with pytest.raises(UserError, match="another frame than 200"):
+    with pytest.raises(UserError, match="does not contain the checkpoint at frame 200"):
         folder.load(200)

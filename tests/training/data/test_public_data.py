@@ -71,7 +71,7 @@ def test_minari_observations_that_are_no_vectors_are_named():
     from gymnasium.spaces import Dict
 
     write_minari("test/goal-v0", Dict({"observation": OBSERVATIONS}))
-    with pytest.raises(UserError, match=r"minari:test/goal-v0 has observations of the kind dict; expected vectors"):
+    with pytest.raises(UserError, match=r"minari:test/goal-v0 has observations of type dict, expected vectors"):
         read_dataset("minari:test/goal-v0", make_environment("InvertedPendulum-v5"))
 
 
@@ -110,5 +110,5 @@ def test_d4rl_transitions_leave_out_what_nobody_saw(home, monkeypatch):
 
 def test_unknown_names_are_named():
     environment = make_environment("InvertedPendulum-v5")
-    with pytest.raises(UserError, match="d4rl:no-such-v0 cannot be had"):
+    with pytest.raises(UserError, match="d4rl:no-such-v0 could not be loaded"):
         read_dataset("d4rl:no-such-v0", environment)

@@ -94,5 +94,5 @@ def test_all_frames_arrive_with_weights_of_at_most_one_batch_ago_and_three_kills
 
 
 def test_a_cluster_with_too_few_cpus_is_refused():
-    with pytest.raises(UserError, match=r"--num_workers 4 needs as many CPUs, and the Ray cluster has 2"):
+    with pytest.raises(UserError, match=r"--num_workers 4 needs 4 CPUs, but the Ray cluster has 2"):
         build(num_workers=4)

@@ -227,5 +227,5 @@ def test_rows_outside_the_manifest_are_not_read_and_other_files_are_refused(tmp_
     ReplayArchive(tmp_path).restore(restored, manifest)
     assert len(restored) == 4
     (tmp_path / "prefetch.pkl").write_bytes(b"\x80\x04.")
-    with pytest.raises(UserError, match=r"prefetch\.pkl is no file of a replay buffer"):
+    with pytest.raises(UserError, match=r"prefetch\.pkl does not belong to a replay buffer"):
         ReplayArchive(tmp_path).restore(new_replay(20), manifest)

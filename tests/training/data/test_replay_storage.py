@@ -90,7 +90,7 @@ def test_a_disk_without_room_is_refused_before_the_run_begins(tmp_path, monkeypa
         large = TrainingConfiguration(replay_storage=storage, run_dir=tmp_path / "a" / "b", replay_size=1000)
         with pytest.raises(UserError, match=r"1,000 rows take 0\.0 GB.*free.*--replay_size"):
             check_replay_space(large, environment)
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not an existing folder"):
         check_replay_space(TrainingConfiguration(replay_storage=str(tmp_path / "missing")), environment)
 
 

@@ -134,7 +134,7 @@ def test_killed_workers_are_replaced_no_transition_spans_the_gap_and_no_process_
             assert frames <= 4 * 32
         started |= {process.pid for process in collector._workers.procs}
         printed = capfd.readouterr().err
-        assert printed.count("workers that collect replaced") == printed.count("ended with exit code -9") == 3
+        assert printed.count("warning: replaced") == printed.count("ended with exit code -9") == 3
     finally:
         collector.shutdown()
     assert len(started) == 8 and not any(runs(pid) for pid in started)
@@ -160,7 +160,7 @@ class Fragile(nn.Module):
 def test_workers_that_die_at_once_again_and_again_end_the_run_with_a_clear_error():
     collector = build(TensorDictModule(Fragile(), in_keys=["observation"], out_keys=["action"]))
     try:
-        with pytest.raises(TrainingError, match=r"(?s)2 workers that collect failed 3 times in a row.*--num_workers 0"):
+        with pytest.raises(TrainingError, match=r"(?s)2 collection workers failed 3 times in a row.*--num_workers 0"):
             next(iter(collector))
     finally:
         collector.shutdown()

@@ -435,9 +435,9 @@ def test_copying_statistics_needs_them_on_both_sides():
     plain = make_environment(TERMINATING)
     normalized = make_environment(TERMINATING, normalize_observation=True)
     copy_observation_statistics(plain, make_environment(TERMINATING))
-    with pytest.raises(ValueError, match="the source environment normalises its observations and the target"):
+    with pytest.raises(ValueError, match="the source environment normalises its observations, but the target"):
         copy_observation_statistics(normalized, plain)
-    with pytest.raises(ValueError, match="the target environment normalises its observations and the source"):
+    with pytest.raises(ValueError, match="the target environment normalises its observations, but the source"):
         copy_observation_statistics(plain, normalized)
 
 
@@ -447,7 +447,7 @@ def test_copying_statistics_needs_them_on_both_sides():
         ("HalfCheeta-v5", "Unknown environment 'HalfCheeta-v5'; did you mean HalfCheetah-v5"),
         ("Hopper-v6", "Unknown environment 'Hopper-v6'; did you mean Hopper-v5"),
         ("qqqqqq", "Unknown environment 'qqqqqq'; no known name is close"),
-        ("", "Environment '' cannot be made: Malformed"),
+        ("", "Environment '' cannot be created: Malformed"),
         ("CartPole-v1", r"CartPole-v1 has the action space Discrete\(2\)"),
     ],
 )
@@ -480,12 +480,12 @@ def test_unfit_dm_control_names_are_refused(name, match):
         ({"action_space": Box(1e8, 1e8 + 1, (2,), np.float64)}, "unbounded or empty action space .* in float32, too"),
         ({"action_space": Box(np.float32(-3e38), np.float32(3e38), (2,))}, "unbounded or empty action space"),
         ({"action_space": Box(-1.0, 1.0, (0,), np.float32)}, "unbounded or empty action space"),
-        ({"action_space": Box(-1.0, 1.0, (2, 2), np.float32)}, "a 1-D Box of real numbers is needed"),
-        ({"action_space": Box(0, 3, (2,), np.int64)}, "a 1-D Box of real numbers is needed"),
+        ({"action_space": Box(-1.0, 1.0, (2, 2), np.float32)}, "expected a 1-D Box of real numbers"),
+        ({"action_space": Box(0, 3, (2,), np.int64)}, "expected a 1-D Box of real numbers"),
         ({"observation_space": Discrete(4)}, r"observation space Discrete\(4\)"),
         ({"observation_space": Dict(a=Box(-1.0, 1.0, (2,)))}, "FlattenObservation"),
         ({"observation_space": Box(0, 255, (8, 8, 3), np.uint8)}, "FlattenObservation"),
-        ({"observation_space": Box(-1.0, 1.0, (0,))}, "of one number at least"),
+        ({"observation_space": Box(-1.0, 1.0, (0,))}, "with at least one number"),
     ],
 )
 def test_unfit_spaces_are_refused(spaces, match):
@@ -537,5 +537,5 @@ def test_nothing_is_printed_or_left_in_the_working_directory(name, tmp_path, cap
 
 
 def test_a_module_that_is_not_found_is_named():
-    with pytest.raises(ImportError, match=r"no module nowhere_at_all is found; put its folder into PYTHONPATH"):
+    with pytest.raises(ImportError, match=r"module nowhere_at_all not found; add its folder to PYTHONPATH"):
         make_environment("nowhere_at_all:Foo-v0")

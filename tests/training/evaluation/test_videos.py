@@ -84,9 +84,11 @@ def test_what_stands_in_the_way_is_said_in_a_line(name, monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", "")
     monkeypatch.setattr(videos.subprocess, "run", lambda *args, **kwargs: SimpleNamespace(returncode=1))
     monkeypatch.setattr(videos.importlib.util, "find_spec", lambda package: package)
-    with pytest.raises(UserError, match=r"Dark-v0 can be made: an OpenGL platform library has not.*apt-get install"):
+    with pytest.raises(UserError, match=r"Dark-v0: an OpenGL platform library has not.*apt-get install"):
         check_filming("qsm_rl_test/Dark-v0", partial(make_environment, "qsm_rl_test/Dark-v0"))
-    with pytest.raises(ValueError, match="no video of qsm_rl_test/Blind-v0 can be made: it takes no render_mode"):
+    with pytest.raises(
+        ValueError, match="cannot record a video of qsm_rl_test/Blind-v0: it does not accept a render_mode"
+    ):
         check_filming("qsm_rl_test/Blind-v0", partial(make_environment, "qsm_rl_test/Blind-v0"))
     check_filming(name, partial(make_environment, name))  # it does not need OpenGL
     monkeypatch.setattr(videos.importlib.util, "find_spec", lambda package: None)

@@ -80,8 +80,8 @@ def test_a_reference_is_dashed_in_its_environment_and_of_one_point_a_level(tmp_p
     [
         ("env,curve,frames\nA-v0,x,1\n", "needs the columns"),
         ("env,curve,frames,return_mean\n", "needs the columns"),
-        ("env,curve,frames,return_mean\nA-v0,x,1\n", "something else than numbers"),  # a row cut short
-        ("env,curve,frames,return_mean\nA-v0,x,1,high\n", "something else than numbers"),
+        ("env,curve,frames,return_mean\nA-v0,x,1\n", "must contain numbers"),  # a row cut short
+        ("env,curve,frames,return_mean\nA-v0,x,1,high\n", "must contain numbers"),
         (None, "does not exist"),
     ],
 )

@@ -119,10 +119,10 @@ def test_cells_come_seed_by_seed_with_the_nearest_setting_winning(grid):
         ("variants: [plain]", "variants: plain", ["dm_control/b-c must be a list", "'plain'"]),
         ("total_frames: 20, ", "", ["A-v0", "total_frames"]),
         ("recipe: fake", "recipe: [", ["cannot be read"]),
-        ("recipe: fake", "recipe: [fake]", ["recipe must be a recipe's name", "['fake']"]),
+        ("recipe: fake", "recipe: [fake]", ["recipe must be the name of a recipe", "['fake']"]),
         ("seeds: [0, 1]", "seeds: [0.5, 1]", ["seeds must be a list", "[0.5, 1]"]),
         ("seeds: [0, 1]", "seeds: [-1, 1]", ["seeds must be a list", "[-1, 1]"]),
-        ("{tau: 0.3}", "{config: mine.yaml}", ["slow tau", "a file by config", "write them here"]),
+        ("{tau: 0.3}", "{config: mine.yaml}", ["slow tau", "a file (config)", "write them into the grid"]),
         ("plain:", "off:", ["the name False among variants", "in quotes"]),
     ],
 )
@@ -301,7 +301,7 @@ def test_a_table_from_before_a_column_was_kept_is_read(grid, later):
 def test_a_file_of_another_kind_is_not_written_over(tmp_path):
     path = tmp_path / "cells.csv"
     path.write_text("a,b\n1,2\n")
-    with pytest.raises(UserError, match="no table of cells"):
+    with pytest.raises(UserError, match="is not a table of cells"):
         CellTable(path)
     assert path.read_text() == "a,b\n1,2\n"
 
@@ -335,18 +335,18 @@ def test_a_cell_that_another_process_runs_is_left_alone(grid):
     with (cell.folder / "config.yaml").open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         (failure,) = run_cells([cell], CellTable(grid / "cells.csv"), grid, workers=1)
-    assert "another process runs it" in failure and (cell.folder / "config.yaml").exists()
+    assert "another process is running it" in failure and (cell.folder / "config.yaml").exists()
     assert run_cells([cell], CellTable(grid / "cells.csv"), grid, workers=1) == []
 
 
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("A-v0: {tau: 0.2}", "A-v0: {seed: 3}", "A-v0 sets seed, which the grid gives"),
-        ("settings: {", "settings: {seed: 3, ", "settings sets seed, which the grid gives"),
+        ("A-v0: {tau: 0.2}", "A-v0: {seed: 3}", "A-v0 sets seed, which the grid sets"),
+        ("settings: {", "settings: {seed: 3, ", "settings sets seed, which the grid sets"),
         ("slow tau: {tau: 0.3}", "slow tau: {env: B-v0, seeds: 2}", "slow tau sets env, seeds"),
-        ("slow tau: {tau: 0.3}", "slow tau: [tau]", "variants must hold flags"),
-        ("A-v0: {tau: 0.2}", "A-v0: 7", "tasks must hold flags"),
+        ("slow tau: {tau: 0.3}", "slow tau: [tau]", "variants must contain flags"),
+        ("A-v0: {tau: 0.2}", "A-v0: 7", "tasks must contain flags"),
         ("seeds: [0, 1]", "seeds: [0, 0]", "each once"),
     ],
 )

@@ -119,12 +119,12 @@ def test_finished_runs_are_not_reported_as_those_of_other_settings(tmp_path, scr
 @pytest.mark.parametrize("below", [False, True])
 def test_a_file_in_the_folder_s_place_is_named(tmp_path, script, below):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(UserError, match="cannot be created"):
         run_seeds(configuration(tmp_path / "file" / "runs" if below else tmp_path / "file"), script)
 
 
 def test_one_run_s_settings_are_not_taken_for_many_seeds(tmp_path, script):
-    with pytest.raises(UserError, match=r"is one run, but its config.yaml says seeds: 3; put 1 back"):
+    with pytest.raises(UserError, match=r"is a single run, but its config.yaml has seeds: 3; set it back to 1"):
         run_seeds(configuration(None, resume=tmp_path / "run"), script)
     assert list(tmp_path.iterdir()) == [script]
 
@@ -136,7 +136,7 @@ def test_a_stop_says_how_the_seeds_go_on(tmp_path, script, capsys, monkeypatch):
     monkeypatch.setattr("qsm_rl.training.grids.many_seeds.run_cells", stopped)
     with pytest.raises(KeyboardInterrupt):
         run_seeds(configuration(tmp_path / "my runs"), script)
-    assert f"go on: the same command with --run_dir '{tmp_path / 'my runs'}'" in capsys.readouterr().err
+    assert f"to continue: the same command with --run_dir '{tmp_path / 'my runs'}'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_of_an_actor_of_ones_own_the_weights_are_published(tmp_path, kind, norma
 
     actor, again = build(), build()
     reason = "the score network is a OwnNetwork" if kind == "diffusion" else "only its own code can build a TensorDict"
-    with pytest.warns(UserWarning, match=f"holds the weights alone: {reason}"):
+    with pytest.warns(UserWarning, match=f"contains only the weights: {reason}"):
         publish_actor(tmp_path, actor, environment=environment, env="InvertedPendulum-v5")
     weights = load_file(tmp_path / "model.safetensors")
     if normalize:
@@ -80,7 +80,7 @@ def test_of_an_actor_of_ones_own_the_weights_are_published(tmp_path, kind, norma
     again.load_state_dict(weights)
     for name, value in actor.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
-    with pytest.raises(UserError, match=r"holds the weights alone of a .* build it, and load_state_dict"):
+    with pytest.raises(UserError, match=r"contains only the weights of a .* build it, and call load_state_dict"):
         load_actor(tmp_path)
 
 
@@ -111,5 +111,5 @@ def test_a_broken_actor_folder_is_named(tmp_path, spoil):
     publish_actor(tmp_path, actor, environment=environment, env="InvertedPendulum-v5")
     load_actor(tmp_path)
     spoil(tmp_path)
-    with pytest.raises(UserError, match="no actor that can be read"):
+    with pytest.raises(UserError, match="no readable actor"):
         load_actor(tmp_path)

@@ -51,8 +51,8 @@ def test_another_setting_is_named_with_the_file_to_mend(slide, change):
     check_identity(state, run_identity(CONFIG, slide), "runs/a")
     check_identity({"frames": 1000}, run_identity(CONFIG, slide), "runs/a")  # of a version that kept none
     ((name, value),) = change.items()
-    words = rf"frame 1,000 does not fit this run, runs/a/config.yaml was changed: {name} is {value}, .* in the checkp"
-    with pytest.raises(UserError, match=words):
+    cause = "frame 1,000 does not match this run: runs/a/config.yaml was changed. Compared with the checkpoint"
+    with pytest.raises(UserError, match=f"{cause}, {name} is {value}, expected "):
         check_identity(state, run_identity(replace(CONFIG, **change), slide), "runs/a")
 
 
@@ -62,7 +62,7 @@ def test_another_setting_is_named_with_the_file_to_mend(slide, change):
 def test_another_environment_is_named(slide, name, words):
     state = {"frames": 1000, "run": run_identity(CONFIG, slide)}
     other = run_identity(CONFIG, make_environment(env_id(name)))
-    with pytest.raises(UserError, match=f"the environment is another one: {words}"):
+    with pytest.raises(UserError, match=f"the environment has changed. Compared with the checkpoint, {words}"):
         check_identity(state, other, "runs/a")
     assert state["run"]["environment"] == {"observation_size": 2, "action_low": [-1, -1], "action_high": [1, 1]}
 
@@ -82,7 +82,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_s_frame_has_lost_one(folde
     if published:
         publish(folder)
     if refused:
-        with pytest.raises(UserError, match="has a log up to frame 200 and no checkpoint"):
+        with pytest.raises(UserError, match="has a log up to frame 200 but no checkpoint"):
             check_never_stored(CONFIG, folder)
     else:
         check_never_stored(CONFIG, folder)

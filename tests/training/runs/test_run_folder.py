@@ -43,7 +43,7 @@ def test_run_folder_is_made_once_and_used_by_one_process(tmp_path, monkeypatch):
     (other / "thesis.tex").write_text("")
     with pytest.raises(UserError, match="not empty"):
         RunFolder.open(dataclasses.replace(config, run_dir=other), "some_recipe")
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(UserError, match="cannot be created"):
         RunFolder.open(dataclasses.replace(config, run_dir=other / "thesis.tex" / "run"), "some_recipe")
 
 
@@ -98,7 +98,7 @@ def test_rows_up_to_the_first_checkpoint_s_batch_are_no_lost_checkpoints(tmp_pat
     folder = RunFolder.open(config, "some_recipe")
     folder.metrics.write_text(f"frames,eval/return_mean\n{frame},1.0\n")
     if refused:
-        with pytest.raises(UserError, match="has a log up to frame 128 and no checkpoint"):
+        with pytest.raises(UserError, match="has a log up to frame 128 but no checkpoint"):
             check_never_stored(config, folder)
     else:
         check_never_stored(config, folder)
@@ -112,7 +112,7 @@ def test_a_run_that_ended_before_its_first_period_has_lost_a_checkpoint(tmp_path
     folder.metrics.write_text("frames,eval/return_mean\n60,1.0\n")
     folder.actor.mkdir()
     (folder.actor / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="has a log up to frame 60 and no checkpoint"):
+    with pytest.raises(UserError, match="has a log up to frame 60 but no checkpoint"):
         check_never_stored(parse("--total_frames", total_frames, *given), folder)
 
 
@@ -126,7 +126,7 @@ def test_a_log_without_a_row_is_no_lost_checkpoint(tmp_path):
 def test_a_process_of_a_higher_rank_that_no_run_has_started_is_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.delenv("QSM_RL_RUN_FOLDER", raising=False)
-    with pytest.raises(UserError, match=r"LOCAL_RANK is 1 here.* begin the run once, without torchrun"):
+    with pytest.raises(UserError, match=r"LOCAL_RANK is 1, .* start the run once, without torchrun"):
         RunFolder.open(parse(), "mujoco_qsm")
 
 

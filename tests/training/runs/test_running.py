@@ -48,12 +48,16 @@ def slide():
             0,
             "frames: 100; warm-up: 20 frames of random actions, a fifth of total_frames instead of",
         ),
-        ({"devices": 3}, 0, "frames: 100, rounded up to 120 by batches of 30; warm-up"),
+        ({"devices": 3}, 0, "frames: 100, rounded up to 120 (batches of 30); warm-up"),
         ({"total_frames": 105, "warmup_frames": 10}, 105, "frames: 105; warm-up"),  # it published no actor
-        ({"total_frames": 105, "warmup_frames": 10}, 101, "frames: 105, rounded up to 111 by batches of 10; warm-up"),
-        ({"num_envs": 2, "checkpoint_every": 50}, 0, "every checkpoint cuts the episodes, here after 25 frames each"),
-        ({"compile": True}, 0, "compiled (which takes about a minute at the first one)"),
-        ({"devices": 2}, 0, "device: cpu, 2 processes together, "),
+        ({"total_frames": 105, "warmup_frames": 10}, 101, "frames: 105, rounded up to 111 (batches of 10); warm-up"),
+        (
+            {"num_envs": 2, "checkpoint_every": 50},
+            0,
+            "every checkpoint truncates the episodes, here after 25 frames each",
+        ),
+        ({"compile": True}, 0, "compiled (the first one takes about a minute)"),
+        ({"devices": 2}, 0, "device: cpu, 2 processes, "),
     ],
     ids=str,
 )
@@ -64,7 +68,7 @@ def test_a_run_says_what_it_will_do(tmp_path, slide, capsys, settings, first_fra
     assert "observation 2, action 2; preset default, seed 0" in said and f"run folder: {folder.path}" in said
     assert any(told.startswith(line) or told.endswith(line) for told in said.splitlines()), said
     assert ("a fifth of" in said) == (config.warmup_frames > 20)
-    assert ("cuts the episodes" in said) == (config.num_envs > 1)
+    assert ("truncates the episodes" in said) == (config.num_envs > 1)
     assert (", compiled" in said, "together" in said) == (config.compile is True, config.devices > 1)
     assert said.endswith("stop with Ctrl-C at any time; the run can be resumed\n")
 
@@ -73,7 +77,7 @@ def test_a_resumed_run_says_where_it_goes_on(tmp_path, slide, capsys):
     config, folder = begin(tmp_path, resumed=True)
     for frame, end in (
         (50, "resumed from the checkpoint at frame 50"),
-        (0, "no checkpoint yet, so the run begins anew"),
+        (0, "no checkpoint yet, so the run starts from the beginning"),
     ):
         running.print_summary(config, folder, slide, torch.device("cpu"), first_frame=frame)
         assert capsys.readouterr().out.strip().endswith(end)
@@ -149,7 +153,7 @@ def test_a_finished_run_says_how_it_went_and_how_to_go_on(tmp_path, capsys):
             "evaluation at frame 100, best_of_2: return 4.0 ± 0.0 over 2 episodes",
             f"learning curve: {folder.learning_curve}",
             f"actor: {folder.actor}",
-            f"go on for longer: {resume} --total_frames 200",
+            f"to train longer: {resume} --total_frames 200",
         ],
     )
 
@@ -163,18 +167,18 @@ def test_a_short_run_says_how_to_begin_a_full_one(tmp_path, capsys, monkeypatch,
     env = DEFAULTS["env"]
     assert told[-3:-1] == [
         f"actor: {folder.path}/seed_N/actor",
-        f"the full job, 101 frames at the preset's settings: python here/mujoco_qsm.py --env {env}{flag}",
+        f"the full run, 101 frames with the preset's settings: python here/mujoco_qsm.py --env {env}{flag}",
     ]
 
 
 @pytest.mark.parametrize(
     ("given", "line"),
     [
-        ({"stored": None}, "no checkpoint had been written yet; begin anew with {resume}"),
-        ({"stored": 50, "frame": 60}, "go on from the checkpoint at frame 50: {resume}"),
-        ({"stored": 50, "total": 300}, "go on from the checkpoint at frame 50: {resume} --total_frames 300"),
-        ({"stored": 100}, "the run is finished; go on for longer: {resume} --total_frames 200"),
-        ({"stored": 50, "target": 7.5}, "go on from the checkpoint at frame 50: {resume} --stop_at_return 7.5"),
+        ({"stored": None}, "no checkpoint had been written yet; to start again: {resume}"),
+        ({"stored": 50, "frame": 60}, "to continue from the checkpoint at frame 50: {resume}"),
+        ({"stored": 50, "total": 300}, "to continue from the checkpoint at frame 50: {resume} --total_frames 300"),
+        ({"stored": 100}, "the run is finished; to train longer: {resume} --total_frames 200"),
+        ({"stored": 50, "target": 7.5}, "to continue from the checkpoint at frame 50: {resume} --stop_at_return 7.5"),
     ],
     ids=str,
 )
@@ -193,7 +197,7 @@ def test_a_stopped_run_says_how_to_go_on(tmp_path, capsys, given, line):
     ("stored", "total", "where"),
     [
         (None, 100, "begin anew: {resume} --stop_at_return null"),
-        (40, 300, "go on from the checkpoint at frame 40: {resume} --total_frames 300 --stop_at_return null"),
+        (40, 300, "to continue from the checkpoint at frame 40: {resume} --total_frames 300 --stop_at_return null"),
     ],
 )
 def test_a_run_that_reached_its_return_says_how_to_go_on_without(tmp_path, capsys, stored, total, where):

@@ -77,7 +77,7 @@ def test_every_seed_gets_a_folder_as_a_run_of_its_own(on_a_gpu, tmp_path, capsys
     assert f"actor: {tmp_path / 'run' / 'seed_N' / 'actor'}" in told
     with pytest.raises(SystemExit):
         mujoco_qsm.main(["--resume", str(tmp_path / "run")])
-    assert "the run is finished at frame 200" in capsys.readouterr().err
+    assert "the run finished at frame 200" in capsys.readouterr().err
     for row, values in zip(evaluations, zip(*returns, strict=True), strict=True):
         assert float(row["eval/return_mean"]) == pytest.approx(sum(values) / 3)
     weights = [load_actor(tmp_path / "run" / f"seed_{seed}" / "actor").state_dict() for seed in (5, 6)]
@@ -112,7 +112,7 @@ def test_a_stopped_run_goes_on_to_the_bit(on_a_gpu, tmp_path):
         ({"replay_storage": "disk"}, ["replay_storage disk"]),
         ({"compile": True}, ["not compiled", "--compile false"]),
         ({"precision": "bfloat16"}, ["--precision auto"]),
-        ({"critic": "simba", "critic_bins": 51}, ["--critic_support LOW HIGH"]),
+        ({"critic": "simba", "critic_bins": 51}, ['--critic_support "[LOW, HIGH]"']),
     ],
 )
 def test_settings_that_do_not_go_with_stacking_are_refused(monkeypatch, changes, named):
