@@ -7,6 +7,7 @@ import importlib.util
 import json
 import re
 import sys
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, fields
 from functools import cache
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 from lightning.pytorch.loggers import Logger
 
 from qsm_rl.atomic_files import read_bounded
@@ -88,9 +89,19 @@ def saved_text(configuration: TrainingConfiguration) -> str:
     return "".join(lines)
 
 
+class _HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """Prints the description line by line, so that a recipe's example commands stay on separate lines."""
+
+
 def _parser(configuration_class: type[TrainingConfiguration], description: str | None) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, description=description, print_config=None)
+    parser = ArgumentParser(
+        exit_on_error=False,
+        allow_abbrev=False,
+        description=description,
+        print_config=None,
+        formatter_class=_HelpFormatter,
+    )
     parser.add_argument(
         "--config", action="config", help="YAML file with any of the settings below; flags override it."
     )

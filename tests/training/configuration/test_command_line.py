@@ -50,6 +50,15 @@ def test_a_value_equal_to_the_default_still_counts_as_given():
     assert parse("--preset", "paper", "--schedule", default).schedule == default
 
 
+def test_help_keeps_the_lines_of_the_description(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    description = "Trains a policy.\n\npython recipe.py --seed 1\npython recipe.py --seed 2\n"
+    with pytest.raises(SystemExit) as stop:
+        parse_configuration(QSMConfiguration, ["--help"], description=description)
+    assert stop.value.code == 0
+    assert f"\n\n{description}\noptions:\n" in capsys.readouterr().out
+
+
 def test_print_config_prints_what_another_run_reads_back(tmp_path, capsys):
     given = ("--preset", "paper", "--env", "dm_control/cheetah-run-v0", "--num_steps", "7")
     with pytest.raises(SystemExit) as stop:
@@ -105,7 +114,7 @@ def test_tau_counts_for_a_delayed_actor_and_a_file_may_hold_everything(tmp_path,
     assert capsys.readouterr().err == ""
     for _ in range(2):  # told once
         parse_configuration(DiffusionQLConfiguration, ["--tau", "0.01"])
-    assert capsys.readouterr().err.count("--tau changes nothing") == 1
+    assert capsys.readouterr().err.count("--tau has no effect") == 1
 
 
 @pytest.mark.parametrize(

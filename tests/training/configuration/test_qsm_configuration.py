@@ -33,7 +33,7 @@ def test_paper_scale_depends_on_the_task(env, scale):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"critic": "simba", "critic_hidden_dims": (256, 128)}, "--critic_hidden_dims must be equal widths"),
+        ({"critic": "simba", "critic_hidden_dims": (256, 128)}, "--critic_hidden_dims must be of equal widths"),
         ({"critic_bins": 1}, "--critic_bins must be null or at least 2, got 1"),
         (
             {"critic_support": (1.0, 2.0)},

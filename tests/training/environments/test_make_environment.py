@@ -477,7 +477,7 @@ def test_unfit_dm_control_names_are_refused(name, match):
     [
         ({"action_space": Box(-np.inf, 1.0, (2,), np.float32)}, "unbounded or empty action space"),
         ({"action_space": Box(np.float32([0, -1]), np.float32([0, 1]))}, "unbounded or empty action space"),
-        ({"action_space": Box(1e8, 1e8 + 1, (2,), np.float64)}, "unbounded or empty action space .* in float32, too"),
+        ({"action_space": Box(1e8, 1e8 + 1, (2,), np.float64)}, "unbounded or empty action space .* also in float32"),
         ({"action_space": Box(np.float32(-3e38), np.float32(3e38), (2,))}, "unbounded or empty action space"),
         ({"action_space": Box(-1.0, 1.0, (0,), np.float32)}, "unbounded or empty action space"),
         ({"action_space": Box(-1.0, 1.0, (2, 2), np.float32)}, "expected a 1-D Box of real numbers"),

@@ -123,7 +123,7 @@ def test_cells_come_seed_by_seed_with_the_nearest_setting_winning(grid):
         ("seeds: [0, 1]", "seeds: [0.5, 1]", ["seeds must be a list", "[0.5, 1]"]),
         ("seeds: [0, 1]", "seeds: [-1, 1]", ["seeds must be a list", "[-1, 1]"]),
         ("{tau: 0.3}", "{config: mine.yaml}", ["slow tau", "a file (config)", "write them into the grid"]),
-        ("plain:", "off:", ["the name False among variants", "in quotes"]),
+        ("plain:", "off:", ["the name False in variants", "in quotes"]),
     ],
 )
 def test_a_wrong_grid_file_is_named(grid, old, new, words):
@@ -347,7 +347,7 @@ def test_a_cell_that_another_process_runs_is_left_alone(grid):
         ("slow tau: {tau: 0.3}", "slow tau: {env: B-v0, seeds: 2}", "slow tau sets env, seeds"),
         ("slow tau: {tau: 0.3}", "slow tau: [tau]", "variants must contain flags"),
         ("A-v0: {tau: 0.2}", "A-v0: 7", "tasks must contain flags"),
-        ("seeds: [0, 1]", "seeds: [0, 0]", "each once"),
+        ("seeds: [0, 1]", "seeds: [0, 0]", "distinct integers"),
     ],
 )
 def test_what_would_mislabel_cells_is_refused(grid, old, new, words):

@@ -35,7 +35,7 @@ def run(folder, *arguments: str, env: str = "Pendulum-v1") -> int:
 def test_cells_run_once_and_their_results_are_written(tmp_path, capsys):
     assert run(tmp_path) == 0
     out = capsys.readouterr().out
-    assert "2 cells, 0 finished" in out and f"wrote finals, more in {tmp_path / 'out'}" in out
+    assert "2 cells, 0 finished" in out and f"wrote finals, more to {tmp_path / 'out'}" in out
     assert (tmp_path / "out" / "finals").read_text() == "20.00 20.00"  # a hundred times tau
     assert run(tmp_path) == 0
     assert "2 cells, 2 finished" in capsys.readouterr().out
