@@ -30,7 +30,7 @@ help:
 
 train: $(VENV)/.installed-test
 	$(VENV_PYTHON) recipes/mujoco_qsm.py $(or $(ARGS),--config recipes/configs/quickstart.yaml)
-	@$(if $(ARGS),:,echo 'The full job, 1,000,000 frames: make train ARGS="--env HalfCheetah-v5"')
+	@$(if $(ARGS),:,echo 'The full run, 1,000,000 frames: make train ARGS="--env HalfCheetah-v5"')
 
 test: $(VENV)/.installed-test
 	$(PYTEST) $(ARGS)

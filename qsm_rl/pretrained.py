@@ -61,7 +61,9 @@ def read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         found = config.get("format") if isinstance(config, dict) else config
         written = f", written by qsm_rl {config['qsm_rl']}" if isinstance(config, dict) and "qsm_rl" in config else ""
-        raise ValueError(f"{CONFIG} has format {str(found)[:40]!r}{written}; qsm_rl {__version__} reads {FORMAT}")
+        raise ValueError(
+            f"{CONFIG} has format {str(found)[:40]!r}{written}; qsm_rl {__version__} reads format {FORMAT}"
+        )
     tensors = load(_content(folder / WEIGHTS, LARGEST_WEIGHTS))
     if bad := first_non_finite(tensors):
         raise ValueError(f"{WEIGHTS}: {bad}")
@@ -145,7 +147,7 @@ def sampler_settings(sampler: Sampler) -> dict[str, Any]:
         ValueError: if it is not one of the kit's samplers.
     """
     if SAMPLERS.get(type(sampler).__name__) is not type(sampler):
-        raise ValueError(f"the sampler is a {type(sampler).__name__}; only {', '.join(SAMPLERS)} can be saved.")
+        raise ValueError(f"the sampler is a {type(sampler).__name__}; only {' and '.join(SAMPLERS)} can be saved.")
     return {"name": type(sampler).__name__, **vars(sampler)}
 
 

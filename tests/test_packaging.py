@@ -267,8 +267,8 @@ def make(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 def test_make_train_runs_the_recipe(arguments: list[str], expected: str):
     printed = make("-n", "train", *arguments).stdout.splitlines()
     assert [line for line in printed if "recipes/" in line] == [f".venv/bin/python recipes/mujoco_qsm.py {expected}"]
-    # Only the quick start ends with a line on how to run the full job.
-    assert any(line.startswith("echo 'The full job") for line in printed) == ("--config" in expected)
+    # Only the quick start ends with a line on the full run.
+    assert any(line.startswith("echo 'The full run") for line in printed) == ("--config" in expected)
 
 
 def test_files_that_make_train_names_exist():

@@ -121,7 +121,7 @@ def test_cells_differ_in_the_algorithm_only(tmp_path):
     ("arguments", "words"),
     [
         (["--algos", "sac,ppo"], ["ppo", "qsm", "td3"]),
-        (["--algos", ","], ["--algos names nothing"]),
+        (["--algos", ","], ["--algos is empty"]),
         (["--envs", "Hoper-v5"], ["Hoper-v5", "did you mean Hopper-v5"]),
         (["--seeds", "0"], ["--seeds must be at least 1, got 0"]),
         (["--total_frames", "-3"], ["total_frames", "-3"]),

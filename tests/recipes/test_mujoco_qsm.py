@@ -318,7 +318,7 @@ def test_resuming_with_a_broken_checkpoint_says_so(finished, tmp_path, capsys):
     for path in (folder / "checkpoints" / "replay").iterdir():
         path.write_bytes(path.read_bytes()[:-3])
     assert run("--resume", folder, "--total_frames", "240") == 2
-    assert "cut short" in capsys.readouterr().err
+    assert "truncated" in capsys.readouterr().err
     text = (finished / "config.yaml").read_text().replace("actor_hidden_dims: [8]", "actor_hidden_dims: [9]")
     (folder / "config.yaml").write_text(text)
     assert run("--resume", folder, "--total_frames", "240") == 2

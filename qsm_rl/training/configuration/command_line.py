@@ -265,7 +265,7 @@ def _resumed(parser: ArgumentParser, configuration_class: type[Configuration], g
             "cannot be resumed."
         )
     if strange := sorted(values.keys() - names):
-        raise UserError(f"{path} must not contain {', '.join(strange)}; remove what no run saves.")
+        raise UserError(f"{path} contains settings that no run saves: {', '.join(strange)}; remove them.")
     if total_frames is not None:
         if total_frames < values["total_frames"]:
             raise UserError(

@@ -73,8 +73,8 @@ def check_space(
             torch.empty(capacity * row, dtype=torch.uint8)
         except (RuntimeError, TypeError) as error:  # the latter if the number itself is too large
             raise UserError(
-                f"a replay buffer of {capacity:,} transitions of {row} bytes needs more memory than this machine has; "
-                f"lower --replay_size (this run needs {rows:,})."
+                f"a replay buffer of {capacity:,} transitions of {row} bytes needs more memory than this machine can "
+                f"provide; lower --replay_size (this run needs {rows:,})."
             ) from error
     checkpoint = 3 * sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     replay, checkpoints = (max(0, rows - stored) + 2 * checkpoint_every) * row, KEPT_CHECKPOINTS * checkpoint

@@ -185,7 +185,7 @@ def test_resume_takes_everything_from_the_run_and_lets_only_total_frames_grow(tm
     with pytest.raises(UserError, match=r"lacks.*actor_ema.*another version"):
         parse("--resume", str(folder))
     (folder / "config.yaml").write_text(f"{saved_text(config)}run_dir: null\n")
-    with pytest.raises(UserError, match=r"must not contain run_dir; remove"):
+    with pytest.raises(UserError, match=r"contains settings that no run saves: run_dir; remove"):
         parse("--resume", str(folder))
     with pytest.raises(UserError, match=r"nowhere.* give the folder of a run[.]$"):
         parse("--resume", str(tmp_path / "nowhere"))

@@ -52,7 +52,7 @@ def test_what_fits_passes_and_what_does_not_is_told_with_need_and_remedy(tmp_pat
     with pytest.raises(UserError, match=r"93\.0 MB of memory .* 93\.0 MB is free on cpu; .* to 749,999"):
         check(tmp_path)
     machine(93_000_000, need - 1)
-    with pytest.raises(UserError, match=r"needs 197\.0 MB in .*36\.0 MB for checkpoints.*197\.0 MB are free"):
+    with pytest.raises(UserError, match=r"needs 197\.0 MB in .*36\.0 MB for checkpoints.*197\.0 MB is free"):
         check(tmp_path)
     machine(93_000_000, need - 93 * 400_000)
     check(tmp_path, stored=400_000)  # a resumed run has them on the disk already
@@ -61,9 +61,7 @@ def test_what_fits_passes_and_what_does_not_is_told_with_need_and_remedy(tmp_pat
 @pytest.mark.parametrize("capacity", [10**14, 10**25])
 def test_a_buffer_whose_addresses_cannot_be_had_is_refused_with_what_the_run_needs(tmp_path, machine, capacity):
     machine(93_000_000, 10**12)
-    with pytest.raises(
-        UserError, match=rf"{capacity:,} transitions of 93 bytes needs more .* this run needs 1,000,000"
-    ):
+    with pytest.raises(UserError, match=rf"{capacity:,} transitions of 93 bytes needs more .*this run needs 1,000,000"):
         check(tmp_path, capacity=capacity)
 
 

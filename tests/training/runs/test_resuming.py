@@ -111,7 +111,9 @@ def test_a_return_that_was_reached_up_to_the_checkpoint_finishes_a_run(folder, t
     folder.metrics.write_text("frames,eval/return_mean\n50,\n100,5.0\n200,9.0\n")
     config = replace(CONFIG, stop_at_return=target)
     if finished:
-        with pytest.raises(UserError, match=r"its evaluation at frame 100 gave 5.0, at least --stop_at_return 5;"):
+        with pytest.raises(
+            UserError, match=r"its evaluation at frame 100 gave a return of 5.0, at least --stop_at_return 5;"
+        ):
             check_unfinished(config, folder, first_frame)
     else:
         check_unfinished(config, folder, first_frame)

@@ -69,7 +69,7 @@ def test_a_run_says_what_it_will_do(tmp_path, slide, capsys, settings, first_fra
     assert any(told.startswith(line) or told.endswith(line) for told in said.splitlines()), said
     assert ("a fifth of" in said) == (config.warmup_frames > 20)
     assert ("truncates the episodes" in said) == (config.num_envs > 1)
-    assert (", compiled" in said, "together" in said) == (config.compile is True, config.devices > 1)
+    assert (", compiled" in said, " processes" in said) == (config.compile is True, config.devices > 1)
     assert said.endswith("stop with Ctrl-C at any time; the run can be resumed\n")
 
 
@@ -196,7 +196,7 @@ def test_a_stopped_run_says_how_to_go_on(tmp_path, capsys, given, line):
 @pytest.mark.parametrize(
     ("stored", "total", "where"),
     [
-        (None, 100, "begin anew: {resume} --stop_at_return null"),
+        (None, 100, "to start again: {resume} --stop_at_return null"),
         (40, 300, "to continue from the checkpoint at frame 40: {resume} --total_frames 300 --stop_at_return null"),
     ],
 )
