@@ -74,9 +74,9 @@ class NoiseSchedule(Float32Buffers):
         terminal_signal = alphas_cumprod[-1].sqrt().item()
         if terminal_signal > _TERMINAL_SIGNAL_LIMIT:
             warnings.warn(
-                f"sqrt(alphas_cumprod[-1]) is {terminal_signal:.3f}, expected at most {_TERMINAL_SIGNAL_LIMIT}: the "
-                "last timestep keeps that share of the action, but sampling starts from pure noise N(0, I), which the "
-                "network never sees in training. Use more steps, larger betas, NoiseSchedule.cosine or "
+                f"sqrt(alphas_cumprod[-1]) is {terminal_signal:.3f}: the last timestep keeps that share of the action, "
+                "but sampling starts from pure noise N(0, I), which the network never sees in training. Lower it to at "
+                f"most {_TERMINAL_SIGNAL_LIMIT} with more steps, larger betas, NoiseSchedule.cosine or "
                 "NoiseSchedule.vp.",
                 stacklevel=2,
             )

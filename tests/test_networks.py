@@ -124,7 +124,7 @@ def test_observations_of_another_size_are_named(call):
 
 @pytest.mark.parametrize("kind", [QValueMLP, QValueSimBa, QValueCrossQ])
 def test_a_critic_s_inputs_of_another_size_are_named(kind):
-    with pytest.raises(ValueError, match=r"inputs of sizes \[6, 2\], expected 5 in all"):
+    with pytest.raises(ValueError, match=r"inputs of sizes \[6, 2\], expected 5 in total"):
         kind(3, 2)(torch.zeros(8, 6), torch.zeros(8, 2))
 
 

@@ -29,8 +29,8 @@ class TestContract(LossContract):
     noiseless: ClassVar = {"target_action_noise_std": 0.0}
     constructor_errors = (
         ({"num_samples": 1}, ValueError, "num_samples must be at least 2, .* got 1"),
-        ({"min_std": 0.0}, ValueError, "min_std must be above 0, .* got 0.0"),
-        ({"min_std": float("nan")}, ValueError, "min_std must be above 0, .* got nan"),
+        ({"min_std": 0.0}, ValueError, "min_std must be above 0 .* got 0.0"),
+        ({"min_std": float("nan")}, ValueError, "min_std must be above 0 .* got nan"),
         ({"reduction": "avg"}, ValueError, "reduction must be one of .* got 'avg'"),
         ({"critics": []}, ValueError, "empty list; pass at least one critic"),
     )
