@@ -104,7 +104,7 @@ def test_what_stands_in_the_way_is_said(run_dir, tmp_path_factory, capsys, monke
     about = json.loads(config.read_text())
     config.write_text(json.dumps({name: value for name, value in about.items() if name != "env"}))
     assert run(run_dir) == 2
-    assert "config.json does not name the environment; publish it with publish_actor" in capsys.readouterr().err
+    assert "config.json does not name the environment; save the actor with publish_actor" in capsys.readouterr().err
     config.write_text("{")
     assert run(run_dir) == 2
     assert "config.json" in capsys.readouterr().err

@@ -85,7 +85,7 @@ def test_a_folder_is_made_where_none_is_given_and_what_to_type_next_is_told(
     assert run_seeds(configuration(None), script) == 0
     (folder,) = Path("runs/fake/Pendulum-v1").glob("*-3-seeds")
     told = capsys.readouterr().out
-    assert f"3 seeds, {workers} at a time; runs in {folder}, what they print in seed_N.log" in told
+    assert f"3 seeds, {workers} at a time; runs in {folder}, their output in seed_N.log" in told
     assert f"curves: python plot.py {folder}/seed_*[0-9] --output {folder}-curves" in told
     assert {path.name for path in folder.glob("seed_*[0-9]")} == {"seed_3", "seed_4", "seed_5"}
 
