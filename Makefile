@@ -16,17 +16,17 @@ help:
 	@echo 'make train        train on HalfCheetah-v5 for about 15 minutes: recipes/configs/quickstart.yaml'
 	@echo 'make train ARGS="--env Hopper-v5 --seed 1"'
 	@echo '                  run recipes/mujoco_qsm.py with these arguments instead ("--help" lists them)'
-	@echo 'make test         run the tests, without the slow ones; ARGS="-k schedule" goes on to pytest'
+	@echo 'make test         run the tests, without the slow ones; ARGS="-k schedule" is passed on to pytest'
 	@echo 'make test-slow    run the slow tests'
 	@echo 'make lint         check style and formatting'
 	@echo 'make types        check the types of the package'
-	@echo 'make format       mend style and formatting'
+	@echo 'make format       fix style and formatting'
 	@echo 'make docs         serve the documentation at http://127.0.0.1:8000'
 	@echo 'make clean        remove caches and build products (not $(VENV), not runs/)'
 	@echo
-	@echo 'PYTHON=$(PYTHON)  the interpreter that makes the virtual environment, 3.11 or newer'
-	@echo 'VENV=$(VENV)  where the virtual environment lies'
-	@echo 'WORKERS=$(WORKERS)  test processes at a time'
+	@echo 'PYTHON=$(PYTHON)  the interpreter for the virtual environment, 3.11 or newer'
+	@echo 'VENV=$(VENV)  the folder of the virtual environment'
+	@echo 'WORKERS=$(WORKERS)  number of parallel test processes'
 
 train: $(VENV)/.installed-test
 	$(VENV_PYTHON) recipes/mujoco_qsm.py $(or $(ARGS),--config recipes/configs/quickstart.yaml)
@@ -59,9 +59,9 @@ clean:
 # One stamp for each extra, written last: an interrupted install leaves none, so the next call installs again.
 $(VENV)/.installed-%: pyproject.toml constraints.txt
 	@$(VENV_PYTHON) -m pip --version >/dev/null 2>&1 || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-	    echo 'No Python 3.11 or newer answers to "$(PYTHON)". Install Python 3.11, or name one: make PYTHON=python3.12 ...' >&2; \
+	    echo '"$(PYTHON)" is not Python 3.11 or newer. Install Python 3.11, or name another interpreter: make PYTHON=python3.12 ...' >&2; \
 	    exit 1; }
-	@echo 'Installing qsm_rl[$*] into $(VENV): about two minutes the first time, longer where torch comes with CUDA.'
+	@echo 'Installing qsm_rl[$*] into $(VENV): about two minutes the first time, longer if torch comes with CUDA.'
 	@$(VENV_PYTHON) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@$(VENV_PYTHON) -m pip --disable-pip-version-check install --quiet -c constraints.txt -e ".[$*]"
 	@touch $@

@@ -75,8 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
         )
     for number, (episode_return, length) in enumerate(zip(result.returns, result.lengths, strict=True), 1):
         print(f"episode {number}: return {episode_return:.1f}, {length:,} frames")
-    mean, spread = statistics.fmean(result.returns), statistics.pstdev(result.returns)
-    print(f"return: mean {mean:.1f}, standard deviation {spread:.1f} over {len(result.returns)} episodes")
+    mean, spread, count = statistics.fmean(result.returns), statistics.pstdev(result.returns), len(result.returns)
+    print(f"return: mean {mean:.1f}, standard deviation {spread:.1f} over {count} episode{'s' * (count > 1)}")
     if filmed:
         print(f"video of episode 1: {video}")
     return 0

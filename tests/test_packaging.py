@@ -312,4 +312,4 @@ def test_make_leaves_a_stamp_only_after_a_complete_install(tmp_path: Path, insta
 def test_make_names_a_missing_python(tmp_path: Path):
     result = make("test", f"VENV={tmp_path / 'venv'}", "PYTHON=no-such-python")
     assert result.returncode != 0 and not (tmp_path / "venv").exists()
-    assert re.search(r'No Python 3\.11 or newer answers to "no-such-python".*make PYTHON=', result.stderr)
+    assert re.search(r'"no-such-python" is not Python 3\.11 or newer.*make PYTHON=', result.stderr)

@@ -59,7 +59,9 @@ def test_every_actor_that_comes_with_the_recipes_is_small_and_keeps_what_its_rea
         text = (folder / "README.md").read_text(encoding="utf-8")
         measured = float(re.search(r"return: mean ([\d.]+), standard deviation", text).group(1))
         assert run(folder, "--episodes", "1", "--no_video") == 0
-        (played,) = re.findall(r"episode 1: return ([\d.]+)", capsys.readouterr().out)
+        told = capsys.readouterr().out
+        (played,) = re.findall(r"episode 1: return ([\d.]+)", told)
+        assert "over 1 episode\n" in told
         assert float(played) >= 0.9 * measured
 
 

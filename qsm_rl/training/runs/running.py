@@ -211,7 +211,7 @@ def finish_run(
         metrics = result.metrics()
         print(
             f"evaluation at frame {module.env_frames:,}{way and ', ' + way}: return {metrics['eval/return_mean']:.1f} "
-            f"± {metrics['eval/return_std']:.1f} over {len(result.returns)} episodes"
+            f"± {metrics['eval/return_std']:.1f} over {len(result.returns)} episode{'s' * (len(result.returns) > 1)}"
         )
     print(f"learning curve: {folder.learning_curve}")
     if evaluation.videos is not None:
