@@ -295,9 +295,14 @@ def _make_registered(name: str, options: dict[str, Any]) -> gymnasium.Env:
     except gymnasium.error.Error as error:
         raise ValueError(f"Environment {name!r} cannot be created: {error}") from error
     except TypeError as error:
-        if "unexpected keyword argument 'render_mode'" not in str(error):
+        # The second is what Python says of a class without an __init__.
+        refusals = ("unexpected keyword argument 'render_mode'", "() takes no arguments")
+        if "render_mode" not in options or not any(refusal in str(error) for refusal in refusals):
             raise
-        raise ValueError(f"cannot record a video of {name}: it does not accept a render_mode.") from error
+        raise ValueError(
+            f"cannot record a video of {name}: it does not accept a render_mode; give its __init__ the argument "
+            "render_mode=None."
+        ) from error
 
 
 def _import_dm_control_suite(name: str) -> Any:

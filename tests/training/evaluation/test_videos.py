@@ -38,14 +38,21 @@ class Brighter(gymnasium.Env):
         return np.full((64, 96, 3), 20 * self.time + 5 * self.resets, np.uint8)
 
 
+class Plain(gymnasium.Env):
+    """It has no ``__init__``, which Python says in other words than of one that lacks ``render_mode``."""
+
+    observation_space, action_space = Brighter.observation_space, Brighter.action_space
+
+
 @pytest.fixture(params=[30.0, 90.0])
 def name(request):
     gymnasium.register("qsm_rl_test/Brighter-v0", Brighter, kwargs={"frames_per_second": request.param})
     gymnasium.register("qsm_rl_test/Dark-v0", Brighter, kwargs={"broken": True})
     gymnasium.register("qsm_rl_test/Blind-v0", lambda: Brighter())
+    gymnasium.register("qsm_rl_test/Plain-v0", Plain)
     yield "qsm_rl_test/Brighter-v0"
-    for registered in ("qsm_rl_test/Brighter-v0", "qsm_rl_test/Dark-v0", "qsm_rl_test/Blind-v0"):
-        del gymnasium.registry[registered]
+    for registered in ("Brighter-v0", "Dark-v0", "Blind-v0", "Plain-v0"):
+        del gymnasium.registry[f"qsm_rl_test/{registered}"]
 
 
 policy = TensorDictModule(torch.tanh, in_keys=["observation"], out_keys=["action"])
@@ -86,10 +93,9 @@ def test_what_stands_in_the_way_is_said_in_a_line(name, monkeypatch):
     monkeypatch.setattr(videos.importlib.util, "find_spec", lambda package: package)
     with pytest.raises(UserError, match=r"Dark-v0: an OpenGL platform library has not.*apt-get install"):
         check_filming("qsm_rl_test/Dark-v0", partial(make_environment, "qsm_rl_test/Dark-v0"))
-    with pytest.raises(
-        ValueError, match="cannot record a video of qsm_rl_test/Blind-v0: it does not accept a render_mode"
-    ):
-        check_filming("qsm_rl_test/Blind-v0", partial(make_environment, "qsm_rl_test/Blind-v0"))
+    for blind in ("qsm_rl_test/Blind-v0", "qsm_rl_test/Plain-v0"):
+        with pytest.raises(ValueError, match=f"cannot record a video of {blind}: it does not accept a render_mode"):
+            check_filming(blind, partial(make_environment, blind))
     check_filming(name, partial(make_environment, name))  # it does not need OpenGL
     monkeypatch.setattr(videos.importlib.util, "find_spec", lambda package: None)
     with pytest.raises(UserError, match=r'pip install "qsm_rl\[video\]"'):
