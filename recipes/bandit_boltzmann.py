@@ -1,4 +1,6 @@
-"""Which policy does each score target train? A bandit with a known answer: `python recipes/bandit_boltzmann.py`.
+"""Which policy does each score target train? A bandit with a known answer.
+
+python recipes/bandit_boltzmann.py
 
 The critic is given, not learned: Q = log p for a mixture p of four Gaussians with unequal weights in the box [-1, 1]^2.
 At temperature 1 the policy exp(Q) is therefore that mixture. Each score target trains an actor on this critic, and its
@@ -180,7 +182,7 @@ def draw_score_field(critic: MixtureCritic, before: DiffusionActor, after: Diffu
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--targets",
         nargs="+",

@@ -1,4 +1,4 @@
-"""Measures the kit's speed against a hand-written loop and JAX: `python recipes/benchmark.py`.
+"""Measures the kit's speed against a hand-written loop and JAX.
 
 One update is a TD target at a sample of the whole chain, a step of the critics, dQ/da at the noised action, a step of
 the actor, and a Polyak step. Contenders take turns in one process and are compared by the median over turns, so that

@@ -1,7 +1,10 @@
-"""Plays a trained actor: `python recipes/enjoy.py RUN_DIR` prints the returns of some episodes and films the first.
+"""Plays a trained actor: prints the returns of some episodes and films the first.
+
+python recipes/enjoy.py RUN_DIR
 
 RUN_DIR is the folder of a run or of a saved actor. An actor that balances a pendulum comes with the recipes:
-`python recipes/enjoy.py recipes/pretrained/inverted_pendulum`.
+
+python recipes/enjoy.py recipes/pretrained/inverted_pendulum
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ def actor_folder(run_dir: Path) -> Path:
 
 @rl.exit_on_error
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", type=Path, help="folder of a run or of a saved actor")
     parser.add_argument("--episodes", type=int, default=10, help="episodes to play (default: 10)")
     parser.add_argument("--seed", type=int, default=0, help="seed of environment and policy (default: 0)")

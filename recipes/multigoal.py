@@ -1,4 +1,6 @@
-"""Several goals of unequal worth: who keeps all of them? `python recipes/multigoal.py`.
+"""Several goals of unequal worth: who keeps all of them?
+
+python recipes/multigoal.py
 
 A point starts in the middle of a plane, among four goals worth 1, 0.9, 0.8 and 0.7 (the QSM paper's continuous
 gridworld, with unequal goals). Q-score matching with several score targets and TorchRL's SAC, whose policy is a single

@@ -1,4 +1,6 @@
-"""Draws the learning curves of runs over seeds: `python recipes/plot.py RUN_DIR... --output docs/results/NAME`.
+"""Draws the learning curves of runs over seeds.
+
+python recipes/plot.py RUN_DIR... --output docs/results/NAME
 
 Runs with the same environment, recipe and preset form one curve: the mean over seeds with its 95 % bootstrap interval,
 computed by rliable. Writes NAME.png and NAME.csv (every evaluation of every run), and prints a table of the last
@@ -98,7 +100,7 @@ def table(curves: Curves) -> str:
 
 @rl.exit_on_error
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dirs", nargs="+", type=Path, help="run folders")
     parser.add_argument(
         "--output",

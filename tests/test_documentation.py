@@ -56,6 +56,14 @@ def test_python_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch):
         exec(compile(block, str(page), "exec"), scope)
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.py")), ids=lambda path: path.stem)
+def test_help_of_a_recipe_keeps_its_commands_on_lines_of_their_own(path):
+    text = path.read_text(encoding="utf-8")
+    assert "`python " not in (ast.get_docstring(ast.parse(text)) or "")
+    # By default argparse runs all lines of a description together; the settings of a configuration have their own way.
+    assert text.count("argparse.ArgumentParser(") == text.count("formatter_class=argparse.RawDescriptionHelpFormatter")
+
+
 def test_twenty_lines_are_twenty():
     (program,) = blocks(DOCS / "index.md")
     assert len([line for line in program.splitlines() if line.strip()]) == 20

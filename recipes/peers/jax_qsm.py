@@ -107,7 +107,7 @@ def make_update(steps, batch_size):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--batch", type=int, default=256)

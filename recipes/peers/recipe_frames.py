@@ -65,7 +65,7 @@ class InterleavedUpdate(rl.QSMUpdate):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--frames_per_batch", type=int, default=1)

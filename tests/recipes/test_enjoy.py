@@ -28,6 +28,15 @@ def run_dir(tmp_path):
     return publish(tmp_path, "InvertedPendulum-v5")
 
 
+def test_help_shows_commands_that_can_be_copied(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    assert run("--help") == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert {"python recipes/enjoy.py RUN_DIR", "python recipes/enjoy.py recipes/pretrained/inverted_pendulum"} <= {
+        *printed
+    }
+
+
 def publish(folder: Path, env: str, **about: int) -> Path:
     environment = make_environment(env)
     actor = DiffusionActor(
