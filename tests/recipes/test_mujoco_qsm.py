@@ -353,7 +353,7 @@ def test_ctrl_c_before_the_first_step_or_twice_ends_at_once(tmp_path, capsys, mo
         for _ in range(presses):
             signal.raise_signal(signal.SIGINT)
 
-    handler = signal.getsignal(signal.SIGINT)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's & has ignored
     monkeypatch.setattr(callbacks.MetricRows, hook, press)
     try:
         assert run(*SMALL, "--run_dir", tmp_path / "stopped") == 130
